@@ -1,0 +1,142 @@
+"""The modulated layer (MoDiff, ICML 2025, eq. 13-14), as pure functions: state is an argument and a return value.
+
+    q      = clip(rint((x - a_hat) / m / s), -2^(b-1), 2^(b-1)-1)
+    a_hat' = a_hat + m s q
+    o_hat' = o_hat + m s s_w[c] (W_q * q)
+    y      = o_hat'
+
+A trajectory starts from a_hat = 0, o_hat = bias. This is the specification that every backend is tested against;
+it works in any float dtype, float64 included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modiff_trt.export.quantizers import quantize, quantize_weight
+from modiff_trt.export.scales import Scales
+from modiff_trt.export.torch_ops import Params, convolve, float_layer, layer_bias, layer_weight, run_unet
+from modiff_trt.export.unet import LayerSpec, Network
+
+
+class LayerState(NamedTuple):
+    """`a_hat` [N, *in_shape]: the input as the layer has seen it; `o_hat` [N, *out_shape]: its output."""
+
+    a_hat: Tensor
+    o_hat: Tensor
+
+
+State = dict[str, LayerState]
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A layer with integer weights. `weight` holds integers [C_out, C_in, K, K] in a float dtype."""
+
+    spec: LayerSpec
+    mode: str
+    bits: int
+    scale: float
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+
+
+def quantize_layers(
+    network: Network, params: Params, scales: Scales, dtype: torch.dtype = torch.float32
+) -> dict[str, QuantizedLayer]:
+    """Applies a scales file to float weights: every layer that is not in mode `float`, by name."""
+    layers = {}
+    for spec in network.layers:
+        entry = scales.layers[spec.name]
+        if entry.mode == "float":
+            continue
+        weight = layer_weight(spec, params)
+        weight_scale = torch.from_numpy(entry.weight_scale).to(weight)
+        integers = quantize_weight(weight, weight_scale, entry.weight_bits)
+        bias = layer_bias(spec, params)
+        layers[spec.name] = QuantizedLayer(
+            spec, entry.mode, entry.act_bits, entry.scale, integers.to(dtype), weight_scale.to(dtype), bias.to(dtype)
+        )
+    return layers
+
+
+def initial_state(layer: QuantizedLayer, batch: int) -> LayerState:
+    """The start of a trajectory: a_hat = 0, o_hat = bias."""
+    a_hat = layer.weight.new_zeros(batch, *layer.spec.in_shape)
+    o_hat = layer.bias[:, None, None].expand(batch, *layer.spec.out_shape).contiguous()
+    return LayerState(a_hat, o_hat)
+
+
+def integer_product(layer: QuantizedLayer, q: Tensor) -> Tensor:
+    """s_w[c] (W_q * q): the layer on a tensor of integers, in units of the activation scale."""
+    return convolve(layer.spec, q, layer.weight) * layer.weight_scale[:, None, None]
+
+
+def modulated_layer(
+    layer: QuantizedLayer, x: Tensor, state: LayerState, multiplier: float, exact: bool = False
+) -> tuple[Tensor, LayerState]:
+    """One pass of a modulated layer; returns (y, new state).
+
+    `multiplier` is m, the current row's factor on the baked scale. `exact` leaves the residual unrounded, which is
+    the full-precision first step of the paper (and exists only in simulation).
+    """
+    step = multiplier * layer.scale
+    if exact:
+        q = (x - state.a_hat) / step
+    else:
+        q = quantize((x - state.a_hat) / multiplier, layer.scale, layer.bits)
+    a_hat = state.a_hat + step * q
+    o_hat = state.o_hat + step * integer_product(layer, q)
+    return o_hat, LayerState(a_hat, o_hat)
+
+
+def stateless_layer(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Plain static quantization of the activation (Q-Diffusion, arXiv 2302.04304)."""
+    q = quantize(x, layer.scale, layer.bits)
+    return layer.bias[:, None, None] + layer.scale * integer_product(layer, q)
+
+
+def weight_only_layer(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Quantized weights on the exact activation."""
+    return layer.bias[:, None, None] + integer_product(layer, x)
+
+
+def simulate(
+    network: Network,
+    params: Params,
+    layers: Mapping[str, QuantizedLayer],
+    state: State,
+    x: Tensor,
+    time_bias: Mapping[str, Tensor],
+    multipliers: Mapping[str, float],
+    *,
+    exact: bool = False,
+    act_quant: bool = True,
+) -> tuple[Tensor, State]:
+    """One pass of the quantized network: (eps [N, C, H, W], new state).
+
+    `multipliers` gives m for each modulated layer. With `act_quant` off only the weights are quantized and the state
+    passes through unchanged.
+    """
+    new_state: State = {}
+    unquantized = float_layer(params)
+
+    def run(spec: LayerSpec, value: Tensor) -> Tensor:
+        layer = layers.get(spec.name)
+        if layer is None:
+            return unquantized(spec, value)
+        if not act_quant:
+            return weight_only_layer(layer, value)
+        if layer.mode == "int8":
+            return stateless_layer(layer, value)
+        y, new_state[spec.name] = modulated_layer(layer, value, state[spec.name], multipliers[spec.name], exact)
+        return y
+
+    eps = run_unet(network, params, x, time_bias, run)
+    return eps, (new_state if act_quant else state)

@@ -1,0 +1,65 @@
+"""The row table: one row per pass of the engine, with its timestep and one multiplier per modulated layer.
+
+A table begins with `warmup` rows at the first timestep, which only bring the state up and do not move the image,
+then has one row per DDIM step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.grid import grid_max
+
+STARTS = ("warmup", "exact")
+WARMUP_ROWS = 2
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """`t` [R] int64, `multipliers` [R, L] float32, the number of warm-up rows, and whether row 0 is unrounded."""
+
+    t: np.ndarray[Any, np.dtype[np.int64]]
+    multipliers: np.ndarray[Any, np.dtype[np.float32]]
+    warmup: int = 0
+    exact_start: bool = False
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The DDIM sequence, noisiest first, without the warm-up rows."""
+        return tuple(int(t) for t in self.t[self.warmup :])
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+def plain_rows(timesteps: tuple[int, ...]) -> RowTable:
+    """One row per step and no multipliers: for networks without state."""
+    return RowTable(np.asarray(timesteps, np.int64), np.zeros((len(timesteps), 0), np.float32))
+
+
+def modulated_rows(
+    timesteps: tuple[int, ...],
+    full_range: np.ndarray[Any, Any],
+    bits: np.ndarray[Any, Any],
+    start: str,
+) -> RowTable:
+    """Rows for MoDiff with one static scale per layer.
+
+    `full_range` [L] is the ratio of each layer's grid step for its whole activation at the first timestep to its
+    baked residual scale. With start `warmup`, row 0 has that grid, row 1 a grid 2/Q of it (the residual left by row
+    0 is at most half a step of row 0), and all others 1. With start `exact` the first step is not rounded.
+    """
+    if start not in STARTS:
+        raise InputError(f"the start of a trajectory must be one of {', '.join(STARTS)}, found '{start}'")
+    warmup = WARMUP_ROWS if start == "warmup" else 0
+    t = np.asarray([timesteps[0]] * warmup + list(timesteps), np.int64)
+    multipliers = np.ones((len(t), len(full_range)), np.float32)
+    if warmup:
+        top = np.asarray([grid_max(int(b)) for b in bits], np.float32)
+        multipliers[0] = full_range
+        multipliers[1] = full_range * 2 / top
+    return RowTable(t, multipliers, warmup, start == "exact")

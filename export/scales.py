@@ -1,0 +1,154 @@
+"""The scales file: what calibration decided, and the only thing that says how each layer is quantized.
+
+A safetensors file with a JSON header (schema version, manifest, modes and bits per layer) and arrays: per layer the
+two activation scales and the weight scales, the row table, and the ranges that calibration saw at each step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modiff_trt.export.config import Config, config_from_dict, config_to_dict, model_fingerprint
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import load_arrays, save_arrays
+from modiff_trt.export.rows import RowTable
+from modiff_trt.export.unet import Network
+
+KIND, SCHEMA = "scales", 1
+MODES = ("modiff", "int8", "float")
+METHODS = ("modiff", "qdiff")
+
+FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class LayerScales:
+    """One layer: its mode, bits, the scale of its activation and of its residual, and its weight scales [C_out]."""
+
+    mode: str
+    act_bits: int
+    weight_bits: int
+    activation_scale: float
+    residual_scale: float
+    weight_scale: FloatArray
+
+    @property
+    def scale(self) -> float:
+        """The baked activation scale of the mode: of the residual for `modiff`, of the activation for `int8`."""
+        return self.residual_scale if self.mode == "modiff" else self.activation_scale
+
+
+@dataclass(frozen=True)
+class Scales:
+    """A scales file. `activation_range` and `residual_range` [steps, layers] are the largest magnitudes seen."""
+
+    config: Config
+    checkpoint_sha256: str
+    method: str
+    scale_method: str
+    skip_type: str
+    layers: dict[str, LayerScales]
+    rows: RowTable
+    range_steps: np.ndarray[Any, np.dtype[np.int64]]
+    activation_range: FloatArray
+    residual_range: FloatArray
+
+    @property
+    def modulated(self) -> tuple[str, ...]:
+        """Names of the layers in mode `modiff`, in execution order: the columns of the row table."""
+        return tuple(name for name, layer in self.layers.items() if layer.mode == "modiff")
+
+    def layer_table(self) -> dict[str, dict[str, str | int]]:
+        """Mode and bits of every layer, as the headers of files carry them."""
+        return {n: {"mode": v.mode, "act_bits": v.act_bits, "weight_bits": v.weight_bits} for n, v in self.layers.items()}
+
+    def without_modulation(self) -> Scales:
+        """The same calibration with every `modiff` layer in mode `int8`: plain Q-Diffusion."""
+        layers = {k: replace(v, mode="int8") if v.mode == "modiff" else v for k, v in self.layers.items()}
+        steps = self.rows.timesteps
+        rows = RowTable(np.asarray(steps, np.int64), np.zeros((len(steps), 0), np.float32))
+        return replace(self, method="qdiff", layers=layers, rows=rows)
+
+
+def save_scales(path: Path, scales: Scales) -> None:
+    header = {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "config": config_to_dict(scales.config),
+        "checkpoint_sha256": scales.checkpoint_sha256,
+        "method": scales.method,
+        "scale_method": scales.scale_method,
+        "skip_type": scales.skip_type,
+        "warmup": scales.rows.warmup,
+        "exact_start": scales.rows.exact_start,
+        "layers": scales.layer_table(),
+    }
+    arrays: dict[str, np.ndarray[Any, Any]] = {
+        "rows.t": scales.rows.t,
+        "rows.multipliers": scales.rows.multipliers,
+        "range.steps": scales.range_steps,
+        "range.activation": scales.activation_range,
+        "range.residual": scales.residual_range,
+    }
+    for name, layer in scales.layers.items():
+        arrays[f"layer.{name}.weight_scale"] = layer.weight_scale
+        arrays[f"layer.{name}.scales"] = np.asarray([layer.activation_scale, layer.residual_scale], np.float32)
+    save_arrays(path, header, arrays)
+
+
+def load_scales(path: Path, network: Network | None = None, checkpoint_sha256: str | None = None) -> Scales:
+    """Reads a scales file and, where given, checks that it belongs to this network and checkpoint."""
+    header, arrays = load_arrays(path, KIND, SCHEMA)
+    try:
+        layers = {}
+        for name, entry in header["layers"].items():
+            activation, residual = (float(v) for v in arrays[f"layer.{name}.scales"])
+            weight_scale = arrays[f"layer.{name}.weight_scale"]
+            layers[name] = LayerScales(
+                entry["mode"], entry["act_bits"], entry["weight_bits"], activation, residual, weight_scale
+            )
+        rows = RowTable(arrays["rows.t"], arrays["rows.multipliers"], header["warmup"], header["exact_start"])
+        scales = Scales(
+            config_from_dict(header["config"], str(path)),
+            header["checkpoint_sha256"],
+            header["method"],
+            header["scale_method"],
+            header["skip_type"],
+            layers,
+            rows,
+            arrays["range.steps"],
+            arrays["range.activation"],
+            arrays["range.residual"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"scales file {path} is incomplete ({type(error).__name__}: {error}); calibrate again") from None
+    _check(scales, path)
+    if network is not None:
+        check_network(scales, path, network)
+    if checkpoint_sha256 is not None and checkpoint_sha256 != scales.checkpoint_sha256:
+        raise InputError(
+            f"scales file {path} was calibrated on another checkpoint (SHA-256 {scales.checkpoint_sha256[:12]}..., this one "
+            f"is {checkpoint_sha256[:12]}...); pass the checkpoint it was made from, or calibrate again"
+        )
+    return scales
+
+
+def check_network(scales: Scales, path: Path, network: Network) -> None:
+    """Raises InputError unless the scales were made for this network."""
+    if model_fingerprint(scales.config) != model_fingerprint(network.config):
+        raise InputError(f"{path} was made for another configuration than --config; pass the one it was made with")
+
+
+def _check(scales: Scales, path: Path) -> None:
+    for name, layer in scales.layers.items():
+        finite = np.isfinite([layer.activation_scale, layer.residual_scale]).all() and np.isfinite(layer.weight_scale).all()
+        if layer.mode not in MODES or not finite or not (layer.weight_scale > 0).all() or layer.scale <= 0:
+            raise InputError(f"scales file {path}: layer '{name}' has an bad mode or scale; calibrate again")
+    if scales.rows.multipliers.shape != (len(scales.rows), len(scales.modulated)):
+        raise InputError(f"scales file {path}: the row table does not fit the modulated layers; calibrate again")
+    if not np.isfinite(scales.rows.multipliers).all() or (scales.rows.multipliers <= 0).any():
+        raise InputError(f"scales file {path}: the row table has a multiplier that is not positive; calibrate again")

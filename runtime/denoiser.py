@@ -1,0 +1,45 @@
+"""What the sampler asks of a backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from modiff_trt.export.rows import RowTable
+
+Array = Any  # a numpy array or a torch tensor: whatever the backend computes on
+
+
+@dataclass(frozen=True)
+class StateInfo:
+    """One state array of a backend: its name, its shape for one image, and its bytes for one image."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class Denoiser(Protocol):
+    """One backend holding one network. State lives between `reset` and the last row, inside the backend."""
+
+    @property
+    def rows(self) -> RowTable:
+        """The passes of one trajectory."""
+
+    @property
+    def state_info(self) -> tuple[StateInfo, ...]:
+        """The arrays kept between passes; empty for stateless networks."""
+
+    def reset(self, batch: int) -> None:
+        """Begins a trajectory for `batch` images: the only place where state is created."""
+
+    def from_host(self, x: np.ndarray[Any, Any]) -> Array:
+        """Takes float32 [N, C, H, W] to the backend."""
+
+    def to_host(self, x: Array) -> np.ndarray[Any, Any]:
+        """Brings a result back as float32 numpy."""
+
+    def __call__(self, x: Array, row: int) -> Array:
+        """Epsilon for x at row `row` of `rows`. Rows of a trajectory must be run in order."""

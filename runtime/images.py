@@ -1,0 +1,66 @@
+"""Images out: uint8 conversion, PNG folders that can be resumed, NPZ files, and PSNR. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import atomic_path, read_json, write_json
+
+Float32 = np.ndarray[Any, np.dtype[np.float32]]
+UInt8 = np.ndarray[Any, np.dtype[np.uint8]]
+
+MANIFEST = "manifest.json"
+
+
+def to_uint8(samples: Float32) -> UInt8:
+    """float [N, C, H, W] in [-1, 1] (clipped) to uint8 [N, H, W, C]."""
+    levels: UInt8 = np.rint((np.clip(samples, -1, 1) + 1) * 127.5).astype(np.uint8)
+    return levels.transpose(0, 2, 3, 1)
+
+
+def psnr(samples: Float32, reference: Float32) -> float:
+    """Peak signal-to-noise ratio in dB of all images together, both clipped to [-1, 1]. Equal images give infinity."""
+    error = np.clip(samples, -1, 1).astype(np.float64) - np.clip(reference, -1, 1)
+    mse = float(np.mean(error**2)) / 4
+    return math.inf if mse == 0 else -10 * math.log10(mse)
+
+
+def save_npz(path: Path, samples: Float32, manifest: dict[str, Any]) -> None:
+    """`samples` float32 NCHW before clipping, `images` uint8 NHWC, and the manifest as JSON text."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, samples=samples, images=to_uint8(samples), manifest=np.asarray(json.dumps(manifest)))
+
+
+class ImageFolder:
+    """A folder of PNG files named by image index, with the manifest of what made them. Existing images are kept."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Raises InputError if the folder holds images that something else made."""
+        self.path = path
+        file = path / MANIFEST
+        if file.exists():
+            if read_json(file, "manifest") != manifest:
+                raise InputError(f"{path} holds images of another run (see its {MANIFEST}); choose another --out")
+        elif path.exists() and any(path.glob("*.png")):
+            raise InputError(f"{path} holds PNG files without a {MANIFEST}; choose another --out")
+        else:
+            write_json(file, manifest)
+
+    def missing(self, indices: range) -> list[int]:
+        """The indices whose image does not exist yet."""
+        return [i for i in indices if not self._file(i).exists()]
+
+    def save(self, indices: list[int], samples: Float32) -> None:
+        for index, image in zip(indices, to_uint8(samples), strict=True):
+            with atomic_path(self._file(index)) as temporary:
+                Image.fromarray(image.squeeze()).save(temporary, format="PNG")
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"{index:05d}.png"

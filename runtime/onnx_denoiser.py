@@ -1,0 +1,156 @@
+"""The `onnx` backend: onnxruntime with I/O binding, so that state is never copied through Python. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from modiff_trt.export.config import Config, config_from_dict
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.manifest import MANIFEST_KEY, MANIFEST_SCHEMA, decode_array
+from modiff_trt.export.rows import RowTable, plain_rows
+from modiff_trt.runtime.denoiser import StateInfo
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """A loaded file: its session, configuration and manifest."""
+
+    session: ort.InferenceSession
+    config: Config
+    manifest: dict[str, Any]
+
+    @property
+    def calibrated_rows(self) -> RowTable | None:
+        """The row table that the file was calibrated with; None for a float network, which takes any timesteps."""
+        if "timesteps" not in self.manifest:
+            return None
+        warmup, steps = self.manifest["warmup"], self.manifest["timesteps"]
+        t = np.asarray([steps[0]] * warmup + steps, np.int64)
+        multipliers = decode_array(self.manifest["multipliers"]).reshape(len(t), -1)
+        return RowTable(t, multipliers, warmup)
+
+
+def load_onnx(path: Path, device: str = "cpu", threads: int = 0) -> OnnxModel:
+    """Opens an exported file. Raises InputError if it is missing, damaged, or was not written by this program."""
+    if not path.is_file():
+        raise InputError(f"ONNX file {path} does not exist; write one with `modiff-trt export`")
+    if device not in PROVIDERS:
+        raise InputError(f"--device must be one of {', '.join(PROVIDERS)}, found '{device}'")
+    if PROVIDERS[device] not in ort.get_available_providers():
+        raise InputError("this onnxruntime has no CUDA support; install onnxruntime-gpu instead, or pass --device cpu")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[device]])
+    except Exception as error:  # onnxruntime raises bare pybind exceptions of many kinds
+        first = str(error).splitlines()[0]
+        raise InputError(f"ONNX file {path} cannot be loaded (truncated or altered?): {first}") from None
+    text = session.get_modelmeta().custom_metadata_map.get(MANIFEST_KEY)
+    if text is None:
+        raise InputError(f"ONNX file {path} has no '{MANIFEST_KEY}' metadata; it was not written by `modiff-trt export`")
+    try:
+        manifest = json.loads(text)
+        schema = manifest["schema"]
+        if schema != MANIFEST_SCHEMA:
+            raise InputError(f"ONNX file {path} has manifest schema {schema}, not {MANIFEST_SCHEMA}; export again")
+        config = config_from_dict(manifest["config"], str(path))
+        model = OnnxModel(session, config, manifest)
+        _ = model.calibrated_rows
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"ONNX file {path} has a damaged manifest; export again") from None
+    return model
+
+
+class OnnxDenoiser:
+    """Runs an exported network. Two sets of state buffers take turns as input and output, without copies."""
+
+    def __init__(self, model: OnnxModel, timesteps: tuple[int, ...] | None = None, device: str = "cpu") -> None:
+        """`timesteps` is only for float networks; quantized ones carry the table they were calibrated with."""
+        rows = model.calibrated_rows
+        if rows is None and timesteps is None:
+            raise ValueError("a float network needs timesteps")
+        self._rows = rows if rows is not None else plain_rows(timesteps or ())
+        self._session = model.session
+        self._device = device
+        self._starts = {name: decode_array(text) for name, text in model.manifest.get("o_hat_start", {}).items()}
+        self._shapes = {i.name: tuple(i.shape[1:]) for i in self._session.get_inputs()}
+        types = {i.name: i.type for i in self._session.get_inputs()}
+        self._state_names = [name for name in self._shapes if name.startswith(("a_hat.", "o_hat."))]
+        self._state_dtype = np.float16 if any(types[n] == "tensor(float16)" for n in self._state_names) else np.float32
+        self._batch = 0
+        self._buffers: list[dict[str, ort.OrtValue]] = []
+        self._fixed: dict[str, ort.OrtValue] = {}
+        self._bindings: list[Any] = []
+        self._turn = 0
+
+    @property
+    def rows(self) -> RowTable:
+        return self._rows
+
+    @property
+    def state_info(self) -> tuple[StateInfo, ...]:
+        size = np.dtype(self._state_dtype).itemsize
+        return tuple(StateInfo(n, self._shapes[n], int(np.prod(self._shapes[n])) * size) for n in self._state_names)
+
+    @property
+    def state(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Copies of the state after the last pass, by input name."""
+        return {name: value.numpy() for name, value in self._buffers[self._turn].items()}
+
+    def from_host(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return x
+
+    def to_host(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return x
+
+    def reset(self, batch: int) -> None:
+        if batch != self._batch:
+            self._allocate(batch)
+        for name, value in self._buffers[0].items():
+            start = np.zeros((batch, *self._shapes[name]), self._state_dtype)
+            if name.startswith("o_hat."):
+                start += self._starts[name.removeprefix("o_hat.")].astype(self._state_dtype)[:, None, None]
+            value.update_inplace(start)
+        self._turn = 0
+
+    def __call__(self, x: np.ndarray[Any, Any], row: int) -> np.ndarray[Any, Any]:
+        self._fixed["x"].update_inplace(np.ascontiguousarray(x, np.float32))
+        self._fixed["t"].update_inplace(np.full(self._batch, self._rows.t[row], np.int64))
+        if "row_scale" in self._fixed:
+            self._fixed["row_scale"].update_inplace(np.ascontiguousarray(self._rows.multipliers[row]))
+        self._session.run_with_iobinding(self._bindings[self._turn])
+        self._turn = 1 - self._turn
+        return np.asarray(self._fixed["eps"].numpy())
+
+    def _allocate(self, batch: int) -> None:
+        def new(shape: tuple[int, ...], dtype: Any) -> ort.OrtValue:
+            return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self._device, 0)
+
+        self._batch = batch
+        image = (batch, *self._shapes["x"])
+        self._fixed = {"x": new(image, np.float32), "t": new((batch,), np.int64), "eps": new(image, np.float32)}
+        if "row_scale" in self._shapes:
+            self._fixed["row_scale"] = new(self._shapes_full("row_scale"), np.float32)
+        self._buffers = [{n: new((batch, *self._shapes[n]), self._state_dtype) for n in self._state_names} for _ in range(2)]
+        self._bindings = []
+        for turn in range(2):
+            binding = self._session.io_binding()
+            for name in self._shapes:
+                binding.bind_ortvalue_input(name, self._buffers[turn][name] if name in self._state_names else self._fixed[name])
+            binding.bind_ortvalue_output("eps", self._fixed["eps"])
+            for name in self._state_names:
+                kind, layer = name.split(".", 1)
+                binding.bind_ortvalue_output(f"{kind}_out.{layer}", self._buffers[1 - turn][name])
+            self._bindings.append(binding)
+
+    def _shapes_full(self, name: str) -> tuple[int, ...]:
+        return tuple(next(i.shape for i in self._session.get_inputs() if i.name == name))

@@ -1,0 +1,190 @@
+"""The command line: `modiff-trt <stage>`. Heavy imports happen inside the stages, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modiff_trt.export.errors import InputError
+from modiff_trt.tools.progress import errors
+
+app = typer.Typer(
+    help="Calibrate, export and deploy INT8 diffusion UNets with MoDiff state kept on the device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # The research code spells options with underscores; both spellings work.
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
+)
+
+DEMO_OUT = Path("out/demo")
+
+Config = Annotated[Path, typer.Option(help="DDIM configuration (.yml)")]
+Ckpt = Annotated[Path, typer.Option(help="trained weights (.safetensors, .ckpt, .pt, .pth)")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+BatchSize = Annotated[int, typer.Option(help="images computed together; never changes an image")]
+Seed = Annotated[int, typer.Option(help="image i starts from generator (seed, i)")]
+
+
+@app.command()
+def collect(
+    config: Config,
+    ckpt: Ckpt,
+    out: Annotated[Path, typer.Option(help="trajectory file to write (.safetensors)")],
+    timesteps: Annotated[int, typer.Option(help="DDIM steps")] = 100,
+    skip_type: Annotated[str, typer.Option(help="uniform or quad")] = "quad",
+    num_samples: Annotated[int, typer.Option(help="calibration images")] = 16,
+    calib_steps: Annotated[int, typer.Option(help="steps to keep, spread evenly; each with the step before it")] = 20,
+    seed: Seed = 1,
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
+) -> None:
+    """Run full-precision DDIM and store the trajectories that calibration needs."""
+    from modiff_trt.tools.collecting import collect as run
+    from modiff_trt.tools.load import check_device, load_model
+
+    network, checkpoint = load_model(config, ckpt)
+    if checkpoint.description:
+        typer.echo(f"checkpoint: {checkpoint.description}")
+    result = run(
+        network,
+        checkpoint,
+        timesteps=timesteps,
+        skip_type=skip_type,
+        num_samples=num_samples,
+        calib_steps=calib_steps,
+        seed=seed,
+        batch_size=batch_size,
+        device=check_device(device),
+        out=out,
+    )
+    typer.echo(f"{out}: {num_samples} images at {len(result.steps)} of {len(result.timesteps)} steps")
+
+
+@app.command()
+def calibrate(
+    config: Config,
+    ckpt: Ckpt,
+    trajectories: Annotated[Path, typer.Option(help="file written by `collect`")],
+    out: Annotated[Path, typer.Option(help="scales file to write (.safetensors)")],
+    method: Annotated[str, typer.Option(help="modiff (modulated residuals) or qdiff (stateless)")] = "modiff",
+    weight_bit: Annotated[int, typer.Option(help="bits of the weights, 2 to 8")] = 8,
+    act_bit: Annotated[int, typer.Option(help="bits of the activations, 2 to 8")] = 8,
+    edge_bit: Annotated[int | None, typer.Option(help="at least so many bits for the first and last layer")] = None,
+    scale_method: Annotated[str, typer.Option(help="minmax or mse")] = "minmax",
+    start: Annotated[str, typer.Option(help="warmup rows, or exact: a full-precision first step (simulation only)")] = "warmup",
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
+) -> None:
+    """Find the scales of every layer and write them to a scales file."""
+    from modiff_trt.export.calibrate import Recipe, make_scales
+    from modiff_trt.export.scales import save_scales
+    from modiff_trt.export.trajectories import load_trajectories
+    from modiff_trt.tools.calibrating import measure
+    from modiff_trt.tools.load import check_device, load_model
+
+    recipe = Recipe(method, weight_bit, act_bit, scale_method, start, edge_bit)
+    network, checkpoint = load_model(config, ckpt)
+    stored = load_trajectories(trajectories, network.config, checkpoint.sha256)
+    ranges = measure(network, checkpoint, stored, batch_size, check_device(device))
+    scales = make_scales(network, checkpoint, stored, ranges, recipe)
+    save_scales(out, scales)
+    modes = [layer.mode for layer in scales.layers.values()]
+    counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in ("modiff", "int8", "float") if mode in modes)
+    typer.echo(f"{out}: {method} W{weight_bit}A{act_bit}, layers: {counts}; {len(scales.rows)} passes a trajectory")
+
+
+@app.command()
+def export(
+    config: Config,
+    ckpt: Ckpt,
+    out: Annotated[Path, typer.Option(help="ONNX file to write")],
+    scales: Annotated[Path | None, typer.Option(help="scales file; without it the network stays in float")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 (onnxruntime on a CPU) or fp16 (GPUs)")] = "fp32",
+    modulate: Annotated[bool, typer.Option(help="keep MoDiff state; off: the same layers without it")] = True,
+) -> None:
+    """Bake the scales into a QDQ ONNX file."""
+    from modiff_trt.export.files import sha256
+    from modiff_trt.export.onnx_export import build_onnx, save_onnx
+    from modiff_trt.export.scales import load_scales
+    from modiff_trt.tools.load import load_model
+
+    network, checkpoint = load_model(config, ckpt)
+    loaded = load_scales(scales, network, checkpoint.sha256) if scales is not None else None
+    if loaded is not None and not modulate:
+        loaded = loaded.without_modulation()
+    model = build_onnx(network, checkpoint, loaded, dtype, sha256(scales) if scales is not None else None)
+    save_onnx(out, model)
+    kind = f"{len(loaded.modulated)} modulated layers" if loaded is not None else "float"
+    typer.echo(f"{out}: {kind}, {dtype}, {out.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Option("--out", "--output-dir", help="FILE.npz, or a folder for PNG files")],
+    backend: Annotated[str, typer.Option(help="torch, torch-sim or onnx")] = "torch",
+    config: Annotated[Path | None, typer.Option(help="DDIM configuration (.yml)")] = None,
+    ckpt: Annotated[Path | None, typer.Option(help="trained weights")] = None,
+    scales: Annotated[Path | None, typer.Option(help="scales file, for torch-sim")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="exported file, for onnx")] = None,
+    timesteps: Annotated[int | None, typer.Option(help="DDIM steps (100, or what the scales were made for)")] = None,
+    skip_type: Annotated[str | None, typer.Option(help="uniform or quad (quad)")] = None,
+    eta: Annotated[float, typer.Option(help="0: deterministic, 1: as noisy as DDPM")] = 0.0,
+    modulate: Annotated[bool, typer.Option(help="keep MoDiff state; off: plain Q-Diffusion")] = True,
+    num_samples: Annotated[int, typer.Option(help="number of images")] = 16,
+    seed: Seed = 0,
+    noise: Annotated[Path | None, typer.Option(help=".npy float32 [N, C, H, W] used as x_T")] = None,
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
+) -> None:
+    """Sample images with DDIM."""
+    from modiff_trt.tools.load import SamplingOptions, load_backend
+    from modiff_trt.tools.sampling import run_sampling
+
+    options = SamplingOptions(backend, config, ckpt, scales, onnx, timesteps, skip_type, modulate, device)
+    loaded = load_backend(options)
+    done = run_sampling(loaded, num_samples=num_samples, seed=seed, batch_size=batch_size, eta=eta, noise_file=noise, out=out)
+    kept = f" ({num_samples - done} were there already)" if done < num_samples else ""
+    typer.echo(f"{out}: {num_samples} images, {len(loaded.denoiser.rows)} passes each{kept}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "--output-dir", help="folder for the picture and the figures")] = DEMO_OUT,
+    num_samples: Annotated[int, typer.Option(help="images per row")] = 8,
+    seed: Seed = 0,
+) -> None:
+    """FP32, Q-Diffusion and MoDiff at 8 and 6 bits from the same noise, with the model that ships with this program."""
+    from modiff_trt.tools.demo import run
+
+    run(out, num_samples, seed)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: one line on standard error and exit code 2 for anything the user can mend."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        result: Any = app(args=arguments, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except InputError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        errors.print("interrupted; run the same command again to go on")
+        return 130
+    except Exception as error:
+        # Usage errors of the command-line library; its base class has no stable public name.
+        if not hasattr(error, "format_message"):
+            raise
+        message = f"{error.format_message()}; see --help"
+    errors.print(f"error: {' '.join(message.split())}", markup=False)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

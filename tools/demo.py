@@ -1,0 +1,116 @@
+"""`modiff-trt demo`: the whole path with the shipped model, in about a minute on two cores."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from modiff_trt.export.checkpoint import load_checkpoint
+from modiff_trt.export.config import load_config
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import sha256, write_json
+from modiff_trt.export.onnx_export import build_onnx, save_onnx
+from modiff_trt.export.scales import load_scales
+from modiff_trt.export.unet import trace
+from modiff_trt.runtime.images import psnr
+from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
+from modiff_trt.tools.assets import config_path, demo_path
+from modiff_trt.tools.grid import save_grid
+from modiff_trt.tools.load import Backend
+from modiff_trt.tools.sampling import sample_batches
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the demo: its name, the shipped scales it uses, and whether they are modulated."""
+
+    name: str
+    scales: str | None
+    modulate: bool = True
+
+
+VARIANTS = (
+    Variant("FP32", None),
+    Variant("Q-Diff W8A8", "w8a8.safetensors", False),
+    Variant("MoDiff W8A8", "w8a8.safetensors"),
+    Variant("Q-Diff W8A6", "w8a6.safetensors", False),
+    Variant("MoDiff W8A6", "w8a6.safetensors"),
+)
+
+
+def run(out: Path, num_samples: int, seed: int) -> None:
+    """Exports, samples and compares every variant; writes demo.png and demo.json into `out`."""
+    if num_samples < 1 or seed < 0:
+        raise InputError("--num-samples must be at least 1 and --seed not negative")
+    network = trace(load_config(config_path("demo.yml")))
+    checkpoint = load_checkpoint(demo_path("model.safetensors"), network)
+    timesteps = load_scales(demo_path("w8a8.safetensors"), network, checkpoint.sha256).rows.timesteps
+    rows: list[dict[str, Any]] = []
+    images: list[np.ndarray[Any, Any]] = []
+    for variant in VARIANTS:
+        scales, digest = None, None
+        if variant.scales is not None:
+            path = demo_path(variant.scales)
+            scales, digest = load_scales(path, network, checkpoint.sha256), sha256(path)
+            if not variant.modulate:
+                scales = scales.without_modulation()
+        file = out / (variant.name.lower().replace(" ", "-") + ".onnx")
+        save_onnx(file, build_onnx(network, checkpoint, scales, "fp32", digest))
+        model = load_onnx(file)
+        backend = Backend(OnnxDenoiser(model, timesteps), model.config, {})
+        begin = time.perf_counter()
+        ((_, samples),) = sample_batches(backend, list(range(num_samples)), seed, num_samples, 0.0)
+        seconds = (time.perf_counter() - begin) / num_samples
+        decibel = psnr(samples, images[0]) if images else math.inf
+        images.append(samples)
+        rows.append(
+            {
+                "name": variant.name,
+                "psnr_db": None if math.isinf(decibel) else round(decibel, 2),
+                "seconds_per_image": round(seconds, 3),
+                "passes": len(backend.denoiser.rows),
+                "state_bytes_per_image": sum(info.nbytes for info in backend.denoiser.state_info),
+                "onnx_bytes": file.stat().st_size,
+            }
+        )
+    figures = {
+        "model": "demo",
+        "checkpoint_sha256": checkpoint.sha256,
+        "ddim_steps": len(timesteps),
+        "images": num_samples,
+        "seed": seed,
+        "rows": rows,
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "onnxruntime": version("onnxruntime"),
+            "modiff-trt": version("modiff-trt"),
+        },
+    }
+    labels = [f"{r['name']}\n{'reference' if r['psnr_db'] is None else str(r['psnr_db']) + ' dB'}" for r in rows]
+    save_grid(out / "demo.png", images, labels, f"Same noise, {len(timesteps)} DDIM steps, onnxruntime on a CPU")
+    write_json(out / "demo.json", figures)
+    _print(figures)
+    Console().print(f"picture: {out / 'demo.png'}\nfigures: {out / 'demo.json'}", highlight=False, soft_wrap=True)
+
+
+def _print(figures: dict[str, Any]) -> None:
+    table = Table(title=f"demo model, {figures['images']} images, {figures['ddim_steps']} DDIM steps")
+    for heading in ("", "PSNR to FP32, dB", "s / image", "state, MB / image", "ONNX, MB"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in figures["rows"]:
+        decibel = "reference" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
+        state = f"{row['state_bytes_per_image'] / 1e6:.1f}"
+        table.add_row(row["name"], decibel, f"{row['seconds_per_image']:.2f}", state, f"{row['onnx_bytes'] / 1e6:.1f}")
+    Console().print(table)

@@ -1,0 +1,146 @@
+"""From options to objects: networks, checkpoints and denoisers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modiff_trt.export.checkpoint import Checkpoint, load_checkpoint
+from modiff_trt.export.config import Config, load_config, model_fingerprint
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import sha256
+from modiff_trt.export.scales import load_scales
+from modiff_trt.export.unet import Network, trace
+from modiff_trt.runtime.denoiser import Denoiser
+from modiff_trt.runtime.schedule import timestep_sequence
+
+BACKENDS = ("torch", "torch-sim", "onnx")
+DEFAULT_TIMESTEPS = 100
+DEFAULT_SKIP_TYPE = "quad"
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The options that decide what a backend computes, as given on the command line; None is 'not given'."""
+
+    backend: str
+    config: Path | None = None
+    ckpt: Path | None = None
+    scales: Path | None = None
+    onnx: Path | None = None
+    timesteps: int | None = None
+    skip_type: str | None = None
+    modulate: bool = True
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A denoiser, the configuration it runs, and the manifest of what it was made from."""
+
+    denoiser: Denoiser
+    config: Config
+    manifest: dict[str, Any]
+
+
+def load_model(config: Path | None, ckpt: Path | None) -> tuple[Network, Checkpoint]:
+    if config is None:
+        raise InputError("--config is missing; pass a DDIM configuration, for example configs/cifar10.yml")
+    if ckpt is None:
+        raise InputError("--ckpt is missing; pass the checkpoint that belongs to the configuration")
+    network = trace(load_config(config))
+    return network, load_checkpoint(ckpt, network)
+
+
+def check_device(device: str) -> str:
+    """The torch device of an option. Raises InputError if it cannot be used here."""
+    import torch
+
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device must be cpu or cuda, found '{device}'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this torch sees no NVIDIA GPU; pass --device cpu or install a CUDA build of torch")
+    return device
+
+
+def load_backend(options: SamplingOptions) -> Backend:
+    """Builds the denoiser that the options describe. Raises InputError for options that contradict each other or files."""
+    if options.backend == "onnx":
+        return _onnx_backend(options)
+    if options.backend in ("torch", "torch-sim"):
+        return _torch_backend(options)
+    raise InputError(f"--backend must be one of {', '.join(BACKENDS)}, found '{options.backend}'")
+
+
+def _torch_backend(options: SamplingOptions) -> Backend:
+    from modiff_trt.runtime.torch_denoiser import SimDenoiser, TorchDenoiser
+
+    _refuse(options.onnx, "--onnx", options.backend)
+    device = check_device(options.device)
+    network, checkpoint = load_model(options.config, options.ckpt)
+    config = network.config
+    manifest: dict[str, Any] = {"backend": options.backend, "checkpoint_sha256": checkpoint.sha256}
+    if options.backend == "torch":
+        _refuse(options.scales, "--scales", "torch")
+        timesteps = _sequence(options, config)
+        denoiser: Denoiser = TorchDenoiser(network, checkpoint.params, timesteps, device)
+        return Backend(denoiser, config, manifest | {"timesteps": list(timesteps)})
+    if options.scales is None:
+        raise InputError("--backend torch-sim needs --scales FILE; make one with `modiff-trt calibrate`")
+    scales = load_scales(options.scales, network, checkpoint.sha256)
+    _check_steps(options, config, scales.rows.timesteps, scales.skip_type, options.scales)
+    if not options.modulate:
+        scales = scales.without_modulation()
+    denoiser = SimDenoiser(network, checkpoint.params, scales, device)
+    manifest |= {
+        "scales_sha256": sha256(options.scales),
+        "modulate": options.modulate,
+        "timesteps": list(scales.rows.timesteps),
+    }
+    return Backend(denoiser, config, manifest)
+
+
+def _onnx_backend(options: SamplingOptions) -> Backend:
+    from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
+
+    if options.onnx is None:
+        raise InputError("--backend onnx needs --onnx FILE; write one with `modiff-trt export`")
+    _refuse(options.scales, "--scales", "onnx, whose file carries its scales")
+    model = load_onnx(options.onnx, options.device)
+    if options.config is not None and model_fingerprint(load_config(options.config)) != model_fingerprint(model.config):
+        raise InputError(f"{options.onnx} was exported from another configuration than --config; leave --config out")
+    if options.ckpt is not None and sha256(options.ckpt) != model.manifest["checkpoint_sha256"]:
+        raise InputError(f"{options.onnx} was exported from another checkpoint than --ckpt; leave --ckpt out")
+    if not options.modulate and model.manifest["method"] == "modiff":
+        raise InputError("--no-modulate is decided at export; run `modiff-trt export --no-modulate` and sample from that file")
+    rows = model.calibrated_rows
+    if rows is None:
+        timesteps = _sequence(options, model.config)
+    else:
+        timesteps = rows.timesteps
+        _check_steps(options, model.config, timesteps, model.manifest["skip_type"], options.onnx)
+    manifest = {"backend": "onnx", "onnx_sha256": sha256(options.onnx), "timesteps": list(timesteps)}
+    return Backend(OnnxDenoiser(model, timesteps, options.device), model.config, manifest)
+
+
+def _refuse(value: Path | None, option: str, backend: str) -> None:
+    if value is not None:
+        raise InputError(f"{option} does not go with --backend {backend}; leave it out")
+
+
+def _sequence(options: SamplingOptions, config: Config) -> tuple[int, ...]:
+    steps = options.timesteps if options.timesteps is not None else DEFAULT_TIMESTEPS
+    return timestep_sequence(config.diffusion, steps, options.skip_type or DEFAULT_SKIP_TYPE)
+
+
+def _check_steps(options: SamplingOptions, config: Config, calibrated: tuple[int, ...], skip_type: str, source: Path) -> None:
+    """Scales hold for the steps that they were calibrated on: a residual depends on how far apart two steps are."""
+    if options.timesteps is None and options.skip_type is None:
+        return
+    steps = options.timesteps if options.timesteps is not None else len(calibrated)
+    if timestep_sequence(config.diffusion, steps, options.skip_type or skip_type) != calibrated:
+        raise InputError(
+            f"{source} was calibrated for {len(calibrated)} {skip_type} steps; leave --timesteps and --skip-type out, "
+            "or calibrate for the steps you want"
+        )
