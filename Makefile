@@ -27,10 +27,10 @@ SCALES := calib_cache/$(NAME)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT).safetensors
 ONNX := calib_cache/$(NAME)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-$(DTYPE).onnx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo collect calibrate export engine sample fid bench compare verify report sampler test test-gpu lint clean
+.PHONY: help setup demo collect calibrate export engine sample fid bench compare verify report sampler results-tables test test-gpu lint clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +68,9 @@ sample: setup $(ONNX) ## images from the ONNX file
 
 engine fid bench compare verify report sampler: ## not built so far; each says so and fails
 	@echo "make $@: this stage does not exist in this version; see 'What works today' in README.md" >&2; exit 2
+
+results-tables: setup ## the tables of README.md, from results/
+	$(VENV)/bin/python -m modiff_trt.tools.results_tables README.md
 
 test: setup ## what CI runs, without a GPU
 	$(VENV)/bin/pytest -m "not gpu"

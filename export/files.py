@@ -93,7 +93,7 @@ def _digest(path: Path, algorithm: str) -> str:
 def save_arrays(path: Path, header: dict[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Writes a safetensors file whose metadata holds `header` as JSON. Atomic; a digest of the arrays goes with it."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
-    meta = {HEADER_KEY: json.dumps({**header, "arrays_sha256": _arrays_digest(contiguous)}, sort_keys=True)}
+    meta = {HEADER_KEY: json.dumps({**header, "arrays_sha256": _arrays_digest(contiguous)})}
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, meta)
 

@@ -77,7 +77,7 @@ def build_onnx(
         graph, opset_imports=opsets, functions=functions, ir_version=IR_VERSION, producer_name="modiff-trt"
     )
     manifest = _manifest(network, checkpoint, scales, dtype, scales_sha256, constants)
-    helper.set_model_props(model, {MANIFEST_KEY: json.dumps(manifest, sort_keys=True)})
+    helper.set_model_props(model, {MANIFEST_KEY: json.dumps(manifest)})
     return model
 
 

@@ -41,10 +41,10 @@ class Variant:
 
 VARIANTS = (
     Variant("FP32", None),
-    Variant("Q-Diff W8A8", "w8a8.safetensors", False),
-    Variant("MoDiff W8A8", "w8a8.safetensors"),
-    Variant("Q-Diff W8A6", "w8a6.safetensors", False),
-    Variant("MoDiff W8A6", "w8a6.safetensors"),
+    Variant("Q-Diff W8A8", "modiff-w8a8.safetensors", False),
+    Variant("MoDiff W8A8", "modiff-w8a8.safetensors"),
+    Variant("Q-Diff W8A6", "modiff-w8a6.safetensors", False),
+    Variant("MoDiff W8A6", "modiff-w8a6.safetensors"),
 )
 
 
@@ -54,7 +54,7 @@ def run(out: Path, num_samples: int, seed: int) -> None:
         raise InputError("--num-samples must be at least 1 and --seed not negative")
     network = trace(load_config(config_path("demo.yml")))
     checkpoint = load_checkpoint(demo_path("model.safetensors"), network)
-    timesteps = load_scales(demo_path("w8a8.safetensors"), network, checkpoint.sha256).rows.timesteps
+    timesteps = load_scales(demo_path("modiff-w8a8.safetensors"), network, checkpoint.sha256).rows.timesteps
     rows: list[dict[str, Any]] = []
     images: list[np.ndarray[Any, Any]] = []
     for variant in VARIANTS:

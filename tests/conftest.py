@@ -1,0 +1,115 @@
+"""Shared fixtures: a tiny network with odd shapes, the shipped demo model, and the full CIFAR-10 model where it is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from modiff_trt.export.calibrate import LayerRanges, Recipe, make_scales, measure_ranges
+from modiff_trt.export.checkpoint import Checkpoint, load_checkpoint
+from modiff_trt.export.config import Config, DataConfig, DiffusionConfig, ModelConfig, load_config
+from modiff_trt.export.scales import Scales
+from modiff_trt.export.torch_ops import UNet
+from modiff_trt.export.trajectories import Trajectories, choose_steps
+from modiff_trt.export.unet import Network, trace
+from modiff_trt.runtime.noise import ImageNoise
+from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.schedule import alphas_cumprod, timestep_sequence
+from modiff_trt.runtime.torch_denoiser import TorchDenoiser
+
+ROOT = Path(__file__).resolve().parents[1]
+# The full-size tests need a trained CIFAR-10 checkpoint: name one here, or put it beside the checkout.
+FULL_CHECKPOINT = Path(
+    os.environ.get("MODIFF_CIFAR10_CKPT", ROOT.parent / "shared/checkpoints/cifar10_ddpm_ema_fp16.safetensors")
+)
+
+torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network with weights, its float trajectories and the ranges measured on them."""
+
+    network: Network
+    checkpoint: Checkpoint
+    timesteps: tuple[int, ...]
+    trajectories: Trajectories
+    ranges: dict[str, LayerRanges]
+
+    def scales(self, **recipe) -> Scales:
+        return make_scales(self.network, self.checkpoint, self.trajectories, self.ranges, Recipe(**recipe))
+
+    def sample(self, denoiser, images: int = 4, seed: int = 0) -> np.ndarray:
+        x = ImageNoise(seed, range(images), self.network.config.input_shape).draw()
+        return ddim_sample(denoiser, alphas_cumprod(self.network.config.diffusion), x)
+
+    def float_denoiser(self) -> TorchDenoiser:
+        return TorchDenoiser(self.network, self.checkpoint.params, self.timesteps)
+
+
+def make_case(network: Network, checkpoint: Checkpoint, steps: int, images: int, calib_steps: int) -> Case:
+    config = network.config
+    timesteps = timestep_sequence(config.diffusion, steps, "quad")
+    chosen, stored = choose_steps(steps, calib_steps)
+    kept = {}
+    ddim_sample(
+        TorchDenoiser(network, checkpoint.params, timesteps),
+        alphas_cumprod(config.diffusion),
+        ImageNoise(1, range(images), config.input_shape).draw(),
+        on_pass=lambda row, x, eps: kept.__setitem__(row, x.numpy().copy()) if row in stored else None,
+    )
+    x = np.stack([kept[i] for i in stored])
+    trajectories = Trajectories(
+        config, checkpoint.sha256, "quad", timesteps, 1, np.asarray(stored, np.int64), np.asarray(chosen, np.int64), x
+    )
+    return Case(network, checkpoint, timesteps, trajectories, measure_ranges(network, checkpoint.params, trajectories, images))
+
+
+def tiny_config(size: int = 12, ch_mult: tuple[int, ...] = (1, 3), attn: tuple[int, ...] = (6,), **model) -> Config:
+    return Config(
+        DataConfig(image_size=size, channels=3),
+        ModelConfig(
+            in_channels=3,
+            out_ch=3,
+            ch=32,
+            ch_mult=ch_mult,
+            num_res_blocks=1,
+            attn_resolutions=attn,
+            resamp_with_conv=model.pop("resamp_with_conv", True),
+            **model,
+        ),
+        DiffusionConfig("linear", 1e-4, 0.02, 1000),
+    )
+
+
+def random_checkpoint(config: Config, seed: int = 0) -> Checkpoint:
+    torch.manual_seed(seed)
+    module = UNet(config)
+    for p in module.parameters():
+        if p.ndim == 1:
+            p.data.add_(0.1 * torch.randn_like(p))
+    return Checkpoint({k: p.detach() for k, p in module.named_parameters()}, f"random-{seed}", "")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Case:
+    config = tiny_config()
+    return make_case(trace(config), random_checkpoint(config), 6, 3, 6)
+
+
+@pytest.fixture(scope="session")
+def demo() -> Case:
+    network = trace(load_config(ROOT / "configs/demo.yml"))
+    return make_case(network, load_checkpoint(ROOT / "calib_cache/demo/model.safetensors", network), 20, 6, 10)
+
+
+@pytest.fixture(scope="session")
+def full_checkpoint() -> Path:
+    if not FULL_CHECKPOINT.is_file():
+        pytest.skip("no trained CIFAR-10 checkpoint; set MODIFF_CIFAR10_CKPT")
+    return FULL_CHECKPOINT

@@ -1,0 +1,146 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from reference import ReferenceUNet
+
+from modiff_trt.export.calibrate import Recipe, measure_ranges
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.scales import load_scales, save_scales
+from modiff_trt.export.trajectories import choose_steps, load_trajectories, save_trajectories
+from modiff_trt.export.unet import trace
+
+
+class Spy(ReferenceUNet):
+    """The independent network, keeping the inputs of its convolutions."""
+
+    def conv(self, name, x, **kw):
+        self.inputs[name] = x
+        return super().conv(name, x, **kw)
+
+    def run(self, x, t):
+        self.inputs = {}
+        self(x, t)
+        return self.inputs
+
+
+def test_ranges_equal_an_independent_measurement(tiny):
+    spy = Spy(tiny.checkpoint.params, 32)
+    trajectories = tiny.trajectories
+    layer, key = "up.0.block.1.conv1", "up.0.block.1.conv1"
+    qkv, q = "mid.attn_1.qkv", "mid.attn_1.q"
+    by_step = [spy.run(torch.from_numpy(x), t) for x, t in zip(trajectories.x, trajectories.timesteps, strict=True)]
+    for name, conv in ((layer, key), (qkv, q)):
+        activation = [float(s[conv].abs().max()) for s in by_step]
+        residual = [0.0] + [float((b[conv] - a[conv]).abs().max()) for a, b in pairwise(by_step)]
+        np.testing.assert_allclose(tiny.ranges[name].activation_max, activation, rtol=1e-4)
+        np.testing.assert_allclose(tiny.ranges[name].residual_max, residual, rtol=1e-3)
+        assert tiny.ranges[name].residual.absmax == pytest.approx(max(residual), rel=1e-3)
+
+
+def test_ranges_do_not_depend_on_the_batch_size(tiny):
+    one = measure_ranges(tiny.network, tiny.checkpoint.params, tiny.trajectories, 1)
+    for name, ranges in tiny.ranges.items():
+        np.testing.assert_allclose(one[name].activation_max, ranges.activation_max, rtol=1e-5)
+        assert one[name].residual.absmax == pytest.approx(ranges.residual.absmax, rel=1e-4)
+
+
+def test_scales_follow_the_recipe(tiny):
+    scales = tiny.scales(act_bits=6)
+    for name, layer in scales.layers.items():
+        assert layer.activation_scale == pytest.approx(tiny.ranges[name].activation.absmax / 31)
+        assert layer.residual_scale == pytest.approx(tiny.ranges[name].residual.absmax / 31)
+        smaller = tiny.ranges[name].residual.absmax < tiny.ranges[name].activation.absmax
+        assert layer.mode == ("modiff" if smaller else "int8")
+        assert layer.scale == (layer.residual_scale if smaller else layer.activation_scale)
+
+
+def test_a_layer_whose_residual_is_not_smaller_is_not_modulated(tiny):
+    before = tiny.scales().modulated
+    name = before[3]
+    ranges = tiny.ranges[name]
+    kept = ranges.residual.absmax
+    ranges.residual.absmax = ranges.activation.absmax * 1.01
+    try:
+        scales = tiny.scales()
+    finally:
+        ranges.residual.absmax = kept
+    assert scales.layers[name].mode == "int8" and name not in scales.modulated
+    assert scales.modulated == tuple(n for n in before if n != name)
+    assert scales.rows.multipliers.shape == (8, len(before) - 1)
+
+
+def test_row_table_starts_with_the_full_range(tiny):
+    scales = tiny.scales()
+    rows = scales.rows
+    assert rows.warmup == 2 and rows.t.tolist() == [tiny.timesteps[0]] * 2 + list(tiny.timesteps)
+    for column, name in enumerate(scales.modulated):
+        full = tiny.ranges[name].activation_max[0] / 127 / scales.layers[name].residual_scale
+        np.testing.assert_allclose(rows.multipliers[:2, column], [full, full * 2 / 127], rtol=1e-5)
+    assert (rows.multipliers[2:] == 1).all()
+    assert tiny.scales(method="qdiff").rows.multipliers.shape == (6, 0)
+    assert tiny.scales(start="exact").rows.exact_start
+
+
+def test_edge_bits(tiny):
+    layers = tiny.scales(act_bits=4, weight_bits=4, edge_bits=8).layers
+    assert (layers["conv_in"].act_bits, layers["conv_out"].weight_bits, layers["mid.attn_1.qkv"].act_bits) == (8, 8, 4)
+    assert tiny.scales(act_bits=4).layers["conv_in"].act_bits == 4
+
+
+@pytest.mark.parametrize(
+    "bad", [{"method": "ptq"}, {"act_bits": 9}, {"weight_bits": 1}, {"scale_method": "kl"}, {"edge_bits": 0}]
+)
+def test_bad_recipes(bad):
+    with pytest.raises(InputError):
+        Recipe(**bad)
+
+
+def test_scales_file_round_trip_and_refusals(tiny, demo, tmp_path):
+    file = tmp_path / "s.safetensors"
+    scales = tiny.scales(scale_method="mse", edge_bits=8)
+    save_scales(file, scales)
+    loaded = load_scales(file, tiny.network, tiny.checkpoint.sha256)
+    assert loaded.layer_table() == scales.layer_table()
+    assert list(loaded.layers) == [spec.name for spec in tiny.network.layers]  # the columns of the row table
+    assert loaded.modulated == scales.modulated
+    np.testing.assert_array_equal(loaded.rows.multipliers, scales.rows.multipliers)
+    np.testing.assert_array_equal(loaded.residual_range, scales.residual_range)
+    for name, layer in loaded.layers.items():
+        assert layer.scale == pytest.approx(scales.layers[name].scale, rel=1e-6)
+    with pytest.raises(InputError, match="another checkpoint"):
+        load_scales(file, tiny.network, "0" * 64)
+    with pytest.raises(InputError, match="another configuration"):
+        load_scales(file, demo.network)
+
+
+def test_shipped_scales_belong_to_the_shipped_model(demo):
+    for name in ("modiff-w8a8", "modiff-w8a6"):
+        scales = load_scales(ROOT / f"calib_cache/demo/{name}.safetensors", demo.network, demo.checkpoint.sha256)
+        assert len(scales.modulated) > 60
+
+
+def test_trajectories_keep_the_step_before_each_chosen_one():
+    chosen, stored = choose_steps(50, 20)
+    assert chosen[0] == 0 and chosen[-1] == 49 and len(chosen) == 20
+    assert all(i == 0 or i - 1 in stored for i in chosen)
+    assert choose_steps(5, 20) == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+
+
+def test_trajectory_file_refusals(tiny, demo, tmp_path):
+    file = tmp_path / "t.safetensors"
+    save_trajectories(file, tiny.trajectories)
+    loaded = load_trajectories(file, tiny.network.config, tiny.checkpoint.sha256)
+    np.testing.assert_array_equal(loaded.x, tiny.trajectories.x)
+    assert loaded.timesteps == tiny.timesteps
+    with pytest.raises(InputError, match="another configuration"):
+        load_trajectories(file, demo.network.config, tiny.checkpoint.sha256)
+    with pytest.raises(InputError, match="another checkpoint"):
+        load_trajectories(file, tiny.network.config, "0" * 64)
+
+
+def test_network_of_a_trace_has_unique_layer_names(tiny):
+    names = [spec.name for spec in trace(tiny.network.config).layers]
+    assert len(names) == len(set(names))

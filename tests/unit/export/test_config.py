@@ -1,0 +1,74 @@
+import pytest
+import yaml
+from conftest import ROOT
+
+from modiff_trt.export.config import config_from_dict, config_to_dict, load_config, model_fingerprint
+from modiff_trt.export.errors import InputError
+
+
+def tree():
+    return yaml.safe_load((ROOT / "configs/cifar10.yml").read_text())
+
+
+def test_round_trip():
+    config = load_config(ROOT / "configs/cifar10.yml")
+    assert config.model.ch_mult == (1, 2, 2, 2) and config.optim.eps == 1e-8
+    assert config_from_dict(config_to_dict(config), "copy") == config
+
+
+def test_ddim_spelling_of_floats_and_extra_known_keys(tmp_path):
+    text = (
+        (ROOT / "configs/cifar10.yml")
+        .read_text()
+        .replace("0.00000001", "1e-8")
+        .replace('"CIFAR10"', '"LSUN"\n    category: "bedroom"')
+    )
+    file = tmp_path / "c.yml"
+    file.write_text(text)
+    config = load_config(file)
+    assert config.optim.eps == 1e-8 and config.data.category == "bedroom"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["model"].update(chanels=3), "unknown key 'model.chanels'"),
+        (lambda t: t.update(extra={}), "unknown key 'extra'"),
+        (lambda t: t["model"].pop("ch_mult"), "missing key 'model.ch_mult'"),
+        (lambda t: t.pop("diffusion"), "missing key 'diffusion'"),
+        (lambda t: t["model"].update(ch="wide"), "'model.ch' must be of type int"),
+        (lambda t: t["model"].update(ch_mult=[1, "2"]), "'model.ch_mult' must be a list of integers"),
+        (lambda t: t["model"].update(ch=100), "multiple of 32"),
+        (lambda t: t["model"].update(type="bayesian"), "not supported"),
+        (lambda t: t["data"].update(image_size=30), "not divisible by 8"),
+        (lambda t: t["data"].update(channels=1), "differ"),
+        (lambda t: t["diffusion"].update(beta_schedule="cosine"), "'cosine' is unknown"),
+        (lambda t: t["diffusion"].update(beta_end=2.0), "beta_start and beta_end"),
+        (lambda t: t.update(model=[1]), "'model.' must be a mapping"),
+    ],
+)
+def test_errors_name_the_key(change, message):
+    broken = tree()
+    change(broken)
+    with pytest.raises(InputError, match=message.replace(".", r"\.")):
+        config_from_dict(broken, "file.yml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("", "must be a mapping"), ("- 1", "must be a mapping")]
+)
+def test_not_a_configuration(tmp_path, text, message):
+    file = tmp_path / "c.yml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_config(file)
+
+
+def test_fingerprint_ignores_training_but_not_the_network():
+    base = tree()
+    same, other = tree(), tree()
+    same["optim"]["lr"] = 1.0
+    same["model"]["dropout"] = 0.0
+    other["model"]["num_res_blocks"] = 3
+    a, b, c = (model_fingerprint(config_from_dict(t, "")) for t in (base, same, other))
+    assert a == b != c

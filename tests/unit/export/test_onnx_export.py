@@ -1,0 +1,190 @@
+import json
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from conftest import random_checkpoint, tiny_config
+
+from modiff_trt.export.checkpoint import Checkpoint
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.manifest import MANIFEST_KEY, decode_array
+from modiff_trt.export.modulated import LayerState, initial_state, integer_product, quantize_layers, simulate
+from modiff_trt.export.onnx_export import build_onnx, save_onnx
+from modiff_trt.export.torch_ops import run_unet, time_bias, time_table
+from modiff_trt.export.unet import trace
+
+
+def session_of(model, tmp_path):
+    save_onnx(tmp_path / "m.onnx", model)
+    return ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+
+
+class Lockstep:
+    """One pass of the simulation that takes its roundings from onnxruntime's.
+
+    Two libraries sum a convolution or a group norm in different orders. A value that lies on the edge of two grid cells
+    then falls into either, a whole grid step apart, and every later layer sees that. So the comparison is made where it
+    means something: each integer may differ only on such an edge, and with the same integers eps must be equal.
+    """
+
+    def __init__(self, layers, state, multipliers, outputs):
+        self.layers, self.state, self.multipliers, self.outputs = layers, state, multipliers, outputs
+        self.new_state, self.elements, self.moved, self.from_edge = {}, 0, 0, 0.0
+
+    def __call__(self, spec, x):
+        layer, (a_hat, o_hat) = self.layers[spec.name], self.state[spec.name]
+        step = self.multipliers[spec.name] * layer.scale
+        top = 2 ** (layer.bits - 1) - 1
+        position = ((x - a_hat) / step).clamp(-top - 1, top)
+        q = ((torch.from_numpy(self.outputs[f"a_hat_out.{spec.name}"]).float() - a_hat) / step).round()
+        assert q.min() >= -top - 1 and q.max() <= top
+        moved = q != position.round()
+        self.elements, self.moved = self.elements + q.numel(), self.moved + int(moved.sum())
+        # 0.5 is the edge itself; how far beyond it did onnxruntime's choice lie?
+        self.from_edge = max(self.from_edge, float((position - q).abs().max()) - 0.5)
+        self.new_state[spec.name] = LayerState(a_hat + step * q, o_hat + step * integer_product(layer, q))
+        return self.new_state[spec.name].o_hat
+
+
+def passes(case, scales, session, rows, batch=3, dtype=np.float32):
+    """Runs onnxruntime and the simulation from the same state, row by row: yields (relative error of eps, Lockstep)."""
+    network, params, names = case.network, case.checkpoint.params, scales.modulated
+    layers, table = quantize_layers(network, params, scales), time_table(network, params)
+    state = {n: initial_state(layers[n], batch) for n in names}
+    torch.manual_seed(0)
+    x = torch.randn(batch, *network.config.input_shape)
+    for row in rows:
+        t = int(scales.rows.t[row])
+        feed = {"x": x.numpy(), "t": np.full(batch, t, np.int64), "row_scale": scales.rows.multipliers[row]}
+        for n in names:
+            feed |= {f"a_hat.{n}": state[n].a_hat.numpy().astype(dtype), f"o_hat.{n}": state[n].o_hat.numpy().astype(dtype)}
+        outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, feed), strict=True))
+        multipliers = dict(zip(names, scales.rows.multipliers[row].tolist(), strict=True))
+        lockstep = Lockstep(layers, state, multipliers, outputs)
+        eps = run_unet(network, params, x, {b: v[t : t + 1] for b, v in table.items()}, lockstep).numpy()
+        yield float(np.linalg.norm(outputs["eps"] - eps) / np.linalg.norm(eps)), lockstep
+        state = lockstep.new_state
+        x = x - 0.01 * torch.from_numpy(eps)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 3])
+def test_modulated_network_equals_the_simulation(tiny, tmp_path, bits):
+    scales = _all_modulated(tiny, act_bits=bits)
+    session = session_of(build_onnx(tiny.network, tiny.checkpoint, scales, "fp32", "x"), tmp_path)
+    for error, lockstep in passes(tiny, scales, session, range(4)):
+        assert error < 1e-5
+        assert lockstep.moved <= 1e-3 * lockstep.elements and lockstep.from_edge < 1e-2
+
+
+def test_demo_model_agrees_in_each_of_the_first_three_passes(demo, tmp_path):
+    for bits in (8, 6):
+        scales = demo.scales(act_bits=bits)
+        session = session_of(build_onnx(demo.network, demo.checkpoint, scales, "fp32", "x"), tmp_path)
+        for error, lockstep in passes(demo, scales, session, range(3), batch=2):
+            assert error < 1e-4
+            assert lockstep.moved <= 1e-3 * lockstep.elements and lockstep.from_edge < 1e-2
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_stateless_network_equals_the_simulation(tiny, tmp_path, bits):
+    scales = tiny.scales(method="qdiff", act_bits=bits)
+    session = session_of(build_onnx(tiny.network, tiny.checkpoint, scales, "fp32", "x"), tmp_path)
+    x = torch.randn(3, *tiny.network.config.input_shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([5, 300, 999])
+    (eps,) = session.run(None, {"x": x.numpy(), "t": t.numpy()})
+    layers = quantize_layers(tiny.network, tiny.checkpoint.params, scales)
+    bias = time_bias(tiny.network, tiny.checkpoint.params, t)
+    expected, _ = simulate(tiny.network, tiny.checkpoint.params, layers, {}, x, bias, {})
+    assert np.linalg.norm(eps - expected.numpy()) / np.linalg.norm(expected.numpy()) < 1e-4
+
+
+def _all_modulated(case, **recipe):
+    """The tiny random network takes such long steps that some of its residuals exceed their activations; modulate those
+    layers too, so that every shape is tested."""
+    kept = {name: r.activation.absmax for name, r in case.ranges.items()}
+    for ranges in case.ranges.values():
+        ranges.activation.absmax = max(ranges.activation.absmax, 1.01 * ranges.residual.absmax)
+    try:
+        scales = case.scales(**recipe)
+    finally:
+        for name, absmax in kept.items():
+            case.ranges[name].activation.absmax = absmax
+    assert len(scales.modulated) == len(case.network.layers)
+    return scales
+
+
+def test_float_network(tiny, tmp_path):
+    session = session_of(build_onnx(tiny.network, tiny.checkpoint, None, "fp32", None), tmp_path)
+    x, t = np.random.default_rng(0).standard_normal((3, 3, 12, 12), np.float32), np.array([0, 10, 999])
+    (eps,) = session.run(None, {"x": x, "t": t})
+    bias = time_bias(tiny.network, tiny.checkpoint.params, torch.from_numpy(t))
+    expected = run_unet(tiny.network, tiny.checkpoint.params, torch.from_numpy(x), bias).numpy()
+    assert np.linalg.norm(eps - expected) / np.linalg.norm(expected) < 1e-5
+
+
+def test_fp16_runs_and_is_near(tiny, tmp_path):
+    scales = _all_modulated(tiny)
+    model = build_onnx(tiny.network, tiny.checkpoint, scales, "fp16", "x")
+    session = session_of(model, tmp_path)
+    # Row 0 alone: on the finer grids a float16 a_hat no longer tells which integer was added to it.
+    ((error, lockstep),) = passes(tiny, scales, session, range(1), dtype=np.float16)
+    assert error < 1e-2 and lockstep.from_edge < 1
+    types = {i.name: i.type.tensor_type.elem_type for i in model.graph.input}
+    assert types["x"] == onnx.TensorProto.FLOAT
+    assert all(kind == onnx.TensorProto.FLOAT16 for name, kind in types.items() if "_hat." in name)
+
+
+def test_contract_of_the_file(tiny):
+    scales = tiny.scales(act_bits=6)
+    model = build_onnx(tiny.network, tiny.checkpoint, scales, "fp32", "digest")
+    names = scales.modulated
+    assert [i.name for i in model.graph.input][:3] == ["x", "t", "row_scale"]
+    assert model.graph.output[0].name == "eps"
+    assert {o.name for o in model.graph.output} == {"eps"} | {f"{s}_out.{n}" for s in ("a_hat", "o_hat") for n in names}
+    nodes = [n for n in model.graph.node if n.op_type == "ModulatedConv"]
+    assert [n.name for n in nodes] == list(names)
+    for node in nodes:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes["plugin_namespace"] == b"modiff" and attributes["plugin_version"] == b"1" and node.domain == "modiff"
+        assert attributes["pads"] == list(tiny.network.layer(node.name).padding)
+    initializers = {i.name: i for i in model.graph.initializer}
+    assert all(initializers[f"{spec.name}.weight"].data_type == onnx.TensorProto.INT8 for spec in tiny.network.layers)
+    scale_inputs = [n.input[1] for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert all(name in initializers for name in scale_inputs)
+    manifest = json.loads({p.key: p.value for p in model.metadata_props}[MANIFEST_KEY])
+    assert manifest["checkpoint_sha256"] == tiny.checkpoint.sha256 and manifest["scales_sha256"] == "digest"
+    assert manifest["timesteps"] == list(tiny.timesteps) and manifest["layers"]["conv_in"]["act_bits"] == 6
+    rows = decode_array(manifest["multipliers"]).reshape(-1, len(names))
+    np.testing.assert_array_equal(rows, scales.rows.multipliers)
+
+
+def test_exact_start_cannot_be_exported(tiny):
+    with pytest.raises(InputError, match="full-precision step"):
+        build_onnx(tiny.network, tiny.checkpoint, tiny.scales(start="exact"), "fp32", "x")
+    with pytest.raises(InputError, match="--dtype"):
+        build_onnx(tiny.network, tiny.checkpoint, None, "bf16", None)
+
+
+def test_scale_too_small_for_half_precision(tiny):
+    params = dict(tiny.checkpoint.params)
+    params["conv_out.weight"] = params["conv_out.weight"] * 1e-7
+    with pytest.raises(InputError, match="conv_out"):
+        build_onnx(tiny.network, Checkpoint(params, "x", ""), _rescaled(tiny, params), "fp16", "x")
+
+
+def _rescaled(case, params):
+    from modiff_trt.export.calibrate import Recipe, make_scales
+
+    return make_scales(case.network, Checkpoint(params, "x", ""), case.trajectories, case.ranges, Recipe())
+
+
+def test_pooling_instead_of_convolutions(tmp_path):
+    config = tiny_config(resamp_with_conv=False)
+    network, checkpoint = trace(config), random_checkpoint(config)
+    session = session_of(build_onnx(network, checkpoint, None, "fp32", None), tmp_path)
+    x = np.random.default_rng(0).standard_normal((1, 3, 12, 12), np.float32)
+    (eps,) = session.run(None, {"x": x, "t": np.array([4])})
+    bias = time_bias(network, checkpoint.params, torch.tensor([4]))
+    np.testing.assert_allclose(eps, run_unet(network, checkpoint.params, torch.from_numpy(x), bias), rtol=1e-3, atol=1e-4)

@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+import torch
+
+from modiff_trt.export.research import QuantModel
+from modiff_trt.runtime.noise import ImageNoise
+from modiff_trt.runtime.schedule import alphas_cumprod, ddim_steps
+from modiff_trt.runtime.torch_denoiser import SimDenoiser
+
+
+def loop(model, case, reset_inside=False):
+    x = torch.from_numpy(ImageNoise(0, range(4), case.network.config.input_shape).draw())
+    model.reset_cache()
+    for step in ddim_steps(alphas_cumprod(case.network.config.diffusion), case.timesteps, 0.0):
+        if reset_inside:
+            model.reset_cache()
+        x = step.x_coef * x + step.eps_coef * model(x, torch.full((4,), step.t))
+    return x.numpy()
+
+
+def test_equals_the_functional_core(tiny):
+    scales = tiny.scales(act_bits=4)
+    model = QuantModel(tiny.network, tiny.checkpoint.params, scales)
+    expected = tiny.sample(SimDenoiser(tiny.network, tiny.checkpoint.params, scales))
+    np.testing.assert_array_equal(loop(model, tiny), expected)
+    np.testing.assert_array_equal(loop(model, tiny), expected)  # a second trajectory begins afresh
+    assert np.abs(loop(model, tiny, reset_inside=True) - expected).max() > 1e-3
+
+
+def test_quant_states(tiny):
+    scales = tiny.scales()
+    model = QuantModel(tiny.network, tiny.checkpoint.params, scales)
+    model.set_quant_state(False, False)
+    np.testing.assert_array_equal(loop(model, tiny), tiny.sample(tiny.float_denoiser()))
+    model.set_quant_state(True, False)
+    weights = SimDenoiser(tiny.network, tiny.checkpoint.params, scales, act_quant=False)
+    np.testing.assert_array_equal(loop(model, tiny), tiny.sample(weights))
+    with pytest.raises(ValueError, match="weight_quant"):
+        model.set_quant_state(False, True)
+
+
+def test_a_forgotten_reset_is_noticed(tiny):
+    model = QuantModel(tiny.network, tiny.checkpoint.params, tiny.scales())
+    loop(model, tiny)
+    with pytest.raises(RuntimeError, match="reset_cache"):
+        model(torch.zeros(4, *tiny.network.config.input_shape), 5)

@@ -1,0 +1,250 @@
+"""The command line, run as a user runs it, and what it says to bad input: one line, exit code 2, nothing left behind."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from modiff_trt.export.files import load_arrays, save_arrays
+from modiff_trt.export.scales import load_scales
+from modiff_trt.tools.cli import main
+
+CONFIG, CKPT = str(ROOT / "configs/demo.yml"), str(ROOT / "calib_cache/demo/model.safetensors")
+MODEL = ["--config", CONFIG, "--ckpt", CKPT]
+
+
+def run(*arguments) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in arguments])
+    return exit_.value.code
+
+
+def refusal(capsys, *arguments) -> str:
+    capsys.readouterr()
+    code = run(*arguments)
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    assert captured.out == "" and captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """collect -> calibrate -> export on the demo model, through the command line."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    paths = {name: folder / name for name in ("traj.safetensors", "scales.safetensors", "m.onnx", "float.onnx")}
+    trajectories, scales, onnx, plain = paths.values()
+    steps = ("--timesteps", 4, "--num_samples", 3, "--calib-steps", 4, "--batch-size", 2)
+    assert run("collect", *MODEL, *steps, "--out", trajectories) == 0
+    assert run("calibrate", *MODEL, "--trajectories", trajectories, "--act_bit", 6, "--weight_bit", 8, "--out", scales) == 0
+    assert run("export", *MODEL, "--scales", scales, "--out", onnx) == 0
+    assert run("export", *MODEL, "--out", plain) == 0
+    return paths
+
+
+def test_pipeline_writes_what_it_says(files):
+    scales = load_scales(files["scales.safetensors"])
+    assert scales.layers["mid.attn_1.qkv"].act_bits == 6 and len(scales.rows) == 6
+    assert not list(files["m.onnx"].parent.glob("*.part"))
+
+
+def test_backends_agree_from_given_noise(files, tmp_path):
+    noise = np.random.default_rng(0).standard_normal((3, 3, 32, 32), np.float32)
+    np.save(tmp_path / "x.npy", noise)
+    common = ["--noise", tmp_path / "x.npy", "--num-samples", 2]
+    assert run("sample", "--backend", "torch", *MODEL, "--timesteps", 4, *common, "--out", tmp_path / "torch.npz") == 0
+    sim = ["--backend", "torch-sim", *MODEL, "--scales", files["scales.safetensors"], "--out", tmp_path / "sim.npz"]
+    assert run("sample", *sim, *common) == 0
+    assert run("sample", "--backend", "onnx", "--onnx", files["m.onnx"], *common, "--out", tmp_path / "onnx.npz") == 0
+    plain = ["--onnx", files["float.onnx"], "--timesteps", 4, "--skip-type", "quad"]
+    assert run("sample", "--backend", "onnx", *plain, *common, "--out", tmp_path / "float.npz") == 0
+    samples = {}
+    for name in ("torch", "sim", "onnx", "float"):
+        with np.load(tmp_path / f"{name}.npz") as archive:
+            samples[name] = archive["samples"]
+            assert archive["samples"].dtype == np.float32 and archive["samples"].shape == (2, 3, 32, 32)
+            assert archive["images"].dtype == np.uint8 and archive["images"].shape == (2, 32, 32, 3)
+            assert json.loads(str(archive["manifest"]))["seed"] == 0
+    np.testing.assert_allclose(samples["float"], samples["torch"], atol=1e-4)
+    # Four steps at 6 bits: a rounding on an edge that falls the other way is seen in the image.
+    assert np.abs(samples["onnx"] - samples["sim"]).mean() < 0.06
+    assert 0 < np.abs(samples["sim"] - samples["torch"]).mean() < 0.3
+
+
+def test_png_folder_resumes_and_keeps_what_is_there(files, tmp_path, capsys):
+    out = tmp_path / "images"
+    job = ["sample", "--backend", "onnx", "--onnx", files["m.onnx"], "--seed", 3, "--output_dir", out]
+    assert run(*job, "--num_samples", 2) == 0
+    before = {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in out.glob("*.png")}
+    (out / "00001.png").unlink()
+    assert run(*job, "--num_samples", 4, "--batch-size", 3) == 0
+    assert "(1 were there already)" in capsys.readouterr().out
+    assert sorted(f.name for f in out.glob("*.png")) == [f"{i:05d}.png" for i in range(4)]
+    assert (out / "00000.png").stat().st_mtime_ns == before["00000.png"][1]
+    again = np.asarray(Image.open(out / "00001.png")).astype(int)
+    assert again.shape == (32, 32, 3)
+    assert "another run" in refusal(capsys, *job[:-2], "--seed", 4, "--out", out)
+
+
+def test_no_modulate_is_plain_qdiff(files, tmp_path):
+    base = ["sample", "--backend", "torch-sim", *MODEL, "--scales", files["scales.safetensors"], "--num-samples", 1]
+    assert run(*base, "--out", tmp_path / "a.npz") == 0
+    assert run(*base, "--no-modulate", "--out", tmp_path / "b.npz") == 0
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        assert np.abs(a["samples"] - b["samples"]).max() > 1e-3
+    assert run("export", *MODEL, "--scales", files["scales.safetensors"], "--no-modulate", "--out", tmp_path / "q.onnx") == 0
+    assert (
+        run("sample", "--backend", "onnx", "--onnx", tmp_path / "q.onnx", "--num-samples", 1, "--out", tmp_path / "q.npz") == 0
+    )
+
+
+def test_collect_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    from modiff_trt.tools import collecting
+
+    job = ["collect", *MODEL, "--timesteps", 3, "--num-samples", 3, "--batch-size", 1, "--out", tmp_path / "t.safetensors"]
+    calls, real = [], collecting.ddim_sample
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(collecting, "ddim_sample", interrupted)
+    assert run(*job) == 130
+    assert not (tmp_path / "t.safetensors").exists()
+    assert run(*job) == 0
+    assert len(calls) == 4  # two images were kept
+    assert run(*job[:-1], tmp_path / "whole.safetensors") == 0
+    pieces, whole = (load_arrays(tmp_path / f"{n}.safetensors", "trajectories", 1)[1] for n in ("t", "whole"))
+    np.testing.assert_array_equal(pieces["x"], whole["x"])
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["t.safetensors", "whole.safetensors"]
+
+
+REFUSED = {
+    "no config": (["sample", "--backend", "torch", "--ckpt", CKPT, "--out", "OUT"], "--config is missing"),
+    "no such config": (["sample", "--config", "none.yml", "--ckpt", CKPT, "--out", "OUT"], "none.yml does not exist"),
+    "no such checkpoint": (["sample", "--config", CONFIG, "--ckpt", "none.pt", "--out", "OUT"], "none.pt does not exist"),
+    "wrong checkpoint": (["sample", "--config", "CIFAR", "--ckpt", CKPT, "--out", "OUT"], "does not fit the configuration"),
+    "unknown backend": (["sample", "--backend", "tpu", *MODEL, "--out", "OUT"], "--backend must be one of"),
+    "sim without scales": (["sample", "--backend", "torch-sim", *MODEL, "--out", "OUT"], "needs --scales"),
+    "torch with scales": (["sample", *MODEL, "--scales", "SCALES", "--out", "OUT"], "--scales does not go with"),
+    "onnx without file": (["sample", "--backend", "onnx", "--out", "OUT"], "needs --onnx"),
+    "not an onnx": (["sample", "--backend", "onnx", "--onnx", CKPT, "--out", "OUT"], "cannot be loaded"),
+    "other steps": (
+        ["sample", "--backend", "onnx", "--onnx", "ONNX", "--timesteps", "9", "--out", "OUT"],
+        "calibrated for 4 quad",
+    ),
+    "onnx unmodulated": (
+        ["sample", "--backend", "onnx", "--onnx", "ONNX", "--no-modulate", "--out", "OUT"],
+        "decided at export",
+    ),
+    "onnx of other config": (
+        ["sample", "--backend", "onnx", "--onnx", "ONNX", "--config", "CIFAR", "--out", "OUT"],
+        "another configuration",
+    ),
+    "zero images": (["sample", *MODEL, "--num-samples", "0", "--timesteps", "2", "--out", "OUT"], "at least 1"),
+    "negative seed": (["sample", *MODEL, "--seed", "-1", "--timesteps", "2", "--out", "OUT"], "--seed must not be negative"),
+    "eta": (["sample", *MODEL, "--eta", "2", "--timesteps", "2", "--out", "OUT"], "--eta must lie between 0 and 1"),
+    "timesteps": (["sample", *MODEL, "--timesteps", "0", "--out", "OUT"], "--timesteps must lie between 1 and 1000"),
+    "skip type": (["sample", *MODEL, "--skip-type", "cubic", "--out", "OUT"], "--skip-type must be one of"),
+    "noise missing": (["sample", *MODEL, "--noise", "none.npy", "--timesteps", "2", "--out", "OUT"], "none.npy does not exist"),
+    "noise of wrong shape": (["sample", *MODEL, "--noise", "NOISE", "--timesteps", "2", "--out", "OUT"], "must be float32"),
+    "no gpu": (["sample", *MODEL, "--device", "tpu", "--out", "OUT"], "--device must be cpu or cuda"),
+    "trajectories missing": (["calibrate", *MODEL, "--trajectories", "none", "--out", "OUT"], "none does not exist"),
+    "wrong kind of file": (["calibrate", *MODEL, "--trajectories", "SCALES", "--out", "OUT"], "is a scales file, but"),
+    "bits": (
+        ["calibrate", *MODEL, "--trajectories", "TRAJ", "--act-bit", "9", "--out", "OUT"],
+        "--act-bit must lie between 2 and 8",
+    ),
+    "scales missing": (["export", *MODEL, "--scales", "none", "--out", "OUT"], "none does not exist"),
+    "dtype": (["export", *MODEL, "--dtype", "int4", "--out", "OUT"], "--dtype must be one of"),
+    "unknown option": (["export", *MODEL, "--colour", "red", "--out", "OUT"], "--colour"),
+    "missing option": (["export", *MODEL], "--out"),
+    "not a number": (["sample", *MODEL, "--num-samples", "many", "--out", "OUT"], "--num-samples"),
+    "unknown stage": (["quantise"], "quantise"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_and_exit_code_2(case, files, tmp_path, capsys, monkeypatch):
+    arguments, message = REFUSED[case]
+    np.save(tmp_path / "noise.npy", np.zeros((1, 3, 8, 8), np.float32))
+    names = {
+        "OUT": tmp_path / "out" / "o.npz",
+        "CIFAR": ROOT / "configs/cifar10.yml",
+        "SCALES": files["scales.safetensors"],
+        "TRAJ": files["traj.safetensors"],
+        "ONNX": files["m.onnx"],
+        "NOISE": tmp_path / "noise.npy",
+    }
+    monkeypatch.chdir(tmp_path)
+    text = refusal(capsys, *[names.get(a, a) for a in arguments])
+    assert message in text
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["noise.npy"]
+
+
+@pytest.mark.parametrize("name", ["traj.safetensors", "scales.safetensors", "m.onnx"])
+@pytest.mark.parametrize("damage", ["truncated", "altered"])
+def test_damaged_files_are_refused(files, tmp_path, capsys, name, damage):
+    broken = tmp_path / name
+    content = bytearray(files[name].read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    elif name == "m.onnx":
+        content = content.replace(b'"schema": 1', b'"schema": 7')
+    else:
+        content[-9] ^= 0xFF
+    broken.write_bytes(content)
+    out = tmp_path / "o"
+    command = {
+        "traj.safetensors": ["calibrate", *MODEL, "--trajectories", broken, "--out", out],
+        "scales.safetensors": ["export", *MODEL, "--scales", broken, "--out", out],
+        "m.onnx": ["sample", "--backend", "onnx", "--onnx", broken, "--out", out],
+    }[name]
+    refusal(capsys, *command)
+    assert not out.exists()
+
+
+def test_nan_in_trajectories_and_scales(files, tmp_path, capsys):
+    header, arrays = load_arrays(files["traj.safetensors"], "trajectories", 1)
+    arrays["x"][0, 0, 0, 0, 0] = np.nan
+    save_arrays(tmp_path / "t.safetensors", header, arrays)
+    text = refusal(capsys, "calibrate", *MODEL, "--trajectories", tmp_path / "t.safetensors", "--out", tmp_path / "o")
+    assert "NaN" in text
+    header, arrays = load_arrays(files["scales.safetensors"], "scales", 1)
+    arrays["layer.conv_in.scales"][1] = np.nan
+    save_arrays(tmp_path / "s.safetensors", header, arrays)
+    assert "conv_in" in refusal(capsys, "export", *MODEL, "--scales", tmp_path / "s.safetensors", "--out", tmp_path / "o")
+
+
+def test_scales_of_another_checkpoint(files, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(CKPT)
+    state["conv_in.bias"] += 1
+    save_file(state, tmp_path / "other.safetensors")
+    model = ["--config", CONFIG, "--ckpt", tmp_path / "other.safetensors"]
+    text = refusal(capsys, "export", *model, "--scales", files["scales.safetensors"], "--out", tmp_path / "o.onnx")
+    assert "another checkpoint" in text
+
+
+def test_installed_command_shows_no_traceback():
+    result = subprocess.run(
+        [sys.executable, "-m", "modiff_trt.tools.cli", "sample", "--config", "none.yml", "--ckpt", "none", "--out", "o"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_help_names_every_stage_and_both_spellings_exist(capsys):
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    assert all(stage in text for stage in ("collect", "calibrate", "export", "sample", "demo"))

@@ -1,0 +1,85 @@
+"""What is installed is what lies in the folders, and it imports where its optional parts are absent."""
+
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import ROOT
+
+FOLDERS = ("export", "plugins", "engines", "runtime", "tools")
+MODULES = sorted(
+    "modiff_trt." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*.py")
+    if path.name != "__init__.py"
+)
+OPTIONAL = ("tensorrt", "tensorrt_rtx", "triton", "cudnn", "cuda", "pycuda", "polygraphy", "pytorch_fid")
+# The deployed sampler runs without torch.
+TORCH_FREE = [
+    "modiff_trt.export." + m
+    for m in ("config", "errors", "files", "grid", "manifest", "rows", "scales", "unet", "trajectories")
+] + ["modiff_trt.runtime." + m for m in ("denoiser", "images", "noise", "onnx_denoiser", "sampler", "schedule")]
+
+
+def without(blocked: tuple[str, ...], modules: list[str]) -> None:
+    code = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in blocked)
+    code += "".join(f"import {module}\n" for module in modules)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_folder_with_code_is_a_listed_package():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {
+        "modiff_trt." + ".".join(f.parent.relative_to(ROOT).parts) for name in FOLDERS for f in (ROOT / name).rglob("*.py")
+    }
+    assert found <= listed, found - listed
+
+
+def test_every_module_imports_without_optional_packages():
+    without(OPTIONAL, MODULES)
+
+
+def test_the_sampler_needs_no_torch():
+    without((*OPTIONAL, "torch"), TORCH_FREE)
+
+
+def test_no_module_is_named_after_a_package_it_imports():
+    stems = {module.rsplit(".", 1)[1] for module in MODULES}
+    assert not stems & {"onnx", "onnxruntime", "torch", "triton", "numpy", "inspect", "typer", "rich", "yaml", *OPTIONAL}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_files_stay_short(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_demo_and_the_configurations(tmp_path):
+    import zipfile
+
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    result = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    for wanted in (
+        "calib_cache/demo/model.safetensors",
+        "calib_cache/demo/modiff-w8a6.safetensors",
+        "configs/demo.yml",
+        "tools/cli.py",
+    ):
+        assert f"modiff_trt/{wanted}" in names
+    assert (ROOT / "calib_cache/demo/model.safetensors").stat().st_size <= 6_000_000

@@ -1,0 +1,16 @@
+import pytest
+from conftest import ROOT
+
+from modiff_trt.export.errors import InputError
+from modiff_trt.tools.results_tables import render
+
+
+def test_readme_tables_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    assert "<!-- table: demo -->" in text
+    assert render(text, ROOT / "results") == text
+
+
+def test_unknown_table_is_refused(tmp_path):
+    with pytest.raises(InputError, match="unknown table"):
+        render("<!-- table: nothing -->\n<!-- end -->", tmp_path)
