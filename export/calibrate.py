@@ -14,7 +14,7 @@ from modiff_trt.export.errors import InputError
 from modiff_trt.export.grid import MAX_BITS, MIN_BITS
 from modiff_trt.export.quantizers import SCALE_METHODS, RangeHistogram, minmax_weight_scale, mse_weight_scale
 from modiff_trt.export.rows import RowTable, modulated_rows, plain_rows
-from modiff_trt.export.scales import METHODS, LayerScales, Scales
+from modiff_trt.export.scales import GRANULARITIES, METHODS, LayerScales, Scales
 from modiff_trt.export.torch_ops import Params, convolve, layer_bias, layer_weight, run_unet, time_table
 from modiff_trt.export.trajectories import Trajectories
 from modiff_trt.export.unet import LayerSpec, Network
@@ -35,12 +35,15 @@ class Recipe:
     scale_method: str = "minmax"
     start: str = "warmup"
     edge_bits: int | None = None
+    granularity: str = "static"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"--method must be one of {', '.join(METHODS)}, found '{self.method}'")
         if self.scale_method not in SCALE_METHODS:
             raise InputError(f"--scale-method must be one of {', '.join(SCALE_METHODS)}, found '{self.scale_method}'")
+        if self.granularity not in GRANULARITIES:
+            raise InputError(f"--granularity must be one of {', '.join(GRANULARITIES)}, found '{self.granularity}'")
         edge = self.edge_bits if self.edge_bits is not None else self.act_bits
         for option, bits in (("--weight-bit", self.weight_bits), ("--act-bit", self.act_bits), ("--edge-bit", edge)):
             if not MIN_BITS <= bits <= MAX_BITS:
@@ -163,4 +166,5 @@ def make_scales(
         trajectories.chosen,
         np.asarray([ranges[n].activation_max for n in names], np.float32).T.copy(),
         np.asarray([ranges[n].residual_max for n in names], np.float32).T.copy(),
+        recipe.granularity,
     )

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modiff_trt.export.quantizers import quantize, quantize_weight
+from modiff_trt.export.grid import grid_max
+from modiff_trt.export.quantizers import SMALLEST_SCALE, quantize, quantize_weight, unpack_rounding
 from modiff_trt.export.scales import Scales
 from modiff_trt.export.torch_ops import Params, convolve, float_layer, layer_bias, layer_weight, run_unet
 from modiff_trt.export.unet import LayerSpec, Network
@@ -36,7 +37,11 @@ State = dict[str, LayerState]
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer with integer weights. `weight` holds integers [C_out, C_in, K, K] in a float dtype."""
+    """A layer with integer weights. `weight` holds integers [C_out, C_in, K, K] in a float dtype.
+
+    `granularity` is `static` (the baked `scale`), or a grid found anew at every pass from the largest magnitude of each
+    sample (`tensor`, LTQ) or of each input channel of each sample (`channel`, LCQ).
+    """
 
     spec: LayerSpec
     mode: str
@@ -45,6 +50,7 @@ class QuantizedLayer:
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor
+    granularity: str = "static"
 
 
 def quantize_layers(
@@ -58,10 +64,17 @@ def quantize_layers(
             continue
         weight = layer_weight(spec, params)
         weight_scale = torch.from_numpy(entry.weight_scale).to(weight)
-        integers = quantize_weight(weight, weight_scale, entry.weight_bits)
+        integers = quantize_weight(weight, weight_scale, entry.weight_bits, unpack_rounding(entry.round_up, weight))
         bias = layer_bias(spec, params)
         layers[spec.name] = QuantizedLayer(
-            spec, entry.mode, entry.act_bits, entry.scale, integers.to(dtype), weight_scale.to(dtype), bias.to(dtype)
+            spec,
+            entry.mode,
+            entry.act_bits,
+            entry.scale,
+            integers.to(dtype),
+            weight_scale.to(dtype),
+            bias.to(dtype),
+            scales.granularity,
         )
     return layers
 
@@ -86,18 +99,32 @@ def modulated_layer(
     `multiplier` is m, the current row's factor on the baked scale. `exact` leaves the residual unrounded, which is
     the full-precision first step of the paper (and exists only in simulation).
     """
+    residual = x - state.a_hat
+    if layer.granularity != "static" and not exact:
+        change = dynamic_quantize(layer, residual)
+        o_hat = state.o_hat + integer_product(layer, change)
+        return o_hat, LayerState(state.a_hat + change, o_hat)
     step = multiplier * layer.scale
     if exact:
-        q = (x - state.a_hat) / step
+        q = residual / step
     else:
-        q = quantize((x - state.a_hat) / multiplier, layer.scale, layer.bits)
+        q = quantize(residual / multiplier, layer.scale, layer.bits)
     a_hat = state.a_hat + step * q
     o_hat = state.o_hat + step * integer_product(layer, q)
     return o_hat, LayerState(a_hat, o_hat)
 
 
+def dynamic_quantize(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """x rounded to a symmetric grid spanning its own largest magnitude, per sample or per sample and channel."""
+    dims = (1, 2, 3) if layer.granularity == "tensor" else (2, 3)
+    step = (x.abs().amax(dims, keepdim=True) / grid_max(layer.bits)).clamp_min(SMALLEST_SCALE)
+    return step * quantize(x, step, layer.bits)
+
+
 def stateless_layer(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """Plain static quantization of the activation (Q-Diffusion, arXiv 2302.04304)."""
+    """Plain quantization of the activation (static: Q-Diffusion, arXiv 2302.04304)."""
+    if layer.granularity != "static":
+        return layer.bias[:, None, None] + integer_product(layer, dynamic_quantize(layer, x))
     q = quantize(x, layer.scale, layer.bits)
     return layer.bias[:, None, None] + layer.scale * integer_product(layer, q)
 

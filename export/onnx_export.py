@@ -28,6 +28,11 @@ from modiff_trt.export.unet import Network, unet
 
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 LARGEST_FILE = 2**31 - 1
+DYNAMIC_REFUSAL = {
+    "tensor": "scales with --granularity tensor (LTQ) run in torch-sim; this version exports static scales only",
+    "channel": "scales with --granularity channel (LCQ) cannot be exported: a scale per input channel varies inside the "
+    "sum of an INT8 product, where no engine can apply it; calibrate with --granularity static",
+}
 
 
 def build_onnx(
@@ -43,6 +48,8 @@ def build_onnx(
         raise InputError(
             "the scales file starts with a full-precision step, which an engine cannot run; calibrate with --start warmup"
         )
+    if scales is not None and scales.granularity != "static":
+        raise InputError(DYNAMIC_REFUSAL[scales.granularity])
     real = DTYPES[dtype]
     modulated = scales.modulated if scales is not None else ()
     constants = _constants(network, checkpoint, scales)

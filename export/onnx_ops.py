@@ -262,3 +262,6 @@ class OnnxOps:
     def avg_pool(self, x: Value) -> Value:
         out = self.node("AveragePool", [x.name], f"pool.{len(self.nodes)}", kernel_shape=[2, 2], strides=[2, 2])
         return Value(out, (x.shape[0], x.shape[1] // 2, x.shape[2] // 2))
+
+    def block_done(self, name: str, x: Value, y: Value) -> Value:
+        return y

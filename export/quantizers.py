@@ -7,7 +7,9 @@ Only symmetric grids are deployed (TensorRT requires a zero point of 0). A grid 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,10 +46,28 @@ def mse_weight_scale(weight: Tensor, bits: int, candidates: int = 80) -> Tensor:
     return best
 
 
-def quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Nearest rounding to -Q..Q per output channel, as integers in the weight's dtype (-Q-1 is never used)."""
+def quantize_weight(weight: Tensor, scale: Tensor, bits: int, round_up: Tensor | None = None) -> Tensor:
+    """Rounds to -Q..Q per output channel, as integers in the weight's dtype (-Q-1 is never used).
+
+    To nearest, or down and up as the booleans `round_up` (shape of the weight) say.
+    """
     q = grid_max(bits)
-    return (weight / scale.reshape(-1, *[1] * (weight.ndim - 1))).round_().clamp_(-q, q)
+    cells = weight / scale.reshape(-1, *[1] * (weight.ndim - 1))
+    cells = cells.round_() if round_up is None else cells.floor_() + round_up
+    return cells.clamp_(-q, q)
+
+
+def pack_rounding(round_up: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Booleans as packed bits, for a scales file."""
+    return np.packbits(round_up.flatten().cpu().numpy())
+
+
+def unpack_rounding(packed: np.ndarray[Any, np.dtype[np.uint8]] | None, weight: Tensor) -> Tensor | None:
+    """The inverse of `pack_rounding`, in the shape and on the device of `weight`."""
+    if packed is None:
+        return None
+    bits = np.unpackbits(packed, count=weight.numel()).reshape(tuple(weight.shape))
+    return torch.from_numpy(bits).to(weight.device, torch.bool)
 
 
 class RangeHistogram:

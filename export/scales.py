@@ -18,16 +18,21 @@ from modiff_trt.export.files import load_arrays, save_arrays
 from modiff_trt.export.rows import RowTable
 from modiff_trt.export.unet import Network
 
-KIND, SCHEMA = "scales", 1
+KIND, SCHEMA = "scales", 2
 MODES = ("modiff", "int8", "float")
 METHODS = ("modiff", "qdiff")
+# Activation grids: baked; per sample (LTQ); per sample and input channel (LCQ).
+GRANULARITIES = ("static", "tensor", "channel")
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
 class LayerScales:
-    """One layer: its mode, bits, the scale of its activation and of its residual, and its weight scales [C_out]."""
+    """One layer: its mode, bits, the scale of its activation and of its residual, and its weight scales [C_out].
+
+    `round_up` is AdaRound's decision for each weight, as packed bits in the weight's order; None rounds to nearest.
+    """
 
     mode: str
     act_bits: int
@@ -35,6 +40,7 @@ class LayerScales:
     activation_scale: float
     residual_scale: float
     weight_scale: FloatArray
+    round_up: np.ndarray[Any, np.dtype[np.uint8]] | None = None
 
     @property
     def scale(self) -> float:
@@ -56,6 +62,7 @@ class Scales:
     range_steps: np.ndarray[Any, np.dtype[np.int64]]
     activation_range: FloatArray
     residual_range: FloatArray
+    granularity: str = "static"
 
     @property
     def modulated(self) -> tuple[str, ...]:
@@ -82,6 +89,7 @@ def save_scales(path: Path, scales: Scales) -> None:
         "checkpoint_sha256": scales.checkpoint_sha256,
         "method": scales.method,
         "scale_method": scales.scale_method,
+        "granularity": scales.granularity,
         "skip_type": scales.skip_type,
         "warmup": scales.rows.warmup,
         "exact_start": scales.rows.exact_start,
@@ -96,6 +104,8 @@ def save_scales(path: Path, scales: Scales) -> None:
     }
     for name, layer in scales.layers.items():
         arrays[f"layer.{name}.weight_scale"] = layer.weight_scale
+        if layer.round_up is not None:
+            arrays[f"layer.{name}.round_up"] = layer.round_up
         arrays[f"layer.{name}.scales"] = np.asarray([layer.activation_scale, layer.residual_scale], np.float32)
     save_arrays(path, header, arrays)
 
@@ -108,8 +118,9 @@ def load_scales(path: Path, network: Network | None = None, checkpoint_sha256: s
         for name, entry in header["layers"].items():
             activation, residual = (float(v) for v in arrays[f"layer.{name}.scales"])
             weight_scale = arrays[f"layer.{name}.weight_scale"]
+            round_up = arrays.get(f"layer.{name}.round_up")
             layers[name] = LayerScales(
-                entry["mode"], entry["act_bits"], entry["weight_bits"], activation, residual, weight_scale
+                entry["mode"], entry["act_bits"], entry["weight_bits"], activation, residual, weight_scale, round_up
             )
         rows = RowTable(arrays["rows.t"], arrays["rows.multipliers"], header["warmup"], header["exact_start"])
         scales = Scales(
@@ -123,6 +134,7 @@ def load_scales(path: Path, network: Network | None = None, checkpoint_sha256: s
             arrays["range.steps"],
             arrays["range.activation"],
             arrays["range.residual"],
+            header["granularity"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"scales file {path} is incomplete ({type(error).__name__}: {error}); calibrate again") from None

@@ -92,6 +92,9 @@ class TorchOps:
     def avg_pool(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 2)
 
+    def block_done(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
 
 def timestep_embedding(t: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Sinusoidal embedding [N, channels] of integer timesteps [N] (DDPM, arXiv 2006.11239)."""

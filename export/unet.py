@@ -57,6 +57,9 @@ class Ops(Protocol[V]):
     def attention(self, qkv: V, channels: int) -> V: ...
     def upsample(self, x: V) -> V: ...
     def avg_pool(self, x: V) -> V: ...
+    def block_done(self, name: str, x: V, y: V) -> V:
+        """Called at the end of every residual and attention block with its input and output; returns the output."""
+        ...
 
 
 def resnet_block(ops: Ops[V], name: str, x: V, in_channels: int, out_channels: int, split: int) -> V:
@@ -66,8 +69,8 @@ def resnet_block(ops: Ops[V], name: str, x: V, in_channels: int, out_channels: i
     h = ops.norm_silu(f"{name}.norm2", h)
     h = ops.conv(f"{name}.conv2", h, out_channels, 3)
     if in_channels != out_channels:
-        x = ops.conv(f"{name}.nin_shortcut", x, out_channels, 1, split=split)
-    return ops.add(x, h)
+        return ops.block_done(name, x, ops.add(ops.conv(f"{name}.nin_shortcut", x, out_channels, 1, split=split), h))
+    return ops.block_done(name, x, ops.add(x, h))
 
 
 def attention_block(ops: Ops[V], name: str, x: V, channels: int) -> V:
@@ -75,7 +78,7 @@ def attention_block(ops: Ops[V], name: str, x: V, channels: int) -> V:
     qkv = ops.conv(f"{name}.qkv", h, 3 * channels, 1, parts=(f"{name}.q", f"{name}.k", f"{name}.v"))
     h = ops.attention(qkv, channels)
     h = ops.conv(f"{name}.proj_out", h, channels, 1)
-    return ops.add(x, h)
+    return ops.block_done(name, x, ops.add(x, h))
 
 
 def unet(ops: Ops[V], config: Config, x: V) -> V:
@@ -135,6 +138,7 @@ class ShapeOps:
         temb = 4 * ch
         self.layers: list[LayerSpec] = []
         self.time_channels: dict[str, int] = {}
+        self.blocks: list[str] = []
         self.parameters: dict[str, tuple[int, ...]] = {
             "temb.dense.0.weight": (temb, ch),
             "temb.dense.0.bias": (temb,),
@@ -194,6 +198,10 @@ class ShapeOps:
     def avg_pool(self, x: Shape) -> Shape:
         return (x[0], x[1] // 2, x[2] // 2)
 
+    def block_done(self, name: str, x: Shape, y: Shape) -> Shape:
+        self.blocks.append(name)
+        return y
+
 
 @dataclass(frozen=True)
 class Network:
@@ -203,6 +211,7 @@ class Network:
     layers: tuple[LayerSpec, ...]
     parameters: dict[str, tuple[int, ...]]
     time_channels: dict[str, int]
+    blocks: tuple[str, ...]
 
     def layer(self, name: str) -> LayerSpec:
         return self.by_name[name]
@@ -226,4 +235,4 @@ def trace(config: Config) -> Network:
     """Lists the network of a configuration, without allocating any of it."""
     ops = ShapeOps(config.model.ch)
     unet(ops, config, config.input_shape)
-    return Network(config, tuple(ops.layers), ops.parameters, ops.time_channels)
+    return Network(config, tuple(ops.layers), ops.parameters, ops.time_channels, tuple(ops.blocks))

@@ -1,14 +1,30 @@
-"""The measuring job of calibration, under a progress bar."""
+"""The jobs of calibration, under progress bars: measuring ranges, and learning the rounding of weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from modiff_trt.export.adaround import AdaRoundOptions
 from modiff_trt.export.calibrate import LayerRanges, measure_ranges
 from modiff_trt.export.checkpoint import Checkpoint
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import load_arrays, save_arrays
+from modiff_trt.export.quantizers import pack_rounding, unpack_rounding
+from modiff_trt.export.reconstruct import Samples, Unit, WeightGrid, reconstruct
+from modiff_trt.export.scales import Scales
+from modiff_trt.export.torch_ops import layer_weight
 from modiff_trt.export.trajectories import Trajectories
 from modiff_trt.export.unet import Network
 from modiff_trt.tools.progress import progress_bar
+
+ROUNDING_KIND, ROUNDING_SCHEMA = "rounding", 1
 
 
 def measure(
@@ -19,6 +35,72 @@ def measure(
     with progress_bar() as bar:
 
         def steps(items: Iterator[int], total: int) -> Iterator[int]:
-            return iter(bar.track(items, total=total, description="calibrate"))
+            return iter(bar.track(items, total=total, description="ranges"))
 
         return measure_ranges(network, params, trajectories, batch_size, steps)
+
+
+def learn_weights(
+    network: Network,
+    checkpoint: Checkpoint,
+    trajectories: Trajectories,
+    scales: Scales,
+    options: AdaRoundOptions,
+    seed: int,
+    device: str,
+    part: Path,
+) -> Scales:
+    """The same scales with AdaRound's rounding of every weight, learned on the stored trajectories.
+
+    What is finished stands in `part`, block by block; a second call with the same settings goes on from there and ends
+    with the same decisions. `part` is removed once all is done.
+    """
+    params = {key: value.to(device) for key, value in checkpoint.params.items()}
+    grids = {
+        name: WeightGrid(torch.from_numpy(layer.weight_scale).to(device), layer.weight_bits)
+        for name, layer in scales.layers.items()
+    }
+    weights = {spec.name: layer_weight(spec, params) for spec in network.layers}
+    header = {
+        "kind": ROUNDING_KIND,
+        "schema": ROUNDING_SCHEMA,
+        "checkpoint_sha256": checkpoint.sha256,
+        "trajectories": [trajectories.seed, list(trajectories.x.shape), list(trajectories.timesteps)],
+        "weight_bits": {name: layer.weight_bits for name, layer in scales.layers.items()},
+        "scale_method": scales.scale_method,
+        "options": asdict(options),
+        "seed": seed,
+    }
+    packed = _resume(part, header)
+    done = {name: up for name, bits in packed.items() if (up := unpack_rounding(bits, weights[name])) is not None}
+
+    def keep(unit: Unit, found: dict[str, Tensor], loss: float) -> None:
+        packed.update({name: pack_rounding(up) for name, up in found.items()})
+        save_arrays(part, header, packed)
+
+    with progress_bar() as bar:
+
+        def blocks(items: Iterator[Unit], total: int) -> Iterator[Unit]:
+            return iter(bar.track(items, total=total, description="adaround"))
+
+        reconstruct(network, params, grids, _samples(trajectories), options, seed, done, keep, progress=blocks)
+    part.unlink(missing_ok=True)
+    return replace(scales, layers={n: replace(layer, round_up=packed[n]) for n, layer in scales.layers.items()})
+
+
+def _samples(trajectories: Trajectories) -> Samples:
+    """Every stored image at every stored step."""
+    steps, images = trajectories.x.shape[:2]
+    x = torch.from_numpy(trajectories.x.reshape(steps * images, *trajectories.x.shape[2:]))
+    t = torch.tensor([trajectories.timesteps[int(s)] for s in trajectories.steps]).repeat_interleave(images)
+    return Samples(x, t)
+
+
+def _resume(part: Path, header: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    if not part.exists():
+        return {}
+    try:
+        found, packed = load_arrays(part, ROUNDING_KIND, ROUNDING_SCHEMA)
+    except InputError:
+        return {}
+    return packed if found == header else {}

@@ -76,21 +76,33 @@ def calibrate(
     edge_bit: Annotated[int | None, typer.Option(help="at least so many bits for the first and last layer")] = None,
     scale_method: Annotated[str, typer.Option(help="minmax or mse")] = "minmax",
     start: Annotated[str, typer.Option(help="warmup rows, or exact: a full-precision first step (simulation only)")] = "warmup",
+    granularity: Annotated[str, typer.Option(help="activation grids: static, tensor (LTQ) or channel (LCQ)")] = "static",
+    rounding: Annotated[str, typer.Option(help="of the weights: nearest, or adaround (learned, block by block)")] = "nearest",
+    iterations: Annotated[int, typer.Option(help="adaround: training steps per block")] = 1000,
+    seed: Annotated[int, typer.Option(help="adaround: seed of its batches")] = 0,
     batch_size: BatchSize = 8,
     device: Device = "cpu",
 ) -> None:
     """Find the scales of every layer and write them to a scales file."""
+    from modiff_trt.export.adaround import AdaRoundOptions
     from modiff_trt.export.calibrate import Recipe, make_scales
     from modiff_trt.export.scales import save_scales
     from modiff_trt.export.trajectories import load_trajectories
-    from modiff_trt.tools.calibrating import measure
+    from modiff_trt.tools.calibrating import learn_weights, measure
     from modiff_trt.tools.load import check_device, load_model
 
-    recipe = Recipe(method, weight_bit, act_bit, scale_method, start, edge_bit)
+    if rounding not in ("nearest", "adaround"):
+        raise InputError(f"--rounding must be nearest or adaround, found '{rounding}'")
+    if iterations < 1 or seed < 0:
+        raise InputError("--iterations must be at least 1 and --seed not negative")
+    recipe = Recipe(method, weight_bit, act_bit, scale_method, start, edge_bit, granularity)
     network, checkpoint = load_model(config, ckpt)
     stored = load_trajectories(trajectories, network.config, checkpoint.sha256)
     ranges = measure(network, checkpoint, stored, batch_size, check_device(device))
     scales = make_scales(network, checkpoint, stored, ranges, recipe)
+    if rounding == "adaround":
+        options, part = AdaRoundOptions(iterations), out.with_name(out.name + ".part")
+        scales = learn_weights(network, checkpoint, stored, scales, options, seed, device, part)
     save_scales(out, scales)
     modes = [layer.mode for layer in scales.layers.values()]
     counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in ("modiff", "int8", "float") if mode in modes)

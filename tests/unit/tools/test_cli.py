@@ -10,7 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 from modiff_trt.export.files import load_arrays, save_arrays
-from modiff_trt.export.scales import load_scales
+from modiff_trt.export.scales import SCHEMA, load_scales
 from modiff_trt.tools.cli import main
 
 CONFIG, CKPT = str(ROOT / "configs/demo.yml"), str(ROOT / "calib_cache/demo/model.safetensors")
@@ -217,7 +217,7 @@ def test_nan_in_trajectories_and_scales(files, tmp_path, capsys):
     save_arrays(tmp_path / "t.safetensors", header, arrays)
     text = refusal(capsys, "calibrate", *MODEL, "--trajectories", tmp_path / "t.safetensors", "--out", tmp_path / "o")
     assert "NaN" in text
-    header, arrays = load_arrays(files["scales.safetensors"], "scales", 1)
+    header, arrays = load_arrays(files["scales.safetensors"], "scales", SCHEMA)
     arrays["layer.conv_in.scales"][1] = np.nan
     save_arrays(tmp_path / "s.safetensors", header, arrays)
     assert "conv_in" in refusal(capsys, "export", *MODEL, "--scales", tmp_path / "s.safetensors", "--out", tmp_path / "o")

@@ -1,0 +1,278 @@
+"""Measures methods against each other in simulation, in one run, from the same noise: PSNR of final images to FP32.
+
+    python -m modiff_trt.tools.study --config configs/cifar10.yml --ckpt FILE --images 16 --out results/study.json
+
+Parts: `weights` (nearest rounding and AdaRound, W8 and W4), `methods` (the six rows of the paper's table by bits) and
+`starts` (how a trajectory begins, see `STARTS`). The file is written after every figure, so an interrupted run keeps
+what it found; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from modiff_trt.export.adaround import AdaRoundOptions
+from modiff_trt.export.calibrate import Recipe, make_scales
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import read_json, write_json
+from modiff_trt.export.grid import grid_max
+from modiff_trt.export.modulated import LayerState, integer_product
+from modiff_trt.export.rows import RowTable
+from modiff_trt.export.scales import Scales, load_scales, save_scales
+from modiff_trt.runtime.images import psnr
+from modiff_trt.runtime.noise import ImageNoise
+from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.schedule import alphas_cumprod
+from modiff_trt.runtime.torch_denoiser import SimDenoiser, TorchDenoiser
+from modiff_trt.tools.calibrating import learn_weights, measure
+from modiff_trt.tools.collecting import collect
+from modiff_trt.tools.load import check_device, load_model
+
+METHODS = {
+    "Q-Diff": ("qdiff", "static"),
+    "Q-Diff + MoDiff": ("modiff", "static"),
+    "LCQ": ("qdiff", "channel"),
+    "LCQ + MoDiff": ("modiff", "channel"),
+    "LTQ": ("qdiff", "tensor"),
+    "LTQ + MoDiff": ("modiff", "tensor"),
+}
+
+
+class OffsetDenoiser(SimDenoiser):
+    """Adds a seeded uniform offset of +-`width` grid steps to a_hat, and its image under the layer to o_hat.
+
+    After the first pass only, or with `every` before each later pass too.
+    """
+
+    def __init__(self, *arguments: Any, width: float, every: bool = False, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._width, self._every = width, every
+
+    def __call__(self, x: Tensor, row: int) -> Tensor:
+        if row > 0 and (row == 1 or self._every):
+            generator = torch.Generator(x.device).manual_seed(row)
+            for name, state in self._state.items():
+                layer = self.layers[name]
+                uniform = torch.rand(state.a_hat.shape, generator=generator, device=x.device) * 2 - 1
+                offset = uniform * self._width * layer.scale
+                self._state[name] = LayerState(state.a_hat + offset, state.o_hat + integer_product(layer, offset))
+        return super().__call__(x, row)
+
+
+def with_rows(scales: Scales, warmup: list[np.ndarray[Any, Any]]) -> Scales:
+    """The same scales with these warm-up multipliers [L] each, then ones."""
+    steps = scales.rows.timesteps
+    ones = np.ones((len(steps), len(scales.modulated)), np.float32)
+    multipliers = np.concatenate([np.stack(warmup).astype(np.float32), ones]) if warmup else ones
+    t = np.asarray([steps[0]] * len(warmup) + list(steps), np.int64)
+    return replace(scales, rows=RowTable(t, multipliers, len(warmup)))
+
+
+def full_range(scales: Scales) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(m0 [L], Q [L]) of the warm-up rows of a calibrated file."""
+    top = np.asarray([grid_max(scales.layers[name].act_bits) for name in scales.modulated], np.float32)
+    return scales.rows.multipliers[0], top
+
+
+def ladder(scales: Scales, factor: float, floor: float, longest: int = 12) -> Scales:
+    """Warm-up rows that shrink the full range by factor/Q each, never below `floor`, until all layers are there."""
+    first, top = full_range(scales)
+    rows = [first]
+    while len(rows) < longest and (rows[-1] > floor).any():
+        rows.append(np.where(rows[-1] > floor, np.maximum(rows[-1] * factor / top, floor), rows[-1]))
+    return with_rows(scales, rows)
+
+
+def two_rows(scales: Scales, factor: float) -> Scales:
+    first, top = full_range(scales)
+    return with_rows(scales, [first, first * factor / top])
+
+
+StartFn = Callable[[Scales, Scales], tuple[Scales, dict[str, Any]]]
+
+# name -> (scales with the default warm-up, scales with an exact start) -> what to run
+STARTS: dict[str, StartFn] = {
+    "exact (the paper)": lambda warm, exact: (exact, {}),
+    "exact, offset 1/4": lambda warm, exact: (exact, {"width": 0.25}),
+    "exact, offset 1/2": lambda warm, exact: (exact, {"width": 0.5}),
+    "exact, offset 1": lambda warm, exact: (exact, {"width": 1.0}),
+    "exact, noise 1/4 every step": lambda warm, exact: (exact, {"width": 0.25, "every": True}),
+    "exact, noise 1/2 every step": lambda warm, exact: (exact, {"width": 0.5, "every": True}),
+    "two rows, 1/Q": lambda warm, exact: (two_rows(warm, 1), {}),
+    "two rows, 2/Q": lambda warm, exact: (two_rows(warm, 2), {}),
+    "two rows, 4/Q": lambda warm, exact: (two_rows(warm, 4), {}),
+    "ladder 1/Q to 1": lambda warm, exact: (ladder(warm, 1, 1.0), {}),
+    "ladder 2/Q to 1": lambda warm, exact: (ladder(warm, 2, 1.0), {}),
+    "ladder 2/Q to 2": lambda warm, exact: (ladder(warm, 2, 2.0), {}),
+    "ladder 2/Q to 1/2": lambda warm, exact: (ladder(warm, 2, 0.5), {}),
+    "ladder 2/Q to 1/4": lambda warm, exact: (ladder(warm, 2, 0.25), {}),
+    "ladder 2/Q to 1/4, noise 1/4": lambda warm, exact: (ladder(warm, 2, 0.25), {"width": 0.25, "every": True}),
+    "ladder 2/Q to 1, noise 1/4": lambda warm, exact: (ladder(warm, 2, 1.0), {"width": 0.25, "every": True}),
+}
+
+
+class Study:
+    """Everything measured against one reference, and the file that it goes to."""
+
+    def __init__(
+        self,
+        config: Path,
+        ckpt: Path,
+        timesteps: int,
+        images: int,
+        calibration_images: int,
+        device: str,
+        out: Path,
+        deadline: float,
+    ) -> None:
+        self.network, self.checkpoint = load_model(config, ckpt)
+        self.device, self.out = check_device(device), out
+        self._ends = time.monotonic() + deadline
+        work = out.with_suffix(".trajectories.safetensors")
+        self.trajectories = collect(
+            self.network,
+            self.checkpoint,
+            timesteps=timesteps,
+            skip_type="quad",
+            num_samples=calibration_images,
+            calib_steps=20,
+            seed=1,
+            batch_size=64,
+            device=device,
+            out=work,
+        )
+        self._rounding: dict[str, Any] = {}
+        self.ranges = measure(self.network, self.checkpoint, self.trajectories, 64, device)
+        self._noise = ImageNoise(0, range(images), self.network.config.input_shape).draw()
+        self._alpha_bar = alphas_cumprod(self.network.config.diffusion)
+        float_denoiser = TorchDenoiser(self.network, self.checkpoint.params, self.trajectories.timesteps, device)
+        self._reference = ddim_sample(float_denoiser, self._alpha_bar, self._noise)
+        self.figures: dict[str, Any] = read_json(out, "study") if out.exists() else {}
+        self.figures |= {
+            "checkpoint_sha256": self.checkpoint.sha256,
+            "timesteps": timesteps,
+            "skip_type": "quad",
+            "images": images,
+            "calibration_images": calibration_images,
+            "unit": "dB, PSNR of all images together to FP32 from the same noise",
+            "machine": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+            "torch": torch.__version__,
+        }
+
+    def scales(self, **recipe: Any) -> Scales:
+        scales = make_scales(self.network, self.checkpoint, self.trajectories, self.ranges, Recipe(**recipe))
+        layers = {n: replace(layer, **self._rounding.get(n, {})) for n, layer in scales.layers.items()}
+        return replace(scales, layers=layers)
+
+    def decibels(self, scales: Scales, act_quant: bool = True, **offset: Any) -> float:
+        arguments = (self.network, self.checkpoint.params, scales, self.device)
+        denoiser = OffsetDenoiser(*arguments, **offset) if offset else SimDenoiser(*arguments, act_quant=act_quant)
+        try:
+            return round(psnr(ddim_sample(denoiser, self._alpha_bar, self._noise), self._reference), 2)
+        except InputError:  # not finite: the method has failed at these bits
+            return float("-inf")
+
+    def record(self, part: str, name: str, measure_one: Callable[[], Any]) -> None:
+        """Measures unless the file has it or time is up, and writes the file."""
+        table = self.figures.setdefault(part, {})
+        if name in table or time.monotonic() > self._ends:
+            return
+        value = measure_one()
+        table[name] = None if value == float("-inf") else value
+        write_json(self.out, self.figures)
+        typer.echo(f"{part}: {name}: {value}")
+
+    def weights(self, bits: int, iterations: int) -> None:
+        """Nearest rounding and AdaRound, activations in float."""
+        for method in ("minmax", "mse"):
+            scales = self.scales(weight_bits=bits, scale_method=method)
+            self.record("weights", f"W{bits} nearest, {method}", lambda s=scales: self.decibels(s, act_quant=False))  # type: ignore[misc]
+        begin = time.monotonic()
+        best = max(("minmax", "mse"), key=lambda m: self.figures["weights"][f"W{bits} nearest, {m}"] or 0.0)
+        learned = self.learned(bits, best, iterations)
+        self.record("weights", f"W{bits} AdaRound seconds", lambda: round(time.monotonic() - begin, 1))
+        self.record("weights", f"W{bits} AdaRound", lambda: self.decibels(learned, act_quant=False))
+
+    def learned(self, bits: int, scale_method: str, iterations: int) -> Scales:
+        """Scales with AdaRound's weights, kept beside the figures for `use_learned`."""
+        file = self.out.with_suffix(f".w{bits}.safetensors")
+        if file.exists():
+            return load_scales(file, self.network, self.checkpoint.sha256)
+        scales = self.scales(weight_bits=bits, scale_method=scale_method)
+        part = self.out.with_suffix(f".w{bits}.part")
+        options = AdaRoundOptions(iterations)
+        scales = learn_weights(self.network, self.checkpoint, self.trajectories, scales, options, 0, self.device, part)
+        save_scales(file, scales)
+        return scales
+
+    def use_learned(self, file: Path) -> None:
+        """From now on W8 weights are rounded as a scales file of this checkpoint says."""
+        scales = load_scales(file, self.network, self.checkpoint.sha256)
+        self._rounding = {n: {"round_up": v.round_up, "weight_scale": v.weight_scale} for n, v in scales.layers.items()}
+        self.figures["weights rounded by"] = "AdaRound"
+
+    def methods(self, bits: list[int]) -> None:
+        for b in bits:
+            for name, (method, granularity) in METHODS.items():
+                scales = self.scales(method=method, granularity=granularity, act_bits=b)
+                self.record("methods", f"{name} A{b}", lambda s=scales: self.decibels(s))  # type: ignore[misc]
+
+    def starts(self, bits: list[int], names: list[str]) -> None:
+        for b in bits:
+            warm, exact = self.scales(act_bits=b), self.scales(act_bits=b, start="exact")
+            for name in names:
+                scales, offset = STARTS[name](warm, exact)
+                label = f"{name} A{b}"
+                self.record("starts", label, lambda s=scales, o=offset: self.decibels(s, **o))  # type: ignore[misc]
+                self.figures.setdefault("warm-up rows", {})[label] = scales.rows.warmup
+        write_json(self.out, self.figures)
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="DDIM configuration (.yml)")],
+    ckpt: Annotated[Path, typer.Option(help="trained weights")],
+    out: Annotated[Path, typer.Option(help="JSON file to write")],
+    timesteps: Annotated[int, typer.Option(help="DDIM steps, quad")] = 50,
+    images: Annotated[int, typer.Option(help="images compared")] = 16,
+    calibration_images: Annotated[int, typer.Option(help="images calibrated on")] = 16,
+    parts: Annotated[str, typer.Option(help="comma-separated: methods, starts, weights")] = "methods,starts,weights",
+    bits: Annotated[str, typer.Option(help="activation bits, comma-separated")] = "8,6,4,3",
+    weight_bits: Annotated[str, typer.Option(help="for the part weights")] = "8,4",
+    learned: Annotated[Path | None, typer.Option(help="scales file whose W8 rounding methods and starts use")] = None,
+    iterations: Annotated[int, typer.Option(help="AdaRound steps per block")] = 1000,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    seconds: Annotated[float, typer.Option(help="begin no new figure after this long")] = 1e9,
+) -> None:
+    """Measures methods, starts and weight rounding against FP32 in simulation."""
+    try:
+        widths = [int(b) for b in bits.split(",")]
+        study = Study(config, ckpt, timesteps, images, calibration_images, device, out, seconds)
+        if learned is not None:
+            study.use_learned(learned)
+        for part in parts.split(","):
+            if part == "methods":
+                study.methods(widths)
+            elif part == "starts":
+                study.starts(widths, list(STARTS))
+            elif part == "weights":
+                for b in weight_bits.split(","):
+                    study.weights(int(b), iterations)
+            else:
+                raise InputError(f"--parts: unknown part '{part}'; known: methods, starts, weights")
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)
