@@ -139,7 +139,7 @@ def make_scales(
         measured = ranges[spec.name]
         weight_bits, act_bits = recipe.bits(spec.name)
         weight = layer_weight(spec, checkpoint.params)
-        weight_scale = (minmax_weight_scale if recipe.scale_method == "minmax" else mse_weight_scale)(weight, weight_bits)
+        weight_scale = (mse_weight_scale if recipe.scale_method == "mse" else minmax_weight_scale)(weight, weight_bits)
         activation = measured.activation.scale(recipe.scale_method, act_bits)
         residual = measured.residual.scale(recipe.scale_method, act_bits)
         shrinks = 0 < measured.residual.absmax < measured.activation.absmax
@@ -155,6 +155,7 @@ def make_scales(
     else:
         rows = plain_rows(trajectories.timesteps)
     names = [spec.name for spec in network.layers]
+    histograms = [ranges[name].residual.coarse() for name in names]
     return Scales(
         network.config,
         checkpoint.sha256,
@@ -166,5 +167,7 @@ def make_scales(
         trajectories.chosen,
         np.asarray([ranges[n].activation_max for n in names], np.float32).T.copy(),
         np.asarray([ranges[n].residual_max for n in names], np.float32).T.copy(),
+        np.stack([shares.float().numpy() for shares, _ in histograms]),
+        np.asarray([top for _, top in histograms], np.float32),
         recipe.granularity,
     )

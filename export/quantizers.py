@@ -15,7 +15,8 @@ from torch import Tensor
 
 from modiff_trt.export.grid import grid_max
 
-SCALE_METHODS = ("minmax", "mse")
+SCALE_METHODS = ("minmax", "mse", "percentile")
+PERCENTILE = 0.9999
 # Q-Diffusion and its predecessors weigh errors by a power slightly above 2 when they search for a scale.
 MSE_POWER = 2.4
 SMALLEST_SCALE = 1e-8
@@ -109,5 +110,17 @@ class RangeHistogram:
         cost = (error.square() * self._counts).sum(1)
         return max(float(scales[int(cost.argmin()), 0]), SMALLEST_SCALE)
 
+    def percentile_scale(self, bits: int) -> float:
+        """The scale of the range that holds 99.99 % of the magnitudes, to the width of a bin."""
+        share = self._counts.cumsum(0) / self._counts.sum().clamp_min(1)
+        upper = (int((share < PERCENTILE).sum()) + 1) * self._range / self.BINS
+        return max(min(upper, self.absmax) / grid_max(bits), SMALLEST_SCALE)
+
     def scale(self, method: str, bits: int) -> float:
-        return self.mse_scale(bits) if method == "mse" else self.minmax_scale(bits)
+        by_name = {"minmax": self.minmax_scale, "mse": self.mse_scale, "percentile": self.percentile_scale}
+        return by_name[method](bits)
+
+    def coarse(self, bins: int = 64) -> tuple[Tensor, float]:
+        """Shares [bins] of the magnitudes over 0..range, and the range, for plots."""
+        counts = self._counts.reshape(bins, -1).sum(1)
+        return counts / counts.sum().clamp_min(1), self._range

@@ -50,7 +50,11 @@ class LayerScales:
 
 @dataclass(frozen=True)
 class Scales:
-    """A scales file. `activation_range` and `residual_range` [steps, layers] are the largest magnitudes seen."""
+    """A scales file.
+
+    `activation_range` and `residual_range` [steps, layers] are the largest magnitudes seen at the DDIM steps
+    `range_steps`; `residual_histogram` [layers, bins] has the shares of residuals over 0..`histogram_range` [layers].
+    """
 
     config: Config
     checkpoint_sha256: str
@@ -62,6 +66,8 @@ class Scales:
     range_steps: np.ndarray[Any, np.dtype[np.int64]]
     activation_range: FloatArray
     residual_range: FloatArray
+    residual_histogram: FloatArray
+    histogram_range: FloatArray
     granularity: str = "static"
 
     @property
@@ -101,6 +107,8 @@ def save_scales(path: Path, scales: Scales) -> None:
         "range.steps": scales.range_steps,
         "range.activation": scales.activation_range,
         "range.residual": scales.residual_range,
+        "histogram.residual": scales.residual_histogram,
+        "histogram.range": scales.histogram_range,
     }
     for name, layer in scales.layers.items():
         arrays[f"layer.{name}.weight_scale"] = layer.weight_scale
@@ -134,6 +142,8 @@ def load_scales(path: Path, network: Network | None = None, checkpoint_sha256: s
             arrays["range.steps"],
             arrays["range.activation"],
             arrays["range.residual"],
+            arrays["histogram.residual"],
+            arrays["histogram.range"],
             header["granularity"],
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -74,7 +74,7 @@ def calibrate(
     weight_bit: Annotated[int, typer.Option(help="bits of the weights, 2 to 8")] = 8,
     act_bit: Annotated[int, typer.Option(help="bits of the activations, 2 to 8")] = 8,
     edge_bit: Annotated[int | None, typer.Option(help="at least so many bits for the first and last layer")] = None,
-    scale_method: Annotated[str, typer.Option(help="minmax or mse")] = "minmax",
+    scale_method: Annotated[str, typer.Option(help="minmax, mse or percentile (of activations)")] = "minmax",
     start: Annotated[str, typer.Option(help="warmup rows, or exact: a full-precision first step (simulation only)")] = "warmup",
     granularity: Annotated[str, typer.Option(help="activation grids: static, tensor (LTQ) or channel (LCQ)")] = "static",
     rounding: Annotated[str, typer.Option(help="of the weights: nearest, or adaround (learned, block by block)")] = "nearest",
@@ -161,6 +161,22 @@ def sample(
     done = run_sampling(loaded, num_samples=num_samples, seed=seed, batch_size=batch_size, eta=eta, noise_file=noise, out=out)
     kept = f" ({num_samples - done} were there already)" if done < num_samples else ""
     typer.echo(f"{out}: {num_samples} images, {len(loaded.denoiser.rows)} passes each{kept}")
+
+
+@app.command()
+def inspect(
+    scales: Annotated[Path, typer.Argument(help="scales file")],
+    plots: Annotated[Path | None, typer.Option(help="folder to draw ranges.png and layers.png into")] = None,
+) -> None:
+    """Show what a scales file decided for every layer."""
+    from modiff_trt.export.scales import load_scales
+    from modiff_trt.export.unet import trace
+    from modiff_trt.tools.inspecting import print_table, save_plots
+
+    loaded = load_scales(scales)
+    print_table(loaded, trace(loaded.config))
+    for path in save_plots(loaded, plots) if plots is not None else []:
+        typer.echo(str(path))
 
 
 @app.command()

@@ -55,6 +55,16 @@ def test_histogram_keeps_the_maximum_over_growing_batches():
     assert float(histogram._counts.sum()) == 4000
 
 
+def test_percentile_ignores_rare_outliers():
+    histogram = RangeHistogram()
+    x = torch.rand(100_000)
+    histogram.update(torch.cat([x, torch.tensor([50.0])]))
+    assert histogram.minmax_scale(8) == pytest.approx(50 / 127)
+    assert histogram.percentile_scale(8) == pytest.approx(1 / 127, rel=0.05)
+    shares, top = histogram.coarse()
+    assert shares.shape == (64,) and float(shares.sum()) == pytest.approx(1.0) and top == pytest.approx(50.0)
+
+
 def test_histogram_mse_scale_is_near_brute_force():
     x = torch.randn(200_000, dtype=torch.float64)
     histogram = RangeHistogram()
