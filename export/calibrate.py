@@ -36,6 +36,7 @@ class Recipe:
     start: str = "warmup"
     edge_bits: int | None = None
     granularity: str = "static"
+    dither: bool = True
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -170,4 +171,5 @@ def make_scales(
         np.stack([shares.float().numpy() for shares, _ in histograms]),
         np.asarray([top for _, top in histograms], np.float32),
         recipe.granularity,
+        recipe.method == "modiff" and recipe.start == "warmup" and recipe.granularity == "static" and recipe.dither,
     )

@@ -11,6 +11,10 @@ from typing import Any
 
 import numpy as np
 
+# The modulated layer in the graph: its function, and the attributes of its convolution.
+FUNCTION = "ModulatedConv"
+CONV_ATTRIBUTES = ("kernel_shape", "pads", "strides")
+
 MANIFEST_KEY = "modiff.manifest"
 MANIFEST_SCHEMA = 1
 

@@ -5,19 +5,20 @@
     o_hat' = o_hat + m s s_w[c] (W_q * q)
     y      = o_hat'
 
-A trajectory starts from a_hat = 0, o_hat = bias. This is the specification that every backend is tested against;
-it works in any float dtype, float64 included.
+A trajectory starts from a_hat = 0, o_hat = bias, or from a dithered a_hat (see `dither`). This is the specification that
+every backend is tested against; it works in any float dtype, float64 included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from modiff_trt.export.dither import dither_offset
 from modiff_trt.export.grid import grid_max
 from modiff_trt.export.quantizers import SMALLEST_SCALE, quantize, quantize_weight, unpack_rounding
 from modiff_trt.export.scales import Scales
@@ -51,6 +52,7 @@ class QuantizedLayer:
     weight_scale: Tensor
     bias: Tensor
     granularity: str = "static"
+    dither: bool = False
 
 
 def quantize_layers(
@@ -75,15 +77,20 @@ def quantize_layers(
             weight_scale.to(dtype),
             bias.to(dtype),
             scales.granularity,
+            scales.dither,
         )
     return layers
 
 
 def initial_state(layer: QuantizedLayer, batch: int) -> LayerState:
-    """The start of a trajectory: a_hat = 0, o_hat = bias."""
-    a_hat = layer.weight.new_zeros(batch, *layer.spec.in_shape)
-    o_hat = layer.bias[:, None, None].expand(batch, *layer.spec.out_shape).contiguous()
-    return LayerState(a_hat, o_hat)
+    """The start of a trajectory: a_hat = 0, o_hat = bias; with dither, a_hat = offset and o_hat = W offset + bias."""
+    if layer.dither:
+        offset = torch.from_numpy(dither_offset(layer.spec.name, layer.spec.in_shape, layer.scale)).to(layer.weight)[None]
+        a_hat, o_hat = offset, layer.bias[:, None, None] + integer_product(layer, offset)
+    else:
+        a_hat = layer.weight.new_zeros(1, *layer.spec.in_shape)
+        o_hat = layer.bias[None, :, None, None].expand(1, *layer.spec.out_shape)
+    return LayerState(a_hat.repeat(batch, 1, 1, 1), o_hat.repeat(batch, 1, 1, 1))
 
 
 def integer_product(layer: QuantizedLayer, q: Tensor) -> Tensor:
@@ -145,11 +152,12 @@ def simulate(
     *,
     exact: bool = False,
     act_quant: bool = True,
+    on_residual: Callable[[str, Tensor], None] | None = None,
 ) -> tuple[Tensor, State]:
     """One pass of the quantized network: (eps [N, C, H, W], new state).
 
     `multipliers` gives m for each modulated layer. With `act_quant` off only the weights are quantized and the state
-    passes through unchanged.
+    passes through unchanged. `on_residual` is shown (layer, x - a_hat) before each modulated layer rounds it.
     """
     new_state: State = {}
     unquantized = float_layer(params)
@@ -162,6 +170,8 @@ def simulate(
             return weight_only_layer(layer, value)
         if layer.mode == "int8":
             return stateless_layer(layer, value)
+        if on_residual is not None:
+            on_residual(spec.name, value - state[spec.name].a_hat)
         y, new_state[spec.name] = modulated_layer(layer, value, state[spec.name], multipliers[spec.name], exact)
         return y
 

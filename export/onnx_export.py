@@ -144,6 +144,7 @@ def _manifest(
             "warmup": scales.rows.warmup,
             "modulated": list(scales.modulated),
             "multipliers": encode_array(scales.rows.multipliers),
+            "dither": scales.dither,
             "o_hat_start": {name: encode_array(constants[name].bias) for name in scales.modulated},
             "layers": {
                 n: {"mode": v.mode, "act_bits": v.act_bits, "weight_bits": v.weight_bits} for n, v in scales.layers.items()

@@ -14,15 +14,14 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from modiff_trt.export.grid import grid_max
+from modiff_trt.export.manifest import CONV_ATTRIBUTES, FUNCTION
 from modiff_trt.export.scales import LayerScales
 from modiff_trt.export.unet import GROUPS, NORM_EPS, LayerSpec, Network
 
 OPSET = 21
 IR_VERSION = 10
 DOMAIN = "modiff"
-FUNCTION = "ModulatedConv"
 PLUGIN_VERSION = "1"
-CONV_ATTRIBUTES = ("kernel_shape", "pads", "strides")
 
 
 def modulated_conv_function() -> onnx.FunctionProto:
@@ -108,7 +107,7 @@ class OnnxOps:
 
     def constant(self, name: str, array: np.ndarray) -> str:
         if name not in self.initializers:
-            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+            self.initializers[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
         return name
 
     def real(self, name: str, array: np.ndarray | float) -> str:

@@ -172,7 +172,7 @@ def _train_unit(
 
     inputs, targets = [], []
     with torch.no_grad():
-        for part in window.split(forward_batch):
+        for part in torch.split(window, forward_batch):
             x = samples.x[part].to(device)
             bias = _bias(table, samples.t[part])
             inputs.append(_capture(network, params, x, bias, quantized, unit)[0])

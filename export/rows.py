@@ -15,7 +15,7 @@ from modiff_trt.export.errors import InputError
 from modiff_trt.export.grid import grid_max
 
 STARTS = ("warmup", "exact")
-WARMUP_ROWS = 2
+LONGEST_WARMUP = 4
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,21 @@ def modulated_rows(
     """Rows for MoDiff with one static scale per layer.
 
     `full_range` [L] is the ratio of each layer's grid step for its whole activation at the first timestep to its
-    baked residual scale. With start `warmup`, row 0 has that grid, row 1 a grid 2/Q of it (the residual left by row
-    0 is at most half a step of row 0), and all others 1. With start `exact` the first step is not rounded.
+    baked residual scale. With start `warmup`, row 0 has that grid and each warm-up row one 1/Q as coarse as the row
+    before (which leaves residuals of at most half its own step), but never finer than the running grid, where all layers
+    end: a finer one would leave a_hat too close to its input (see `dither`). With start `exact` the first step is not
+    rounded.
     """
     if start not in STARTS:
         raise InputError(f"the start of a trajectory must be one of {', '.join(STARTS)}, found '{start}'")
-    warmup = WARMUP_ROWS if start == "warmup" else 0
-    t = np.asarray([timesteps[0]] * warmup + list(timesteps), np.int64)
-    multipliers = np.ones((len(t), len(full_range)), np.float32)
-    if warmup:
+    ladder = []
+    if start == "warmup":
         top = np.asarray([grid_max(int(b)) for b in bits], np.float32)
-        multipliers[0] = full_range
-        multipliers[1] = full_range * 2 / top
-    return RowTable(t, multipliers, warmup, start == "exact")
+        ladder.append(np.maximum(full_range, 1))
+        while len(ladder) < LONGEST_WARMUP and (ladder[-1] > 1).any():
+            ladder.append(np.maximum(ladder[-1] / top, 1))
+    t = np.asarray([timesteps[0]] * len(ladder) + list(timesteps), np.int64)
+    multipliers = np.ones((len(t), len(full_range)), np.float32)
+    if ladder:
+        multipliers[: len(ladder)] = np.stack(ladder)
+    return RowTable(t, multipliers, len(ladder), start == "exact")

@@ -18,7 +18,7 @@ from modiff_trt.export.files import load_arrays, save_arrays
 from modiff_trt.export.rows import RowTable
 from modiff_trt.export.unet import Network
 
-KIND, SCHEMA = "scales", 2
+KIND, SCHEMA = "scales", 3
 MODES = ("modiff", "int8", "float")
 METHODS = ("modiff", "qdiff")
 # Activation grids: baked; per sample (LTQ); per sample and input channel (LCQ).
@@ -69,6 +69,7 @@ class Scales:
     residual_histogram: FloatArray
     histogram_range: FloatArray
     granularity: str = "static"
+    dither: bool = False
 
     @property
     def modulated(self) -> tuple[str, ...]:
@@ -84,7 +85,7 @@ class Scales:
         layers = {k: replace(v, mode="int8") if v.mode == "modiff" else v for k, v in self.layers.items()}
         steps = self.rows.timesteps
         rows = RowTable(np.asarray(steps, np.int64), np.zeros((len(steps), 0), np.float32))
-        return replace(self, method="qdiff", layers=layers, rows=rows)
+        return replace(self, method="qdiff", layers=layers, rows=rows, dither=False)
 
 
 def save_scales(path: Path, scales: Scales) -> None:
@@ -96,6 +97,7 @@ def save_scales(path: Path, scales: Scales) -> None:
         "method": scales.method,
         "scale_method": scales.scale_method,
         "granularity": scales.granularity,
+        "dither": scales.dither,
         "skip_type": scales.skip_type,
         "warmup": scales.rows.warmup,
         "exact_start": scales.rows.exact_start,
@@ -145,6 +147,7 @@ def load_scales(path: Path, network: Network | None = None, checkpoint_sha256: s
             arrays["histogram.residual"],
             arrays["histogram.range"],
             header["granularity"],
+            header["dither"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"scales file {path} is incomplete ({type(error).__name__}: {error}); calibrate again") from None

@@ -15,14 +15,16 @@ from modiff_trt.export.errors import InputError
 from modiff_trt.export.manifest import MANIFEST_KEY, MANIFEST_SCHEMA, decode_array
 from modiff_trt.export.rows import RowTable, plain_rows
 from modiff_trt.runtime.denoiser import StateInfo
+from modiff_trt.runtime.start_state import start_state
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A loaded file: its session, configuration and manifest."""
+    """A loaded file: its path, session, configuration and manifest."""
 
+    path: Path
     session: ort.InferenceSession
     config: Config
     manifest: dict[str, Any]
@@ -63,7 +65,7 @@ def load_onnx(path: Path, device: str = "cpu", threads: int = 0) -> OnnxModel:
         if schema != MANIFEST_SCHEMA:
             raise InputError(f"ONNX file {path} has manifest schema {schema}, not {MANIFEST_SCHEMA}; export again")
         config = config_from_dict(manifest["config"], str(path))
-        model = OnnxModel(session, config, manifest)
+        model = OnnxModel(path, session, config, manifest)
         _ = model.calibrated_rows
     except (ValueError, KeyError, TypeError):
         raise InputError(f"ONNX file {path} has a damaged manifest; export again") from None
@@ -81,8 +83,8 @@ class OnnxDenoiser:
         self._rows = rows if rows is not None else plain_rows(timesteps or ())
         self._session = model.session
         self._device = device
-        self._starts = {name: decode_array(text) for name, text in model.manifest.get("o_hat_start", {}).items()}
         self._shapes = {i.name: tuple(i.shape[1:]) for i in self._session.get_inputs()}
+        self._start = start_state(model.path, model.manifest, self._shapes)
         types = {i.name: i.type for i in self._session.get_inputs()}
         self._state_names = [name for name in self._shapes if name.startswith(("a_hat.", "o_hat."))]
         self._state_dtype = np.float16 if any(types[n] == "tensor(float16)" for n in self._state_names) else np.float32
@@ -116,10 +118,8 @@ class OnnxDenoiser:
         if batch != self._batch:
             self._allocate(batch)
         for name, value in self._buffers[0].items():
-            start = np.zeros((batch, *self._shapes[name]), self._state_dtype)
-            if name.startswith("o_hat."):
-                start += self._starts[name.removeprefix("o_hat.")].astype(self._state_dtype)[:, None, None]
-            value.update_inplace(start)
+            start = self._start[name].astype(self._state_dtype)
+            value.update_inplace(np.broadcast_to(start, (batch, *start.shape)).copy())
         self._turn = 0
 
     def __call__(self, x: np.ndarray[Any, Any], row: int) -> np.ndarray[Any, Any]:

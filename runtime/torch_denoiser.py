@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,8 @@ class SimDenoiser(_TorchBase):
         self.layers: dict[str, QuantizedLayer] = quantize_layers(network, self._params, scales, dtype)
         self._modulated = scales.modulated if act_quant else ()
         self._act_quant = act_quant
+        # Calibration watches residuals through this; see `simulate`.
+        self.on_residual: Callable[[str, Tensor], None] | None = None
         self._state: State = {}
 
     @property
@@ -124,5 +126,6 @@ class SimDenoiser(_TorchBase):
             multipliers,
             exact=self._rows.exact_start and row == 0,
             act_quant=self._act_quant,
+            on_residual=self.on_residual,
         )
         return eps

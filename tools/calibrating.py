@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from modiff_trt.export.adaround import AdaRoundOptions
@@ -23,8 +25,11 @@ from modiff_trt.export.torch_ops import layer_weight
 from modiff_trt.export.trajectories import Trajectories
 from modiff_trt.export.unet import Network
 from modiff_trt.tools.progress import progress_bar
+from modiff_trt.tools.trials import Trials, search_modes, search_rows
 
 ROUNDING_KIND, ROUNDING_SCHEMA = "rounding", 1
+# Trials run on noise that neither calibration (seed 1) nor the default sampling (seed 0) uses.
+TRIAL_SEED = 2
 
 
 def measure(
@@ -86,6 +91,30 @@ def learn_weights(
         reconstruct(network, params, grids, _samples(trajectories), options, seed, done, keep, progress=blocks)
     part.unlink(missing_ok=True)
     return replace(scales, layers={n: replace(layer, round_up=packed[n]) for n, layer in scales.layers.items()})
+
+
+def improve(
+    network: Network, checkpoint: Checkpoint, scales: Scales, rows: bool, max_loss: float | None, images: int, device: str
+) -> Scales:
+    """Calibration by trial: a row table per row where that is better, and state only where it is needed.
+
+    `max_loss` is the PSNR in dB that `search_modes` may spend; None leaves the modes as they are. Prints what was tried.
+    """
+    console = Console(highlight=False)
+    trials = Trials(network, checkpoint, scales.rows.timesteps, images, TRIAL_SEED, device)
+    if rows:
+        scales = search_rows(trials, scales, console.print)
+    if max_loss is not None:
+        with progress_bar() as bar:
+            task = bar.add_task("modes", total=len(scales.modulated), unit="layers")
+            scales, curve = search_modes(trials, scales, max_loss, console.print, lambda: bar.advance(task))
+        table = Table(title="state traffic against PSNR to FP32")
+        for heading in ("layers without state", "state traffic, MB an image and pass (fp16)", "PSNR, dB"):
+            table.add_column(heading, justify="right")
+        for point in curve:
+            table.add_row(str(point.stateless), f"{point.traffic_bytes / 1e6:.2f}", f"{point.decibels:.2f}")
+        console.print(table)
+    return scales
 
 
 def _samples(trajectories: Trajectories) -> Samples:

@@ -79,7 +79,12 @@ def calibrate(
     granularity: Annotated[str, typer.Option(help="activation grids: static, tensor (LTQ) or channel (LCQ)")] = "static",
     rounding: Annotated[str, typer.Option(help="of the weights: nearest, or adaround (learned, block by block)")] = "nearest",
     iterations: Annotated[int, typer.Option(help="adaround: training steps per block")] = 1000,
+    rows: Annotated[str, typer.Option(help="static: a grid a layer; search: a grid a row and layer, where better")] = "static",
+    auto: Annotated[bool, typer.Option("--auto", help="take the state from layers that do not need it")] = False,
+    max_loss: Annotated[float, typer.Option(help="auto: PSNR that may be lost, dB")] = 0.3,
+    trial_images: Annotated[int, typer.Option(help="images of the trial trajectories of --rows search and --auto")] = 4,
     seed: Annotated[int, typer.Option(help="adaround: seed of its batches")] = 0,
+    dither: Annotated[bool, typer.Option(help="start a_hat from a random place inside the grid")] = True,
     batch_size: BatchSize = 8,
     device: Device = "cpu",
 ) -> None:
@@ -88,14 +93,18 @@ def calibrate(
     from modiff_trt.export.calibrate import Recipe, make_scales
     from modiff_trt.export.scales import save_scales
     from modiff_trt.export.trajectories import load_trajectories
-    from modiff_trt.tools.calibrating import learn_weights, measure
+    from modiff_trt.tools.calibrating import improve, learn_weights, measure
     from modiff_trt.tools.load import check_device, load_model
 
     if rounding not in ("nearest", "adaround"):
         raise InputError(f"--rounding must be nearest or adaround, found '{rounding}'")
+    if rows not in ("static", "search"):
+        raise InputError(f"--rows must be static or search, found '{rows}'")
+    if trial_images < 1 or max_loss < 0:
+        raise InputError("--trial-images must be at least 1 and --max-loss not negative")
     if iterations < 1 or seed < 0:
         raise InputError("--iterations must be at least 1 and --seed not negative")
-    recipe = Recipe(method, weight_bit, act_bit, scale_method, start, edge_bit, granularity)
+    recipe = Recipe(method, weight_bit, act_bit, scale_method, start, edge_bit, granularity, dither)
     network, checkpoint = load_model(config, ckpt)
     stored = load_trajectories(trajectories, network.config, checkpoint.sha256)
     ranges = measure(network, checkpoint, stored, batch_size, check_device(device))
@@ -103,6 +112,8 @@ def calibrate(
     if rounding == "adaround":
         options, part = AdaRoundOptions(iterations), out.with_name(out.name + ".part")
         scales = learn_weights(network, checkpoint, stored, scales, options, seed, device, part)
+    if rows == "search" or auto:
+        scales = improve(network, checkpoint, scales, rows == "search", max_loss if auto else None, trial_images, device)
     save_scales(out, scales)
     modes = [layer.mode for layer in scales.layers.values()]
     counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in ("modiff", "int8", "float") if mode in modes)

@@ -78,7 +78,8 @@ def save_plots(scales: Scales, folder: Path) -> list[Path]:
         # Step 0 has no residual: leave it out rather than draw a zero on a logarithmic axis.
         shown = np.where(data > 0, data, np.nan)
         axis.plot(range(len(t)), shown, color="0.7", linewidth=0.6)
-        axis.plot(range(len(t)), np.nanmedian(shown, axis=1), color="black", linewidth=2, label="median layer")
+        seen = [i for i in range(len(t)) if (data[i] > 0).any()]
+        axis.plot(seen, [np.nanmedian(shown[i]) for i in seen], color="black", linewidth=2, label="median layer")
         axis.set_yscale("log")
         axis.set_title(title)
         axis.set_xlabel("timestep t (noisiest first)")

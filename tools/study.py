@@ -2,9 +2,9 @@
 
     python -m modiff_trt.tools.study --config configs/cifar10.yml --ckpt FILE --images 16 --out results/study.json
 
-Parts: `weights` (nearest rounding and AdaRound, W8 and W4), `methods` (the six rows of the paper's table by bits) and
-`starts` (how a trajectory begins, see `STARTS`). The file is written after every figure, so an interrupted run keeps
-what it found; the same command goes on from there.
+Parts: `weights` (nearest rounding and AdaRound, W8 and W4), `methods` (the six rows of the paper's table by bits), `rows`
+(a static grid against a grid per row, with and without dither) and `starts` (how a trajectory begins, see `STARTS`). The
+file is written after every figure, so an interrupted run keeps what it found; the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from modiff_trt.runtime.noise import ImageNoise
 from modiff_trt.runtime.sampler import ddim_sample
 from modiff_trt.runtime.schedule import alphas_cumprod
 from modiff_trt.runtime.torch_denoiser import SimDenoiser, TorchDenoiser
-from modiff_trt.tools.calibrating import learn_weights, measure
+from modiff_trt.tools.calibrating import TRIAL_SEED, learn_weights, measure
 from modiff_trt.tools.collecting import collect
 from modiff_trt.tools.load import check_device, load_model
+from modiff_trt.tools.trials import Trials, search_rows
 
 METHODS = {
     "Q-Diff": ("qdiff", "static"),
@@ -227,9 +228,23 @@ class Study:
                 scales = self.scales(method=method, granularity=granularity, act_bits=b)
                 self.record("methods", f"{name} A{b}", lambda s=scales: self.decibels(s))  # type: ignore[misc]
 
+    def rows(self, bits: list[int]) -> None:
+        """One static grid a layer, without and with dither, against a searched grid for every row."""
+        trials = Trials(self.network, self.checkpoint, self.trajectories.timesteps, 16, TRIAL_SEED, self.device)
+        for b in bits:
+            for dither in (False, True):
+                scales = self.scales(act_bits=b, dither=dither)
+                label = "dither" if dither else "no dither"
+                self.record("rows", f"static, {label} A{b}", lambda s=scales: self.decibels(s))  # type: ignore[misc]
+
+            def searched(start: Scales = scales) -> float:
+                return self.decibels(search_rows(trials, start, typer.echo))
+
+            self.record("rows", f"searched, dither A{b}", searched)
+
     def starts(self, bits: list[int], names: list[str]) -> None:
         for b in bits:
-            warm, exact = self.scales(act_bits=b), self.scales(act_bits=b, start="exact")
+            warm, exact = self.scales(act_bits=b, dither=False), self.scales(act_bits=b, start="exact")
             for name in names:
                 scales, offset = STARTS[name](warm, exact)
                 label = f"{name} A{b}"
@@ -245,7 +260,7 @@ def main(
     timesteps: Annotated[int, typer.Option(help="DDIM steps, quad")] = 50,
     images: Annotated[int, typer.Option(help="images compared")] = 16,
     calibration_images: Annotated[int, typer.Option(help="images calibrated on")] = 16,
-    parts: Annotated[str, typer.Option(help="comma-separated: methods, starts, weights")] = "methods,starts,weights",
+    parts: Annotated[str, typer.Option(help="comma-separated: methods, rows, starts, weights")] = "methods,rows,starts,weights",
     bits: Annotated[str, typer.Option(help="activation bits, comma-separated")] = "8,6,4,3",
     weight_bits: Annotated[str, typer.Option(help="for the part weights")] = "8,4",
     learned: Annotated[Path | None, typer.Option(help="scales file whose W8 rounding methods and starts use")] = None,
@@ -262,13 +277,15 @@ def main(
         for part in parts.split(","):
             if part == "methods":
                 study.methods(widths)
+            elif part == "rows":
+                study.rows(widths)
             elif part == "starts":
                 study.starts(widths, list(STARTS))
             elif part == "weights":
                 for b in weight_bits.split(","):
                     study.weights(int(b), iterations)
             else:
-                raise InputError(f"--parts: unknown part '{part}'; known: methods, starts, weights")
+                raise InputError(f"--parts: unknown part '{part}'; known: methods, rows, starts, weights")
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

@@ -8,6 +8,7 @@ from reference import ReferenceUNet
 
 from modiff_trt.export.calibrate import Recipe, measure_ranges
 from modiff_trt.export.errors import InputError
+from modiff_trt.export.rows import modulated_rows
 from modiff_trt.export.scales import load_scales, save_scales
 from modiff_trt.export.trajectories import choose_steps, load_trajectories, save_trajectories
 from modiff_trt.export.unet import trace
@@ -69,19 +70,27 @@ def test_a_layer_whose_residual_is_not_smaller_is_not_modulated(tiny):
         ranges.residual.absmax = kept
     assert scales.layers[name].mode == "int8" and name not in scales.modulated
     assert scales.modulated == tuple(n for n in before if n != name)
-    assert scales.rows.multipliers.shape == (8, len(before) - 1)
+    assert scales.rows.multipliers.shape[1] == len(before) - 1
 
 
-def test_row_table_starts_with_the_full_range(tiny):
+def test_warmup_rows_come_down_from_the_full_range_to_the_running_grid():
+    full, bits = np.array([0.5, 8.0, 30.0]), np.array([4, 4, 4])
+    rows = modulated_rows((800, 400, 0), full, bits, "warmup")
+    np.testing.assert_allclose(rows.multipliers[:3], [[1, 8, 30], [1, 8 / 7, 30 / 7], [1, 1, 1]], rtol=1e-6)
+    assert rows.warmup == 3 and rows.t.tolist() == [800] * 3 + [800, 400, 0] and rows.timesteps == (800, 400, 0)
+    assert (rows.multipliers[3:] == 1).all()
+    assert modulated_rows((800, 0), full, np.array([8, 8, 8]), "warmup").warmup == 2
+    exact = modulated_rows((800, 0), full, bits, "exact")
+    assert exact.exact_start and exact.warmup == 0 and exact.t.tolist() == [800, 0]
+
+
+def test_row_table_follows_the_measured_ranges(tiny):
     scales = tiny.scales()
-    rows = scales.rows
-    assert rows.warmup == 2 and rows.t.tolist() == [tiny.timesteps[0]] * 2 + list(tiny.timesteps)
     for column, name in enumerate(scales.modulated):
         full = tiny.ranges[name].activation_max[0] / 127 / scales.layers[name].residual_scale
-        np.testing.assert_allclose(rows.multipliers[:2, column], [full, full * 2 / 127], rtol=1e-5)
-    assert (rows.multipliers[2:] == 1).all()
+        assert scales.rows.multipliers[0, column] == pytest.approx(max(full, 1.0), rel=1e-5)
     assert tiny.scales(method="qdiff").rows.multipliers.shape == (6, 0)
-    assert tiny.scales(start="exact").rows.exact_start
+    assert not tiny.scales(start="exact").dither and tiny.scales().dither and not tiny.scales(dither=False).dither
 
 
 def test_edge_bits(tiny):

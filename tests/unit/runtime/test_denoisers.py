@@ -62,13 +62,44 @@ def test_state_follows_the_input_and_reset_is_the_one_place_that_clears_it(tiny)
     denoiser = SimDenoiser(tiny.network, tiny.checkpoint.params, tiny.scales())
     assert {info.name.split(".")[0] for info in denoiser.state_info} == {"a_hat", "o_hat"}
     first = tiny.sample(denoiser)
-    assert any(s.a_hat.abs().max() > 0 for s in denoiser.state.values())
+    ended = {name: state.a_hat for name, state in denoiser.state.items()}
     denoiser.reset(4)
-    assert all(s.a_hat.abs().max() == 0 for s in denoiser.state.values())
     for name, state in denoiser.state.items():
+        assert state.a_hat.abs().max() <= 0.5 * denoiser.layers[name].scale < ended[name].abs().max()
+    np.testing.assert_array_equal(tiny.sample(denoiser), first)
+
+
+def test_without_dither_a_trajectory_starts_from_zero_and_bias(tiny):
+    denoiser = SimDenoiser(tiny.network, tiny.checkpoint.params, tiny.scales(dither=False))
+    denoiser.reset(4)
+    for name, state in denoiser.state.items():
+        assert state.a_hat.abs().max() == 0
         bias = denoiser.layers[name].bias[:, None, None]
         assert torch.equal(state.o_hat, bias.expand_as(state.o_hat))
-    np.testing.assert_array_equal(tiny.sample(denoiser), first)
+
+
+def test_dither_is_uniform_inside_the_grid_and_o_hat_answers_it(tiny):
+    denoiser = SimDenoiser(tiny.network, tiny.checkpoint.params, tiny.scales())
+    denoiser.reset(3)
+    layer, state = denoiser.layers["conv_in"], denoiser.state["conv_in"]
+    assert torch.equal(state.a_hat[0], state.a_hat[2])  # the same for every image, so batches change nothing
+    offsets = torch.cat([s.a_hat[0].flatten() / denoiser.layers[n].scale for n, s in denoiser.state.items()])
+    assert offsets.abs().max() <= 0.5 and abs(float(offsets.mean())) < 0.01
+    assert float(offsets.std()) == pytest.approx(12**-0.5, rel=0.02)
+    weight = layer.weight * layer.weight_scale[:, None, None, None]
+    torch.testing.assert_close(state.o_hat, torch.nn.functional.conv2d(state.a_hat, weight, layer.bias, padding=1))
+
+
+@pytest.mark.parametrize("dither", [True, False])
+def test_exported_file_starts_from_the_same_state(tiny, tmp_path, dither):
+    scales = tiny.scales(dither=dither)
+    simulated = SimDenoiser(tiny.network, tiny.checkpoint.params, scales)
+    exported = onnx_denoiser(tiny, tmp_path, scales)
+    simulated.reset(2)
+    exported.reset(2)
+    for name, state in simulated.state.items():
+        np.testing.assert_allclose(exported.state[f"a_hat.{name}"], state.a_hat, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(exported.state[f"o_hat.{name}"], state.o_hat, rtol=1e-4, atol=1e-5)
 
 
 def test_warmup_rows_replace_the_full_precision_first_step(demo):

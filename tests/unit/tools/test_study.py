@@ -1,0 +1,45 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from modiff_trt.tools.study import METHODS, STARTS, ladder, main
+
+
+def run(out, parts):
+    main(
+        config=ROOT / "configs/demo.yml",
+        ckpt=ROOT / "calib_cache/demo/model.safetensors",
+        out=out,
+        timesteps=3,
+        images=1,
+        calibration_images=2,
+        parts=parts,
+        bits="4",
+        weight_bits="8",
+        learned=None,
+        iterations=2,
+        device="cpu",
+        seconds=1e9,
+    )
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_every_part_writes_its_figures_and_a_rerun_keeps_them(tmp_path):
+    out = tmp_path / "study.json"
+    figures = run(out, "methods,starts")
+    assert set(figures["methods"]) == {f"{name} A4" for name in METHODS}
+    assert set(figures["starts"]) == {f"{name} A4" for name in STARTS}
+    figures["methods"]["LTQ A4"] = 123.0
+    out.write_text(json.dumps(figures))
+    again = run(out, "methods,rows")
+    assert again["methods"]["LTQ A4"] == 123.0 and len(again["rows"]) == 3
+
+
+def test_ladder_ends_at_its_floor(tiny):
+    scales = ladder(tiny.scales(dither=False), 2, 0.5)
+    multipliers = scales.rows.multipliers
+    assert (multipliers[-1] == 1).all() and scales.rows.warmup >= 1
+    assert (np.diff(multipliers[: scales.rows.warmup], axis=0) <= 0).all()

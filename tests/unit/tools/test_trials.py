@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+
+from modiff_trt.tools.inspecting import print_table, save_plots, state_elements
+from modiff_trt.tools.trials import Trials, search_modes, search_rows, state_traffic, with_modes
+
+
+@pytest.fixture(scope="module")
+def trials(tiny):
+    return Trials(tiny.network, tiny.checkpoint, tiny.timesteps, 3, 2, "cpu")
+
+
+def test_searched_rows_are_never_worse_on_the_trials(trials, tiny):
+    scales = tiny.scales(act_bits=4)
+    lines = []
+    best = search_rows(trials, scales, lines.append)
+    assert trials.decibels(best) >= trials.decibels(scales)
+    assert any("margin 1.0, attempt 2" in line for line in lines)
+    np.testing.assert_array_equal(best.rows.multipliers[: best.rows.warmup], scales.rows.multipliers[: scales.rows.warmup])
+
+
+def test_residuals_are_those_that_the_quantized_network_rounds(trials, tiny):
+    scales = tiny.scales(act_bits=8)
+    _, seen = trials.residuals(scales)
+    assert seen.shape == scales.rows.multipliers.shape and (seen > 0).all()
+    assert scales.modulated[0] == "conv_in"
+    noise = trials._noise
+    step = scales.layers["conv_in"].scale
+    # the first pass meets x_T itself, less the dither
+    assert seen[0, 0] == pytest.approx(np.abs(noise).max(), abs=step)
+
+
+def test_modes_give_up_state_within_the_allowed_loss(trials, tiny):
+    scales = tiny.scales(act_bits=8)
+    calls = []
+    best, curve = search_modes(trials, scales, 1.0, lambda line: None, lambda: calls.append(1))
+    assert len(calls) == len(scales.modulated)
+    assert trials.decibels(best) >= trials.decibels(scales) - 1.0
+    assert state_traffic(best, tiny.network) <= state_traffic(scales, tiny.network)
+    assert [p.stateless for p in curve] == sorted(p.stateless for p in curve)
+    assert best.rows.multipliers.shape == (len(best.rows), len(best.modulated))
+    generous, _ = search_modes(trials, scales, 1000.0, lambda line: None, lambda: None)
+    assert state_traffic(generous, tiny.network) == 0 and not generous.modulated
+
+
+def test_traffic_counts_both_arrays_in_and_out(tiny):
+    scales = tiny.scales()
+    only = with_modes(scales, {name: "int8" for name in scales.modulated if name != "conv_in"})
+    assert state_traffic(only, tiny.network) == 4 * (3 * 144 + 32 * 144)
+    assert only.modulated == ("conv_in",)
+    column = scales.modulated.index("conv_in")
+    np.testing.assert_array_equal(only.rows.multipliers[:, 0], scales.rows.multipliers[:, column])
+
+
+def test_inspect_shows_every_layer_and_draws(tiny, tmp_path, capsys):
+    scales = tiny.scales()
+    print_table(scales, tiny.network)
+    text = capsys.readouterr().out
+    assert all(spec.name in text for spec in tiny.network.layers)
+    assert f"{sum(state_elements(scales, tiny.network).values()):,} elements" in text
+    for path in save_plots(scales, tmp_path):
+        assert path.stat().st_size > 10_000

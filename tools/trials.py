@@ -1,0 +1,163 @@
+"""Calibration by trial: runs whole quantized trajectories and keeps what is best for the final image.
+
+Two searches live here. `search_rows` gives every row its own grid, with a margin chosen by what the quantized
+trajectory does, not the float one. `search_modes` finds which layers can do without MoDiff state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from modiff_trt.export.checkpoint import Checkpoint
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.grid import grid_max
+from modiff_trt.export.rows import RowTable
+from modiff_trt.export.scales import Scales
+from modiff_trt.export.unet import Network
+from modiff_trt.runtime.images import psnr
+from modiff_trt.runtime.noise import ImageNoise
+from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.schedule import alphas_cumprod
+from modiff_trt.runtime.torch_denoiser import SimDenoiser, TorchDenoiser
+
+Report = Callable[[str], None]
+Array = np.ndarray[Any, Any]
+
+MARGINS = (0.7, 1.0, 1.4, 2.0)
+# A residual's row may need a coarser grid than the static one where quantization itself has made it larger.
+WIDEST = 4.0
+FINEST = 1 / 16
+# A layer may stay in float if it does at most this share of the network's multiply-accumulates.
+FLOAT_MACS = 0.02
+
+
+class Trials:
+    """Runs scales from fixed calibration noise and scores them by PSNR to FP32."""
+
+    def __init__(
+        self, network: Network, checkpoint: Checkpoint, timesteps: tuple[int, ...], images: int, seed: int, device: str
+    ) -> None:
+        self.network, self.checkpoint, self._device = network, checkpoint, device
+        self._alpha_bar = alphas_cumprod(network.config.diffusion)
+        self._noise = ImageNoise(seed, range(images), network.config.input_shape).draw()
+        self._reference = ddim_sample(
+            TorchDenoiser(network, checkpoint.params, timesteps, device), self._alpha_bar, self._noise
+        )
+
+    def decibels(self, scales: Scales) -> float:
+        """PSNR in dB; minus infinity where the trajectory is not finite."""
+        return self._score(SimDenoiser(self.network, self.checkpoint.params, scales, self._device))
+
+    def residuals(self, scales: Scales) -> tuple[float, Array]:
+        """PSNR, and the largest |x - a_hat| [rows, modulated layers] that each pass had to round."""
+        denoiser = SimDenoiser(self.network, self.checkpoint.params, scales, self._device)
+        passes: list[dict[str, float]] = []
+        first = scales.modulated[0]
+
+        def watch(layer: str, residual: Tensor) -> None:
+            if layer == first:
+                passes.append({})
+            passes[-1][layer] = float(residual.abs().max())
+
+        denoiser.on_residual = watch
+        score = self._score(denoiser)
+        return score, np.asarray([[found[name] for name in scales.modulated] for found in passes], np.float32)
+
+    def _score(self, denoiser: SimDenoiser) -> float:
+        try:
+            return psnr(ddim_sample(denoiser, self._alpha_bar, self._noise), self._reference)
+        except InputError:
+            return float("-inf")
+
+
+def search_rows(trials: Trials, scales: Scales, report: Report) -> Scales:
+    """The scales with the best row table found: static, or one multiplier per row and layer.
+
+    A candidate covers the largest residual of each row times a margin. It is measured with the quantized network in the
+    loop, once more after its own first run, because a finer row changes the residuals of the rows after it.
+    """
+    if not scales.modulated:
+        return scales
+    best, (top_score, seen) = scales, trials.residuals(scales)
+    report(f"rows: static {top_score:.2f} dB")
+    reach = np.asarray([grid_max(scales.layers[n].act_bits) * scales.layers[n].scale for n in scales.modulated], np.float32)
+    start = scales.rows.warmup
+    for margin in MARGINS:
+        residuals = seen
+        for attempt in (1, 2):
+            multipliers = scales.rows.multipliers.copy()
+            multipliers[start:] = np.clip(margin * residuals[start:] / reach, FINEST, WIDEST)
+            candidate = replace(scales, rows=replace(scales.rows, multipliers=multipliers))
+            score, found = trials.residuals(candidate)
+            report(f"rows: margin {margin}, attempt {attempt}: {score:.2f} dB")
+            if score > top_score:
+                best, top_score = candidate, score
+            residuals = np.maximum(residuals, found)
+    return best
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """One point of the curve: how many layers lost their state, the state traffic that is left, and what it costs."""
+
+    stateless: int
+    traffic_bytes: int
+    decibels: float
+
+
+def state_traffic(scales: Scales, network: Network, element_bytes: int = 2) -> int:
+    """Bytes of state read and written for one image and pass: a_hat and o_hat, in and out."""
+    elements = sum(prod(s.in_shape) + prod(s.out_shape) for s in network.layers if scales.layers[s.name].mode == "modiff")
+    return 2 * element_bytes * elements
+
+
+def search_modes(
+    trials: Trials, scales: Scales, loss_db: float, report: Report, on_layer: Callable[[], None]
+) -> tuple[Scales, list[TradeOff]]:
+    """Takes the state from as many layers as `loss_db` allows: the cheapest in added error per byte first.
+
+    Every modulated layer is first measured alone in mode `int8`, and as `float` where that is much better and its share
+    of the arithmetic is small (`FLOAT_MACS`). The order found this way is then tried in whole trajectories, by
+    bisection. `on_layer` is called after each single-layer measurement.
+    """
+    network = trials.network
+    base = trials.decibels(scales)
+    report(f"modes: all {len(scales.modulated)} modulated: {base:.2f} dB")
+    total = sum(spec.macs for spec in network.layers)
+    ranked: list[tuple[float, str, str]] = []
+    for name in scales.modulated:
+        spec = network.layer(name)
+        mode, score = "int8", trials.decibels(with_modes(scales, {name: "int8"}))
+        if spec.macs <= FLOAT_MACS * total and score < base - loss_db:
+            mode, score = "float", trials.decibels(with_modes(scales, {name: "float"}))
+        added = max(10 ** (-score / 10) - 10 ** (-base / 10), 0.0)
+        ranked.append((added / (prod(spec.in_shape) + prod(spec.out_shape)), name, mode))
+        on_layer()
+    ranked.sort()
+    curve = [TradeOff(0, state_traffic(scales, network), base)]
+    best, low, high = scales, 0, len(ranked)
+    while low < high:
+        count = (low + high + 1) // 2
+        candidate = with_modes(scales, {name: mode for _, name, mode in ranked[:count]})
+        score = trials.decibels(candidate)
+        curve.append(TradeOff(count, state_traffic(candidate, network), score))
+        report(f"modes: {count} layers without state: {score:.2f} dB")
+        if score >= base - loss_db:
+            best, low = candidate, count
+        else:
+            high = count - 1
+    return best, sorted(curve, key=lambda point: point.stateless)
+
+
+def with_modes(scales: Scales, modes: dict[str, str]) -> Scales:
+    """The same scales with other modes for some layers, and the row table's columns to match."""
+    layers = {n: replace(layer, mode=modes.get(n, layer.mode)) for n, layer in scales.layers.items()}
+    keep = [i for i, name in enumerate(scales.modulated) if name not in modes]
+    rows = RowTable(scales.rows.t, scales.rows.multipliers[:, keep], scales.rows.warmup, scales.rows.exact_start)
+    return replace(scales, layers=layers, rows=rows)
