@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.tools.assets import config_path, demo_path
 from modiff_trt.tools.grid import save_grid
 from modiff_trt.tools.load import Backend
+from modiff_trt.tools.provenance import provenance
 from modiff_trt.tools.sampling import sample_batches
 
 
@@ -90,13 +88,7 @@ def run(out: Path, num_samples: int, seed: int) -> None:
         "images": num_samples,
         "seed": seed,
         "rows": rows,
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "onnxruntime": version("onnxruntime"),
-            "modiff-trt": version("modiff-trt"),
-        },
+        **provenance(),
     }
     labels = [f"{r['name']}\n{'reference' if r['psnr_db'] is None else str(r['psnr_db']) + ' dB'}" for r in rows]
     save_grid(out / "demo.png", images, labels, f"Same noise, {len(timesteps)} DDIM steps, onnxruntime on a CPU")

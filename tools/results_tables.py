@@ -1,7 +1,8 @@
 """Renders the tables of README.md from the files under results/: `python -m modiff_trt.tools.results_tables README.md`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function of this module and a file
-results/NAME.json. With --check nothing is written, and the exit code says whether the tables are current.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of `TABLES`, which says the file in
+results/ and the function that renders it. With --check nothing is written, and the exit code says whether the tables are
+current.
 """
 
 from __future__ import annotations
@@ -26,16 +27,69 @@ def demo(data: dict[str, Any]) -> str:
         decibel = "reference" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
         state, size = row["state_bytes_per_image"] / 1e6, row["onnx_bytes"] / 1e6
         lines.append(f"| {row['name']} | {decibel} | {row['seconds_per_image']:.2f} | {state:.1f} | {size:.1f} |")
-    machine = data["machine"]
     lines.append("")
     lines.append(
-        f"{data['images']} images, {data['ddim_steps']} DDIM steps, {machine['cores']} CPU cores, "
-        f"onnxruntime {machine['onnxruntime']} (`results/demo.json`, written by `modiff-trt demo`)."
+        f"{data['images']} images, {data['ddim_steps']} DDIM steps, {data['machine']['cores']} CPU cores, "
+        f"onnxruntime {data['versions']['onnxruntime']} (`results/demo.json`, written by `modiff-trt demo`)."
     )
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo}
+def _by_bits(part: dict[str, float | None], first: str) -> list[str]:
+    """A table with one line per name and one column per activation width, from keys like `LTQ A4`."""
+    names = list(dict.fromkeys(key.rsplit(" A", 1)[0] for key in part))
+    bits = sorted({int(key.rsplit(" A", 1)[1]) for key in part}, reverse=True)
+    lines = [f"| {first} | " + " | ".join(f"A{b}" for b in bits) + " |", "|---|" + "---|" * len(bits)]
+    for name in names:
+        cells = [part.get(f"{name} A{b}") for b in bits]
+        lines.append(f"| {name} | " + " | ".join("" if c is None else f"{c:.1f}" for c in cells) + " |")
+    return lines
+
+
+def _source(data: dict[str, Any], what: str) -> str:
+    rounding = data.get("weights rounded by", "nearest rounding")
+    return (
+        f"\n{what}; PSNR in dB of {data['images']} images to FP32 from the same noise, {data['timesteps']} quad steps, W8 by "
+        f"{rounding}, simulated on one {data['machine']['gpu']} with torch {data['versions']['torch']}. Empty: not run."
+    )
+
+
+def methods(data: dict[str, Any]) -> str:
+    """The six rows of the paper's table by activation bits."""
+    return "\n".join([*_by_bits(data["methods"], "method"), _source(data, "Warm-up of two rows, no dither")])
+
+
+def starts(data: dict[str, Any]) -> str:
+    """How a trajectory begins, by activation bits."""
+    return "\n".join([*_by_bits(data["starts"], "start"), _source(data, "MoDiff with static scales")])
+
+
+def rows(data: dict[str, Any]) -> str:
+    """Static grids against a grid per row, with and without dither."""
+    return "\n".join([*_by_bits(data["rows"], "MoDiff grids"), _source(data, "Warm-up down to the running grid")])
+
+
+def weights(data: dict[str, Any]) -> str:
+    """Rounding of weights alone."""
+    part = data["weights"]
+    lines = ["| weights | nearest, min-max scale | nearest, MSE scale | AdaRound | seconds |", "|---|---|---|---|---|"]
+    for b in (8, 4):
+        cells = [f"{part[f'W{b} {name}']:.1f}" for name in ("nearest, minmax", "nearest, mse", "AdaRound", "AdaRound seconds")]
+        lines.append(f"| W{b} | " + " | ".join(cells) + " |")
+    lines.append(f"\nActivations in float; PSNR in dB of {data['images']} images to FP32, {data['timesteps']} quad steps;")
+    return "\n".join([*lines, f"AdaRound on {data['calibration_images']} trajectories on one {data['machine']['gpu']}."])
+
+
+# Table name -> (file in results/, how it is rendered)
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "demo": ("demo", demo),
+    "methods": ("study50", methods),
+    "weights": ("study50", weights),
+    "starts": ("study50", starts),
+    "starts_adaround": ("study50_adaround", starts),
+    "rows_adaround": ("rows50_adaround", rows),
+    "rows_adaround_100": ("rows100_adaround", rows),
+}
 
 
 def render(text: str, results: Path) -> str:
@@ -45,7 +99,8 @@ def render(text: str, results: Path) -> str:
         name = match[2]
         if name not in TABLES:
             raise InputError(f"unknown table '{name}'; known: {', '.join(TABLES)}")
-        return f"{match[1]}{TABLES[name](read_json(results / f'{name}.json', 'result'))}\n{match[3]}"
+        file, table = TABLES[name]
+        return f"{match[1]}{table(read_json(results / f'{file}.json', 'result'))}\n{match[3]}"
 
     return BLOCK.sub(replace, text)
 

@@ -9,7 +9,6 @@ file is written after every figure, so an interrupted run keeps what it found; t
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,6 +36,7 @@ from modiff_trt.runtime.torch_denoiser import SimDenoiser, TorchDenoiser
 from modiff_trt.tools.calibrating import TRIAL_SEED, learn_weights, measure
 from modiff_trt.tools.collecting import collect
 from modiff_trt.tools.load import check_device, load_model
+from modiff_trt.tools.provenance import provenance
 from modiff_trt.tools.trials import Trials, search_rows
 
 METHODS = {
@@ -166,8 +166,7 @@ class Study:
             "images": images,
             "calibration_images": calibration_images,
             "unit": "dB, PSNR of all images together to FP32 from the same noise",
-            "machine": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-            "torch": torch.__version__,
+            **provenance(device),
         }
 
     def scales(self, **recipe: Any) -> Scales:
