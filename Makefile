@@ -3,7 +3,6 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The CPU build of torch installs without CUDA packages; for a GPU: make setup TORCH=torch
 TORCH ?= torch==2.13.*
 EXTRAS ?= dev
 CONFIG ?= configs/demo.yml
@@ -22,9 +21,11 @@ OUT ?= out/$(NAME)
 
 RUN := $(VENV)/bin/modiff-trt
 MODEL := --config $(CONFIG) --ckpt $(CKPT)
-TRAJECTORIES := calib_cache/$(NAME)/trajectories.safetensors
-SCALES := calib_cache/$(NAME)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT).safetensors
-ONNX := calib_cache/$(NAME)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-$(DTYPE).onnx
+# File names carry what decides their content; files of another --ckpt or --config are refused when they are read.
+FOLDER := calib_cache/$(NAME)/$(SKIP_TYPE)$(TIMESTEPS)
+TRAJECTORIES := $(FOLDER)/trajectories.safetensors
+SCALES := $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT).safetensors
+ONNX := $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-$(DTYPE).onnx
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo collect calibrate export engine sample fid bench compare verify report sampler results-tables test test-gpu lint clean
@@ -54,17 +55,17 @@ calibrate: setup $(TRAJECTORIES) ## scales of every layer
 	$(RUN) calibrate $(MODEL) --trajectories $(TRAJECTORIES) --method $(METHOD) --weight-bit $(WEIGHT_BIT) \
 		--act-bit $(ACT_BIT) --device $(DEVICE) --out $(SCALES)
 
-$(SCALES):
+$(SCALES): $(TRAJECTORIES)
 	$(MAKE) calibrate
 
 export: setup $(SCALES) ## the QDQ ONNX file
 	$(RUN) export $(MODEL) --scales $(SCALES) --dtype $(DTYPE) --out $(ONNX)
 
-$(ONNX):
+$(ONNX): $(SCALES)
 	$(MAKE) export
 
 sample: setup $(ONNX) ## images from the ONNX file
-	$(RUN) sample --backend onnx --onnx $(ONNX) --num-samples $(NUM_SAMPLES) --seed $(SEED) --device $(DEVICE) --out $(OUT)
+	$(RUN) sample --backend onnx --onnx $(ONNX) $(MODEL) --num-samples $(NUM_SAMPLES) --seed $(SEED) --device $(DEVICE) --out $(OUT)
 
 engine fid bench compare verify report sampler: ## not built so far; each says so and fails
 	@echo "make $@: this stage does not exist in this version; see 'What works today' in README.md" >&2; exit 2

@@ -99,6 +99,8 @@ def measure_ranges(
                     run_unet(network, params, x, bias, recorder)
                 if index == step:
                     for name, value in recorder.inputs.items():
+                        if not torch.isfinite(value).all():
+                            raise InputError(f"the input of layer '{name}' is not finite at step {step}; check the checkpoint")
                         entry, peak = ranges[name], peaks[name]
                         entry.activation.update(value)
                         peak[0] = max(peak[0], float(value.abs().max()))
@@ -108,8 +110,6 @@ def measure_ranges(
                             peak[1] = max(peak[1], float(residual.abs().max()))
                 before = recorder.inputs
         for name, (peak_activation, peak_residual) in peaks.items():
-            if not np.isfinite(peak_activation):
-                raise InputError(f"the input of layer '{name}' is not finite at step {step}; collect again")
             ranges[name].activation_max.append(peak_activation)
             ranges[name].residual_max.append(peak_residual)
     return ranges
@@ -151,7 +151,7 @@ def make_scales(
             full_range.append(first / (2 ** (act_bits - 1) - 1) / residual)
             bits.append(act_bits)
     rows: RowTable
-    if recipe.method == "modiff":
+    if bits:
         rows = modulated_rows(trajectories.timesteps, np.asarray(full_range), np.asarray(bits), recipe.start)
     else:
         rows = plain_rows(trajectories.timesteps)
@@ -171,5 +171,5 @@ def make_scales(
         np.stack([shares.float().numpy() for shares, _ in histograms]),
         np.asarray([top for _, top in histograms], np.float32),
         recipe.granularity,
-        recipe.method == "modiff" and recipe.start == "warmup" and recipe.granularity == "static" and recipe.dither,
+        bool(bits) and recipe.start == "warmup" and recipe.granularity == "static" and recipe.dither,
     )

@@ -12,7 +12,7 @@ It wraps the functional core and hides the state that the rest of this project p
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modiff_trt.export.modulated import State, initial_state, quantize_layers, simulate
 from modiff_trt.export.scales import Scales
@@ -20,15 +20,14 @@ from modiff_trt.export.torch_ops import Params, run_unet, time_table
 from modiff_trt.export.unet import Network
 
 
-class QuantModel(nn.Module):
-    """The simulated quantized network, called with (x [N, C, H, W], t [N] or int) once per DDIM step.
+class QuantModel:
+    """The simulated quantized network on the device of `params`, called with (x [N, C, H, W], t [N] or int) once per DDIM step.
 
     The first call after `reset_cache` also runs the warm-up rows. Activations are quantized only together with
     weights, as in the modulated layer.
     """
 
     def __init__(self, network: Network, params: Params, scales: Scales) -> None:
-        super().__init__()
         self._network = network
         self._params = dict(params)
         self._scales = scales
@@ -50,8 +49,10 @@ class QuantModel(nn.Module):
         self._state, self._row = {}, 0
 
     @torch.no_grad()
-    def forward(self, x: Tensor, t: Tensor | int) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor | int) -> Tensor:
         step = int(t if isinstance(t, int) else t.flatten()[0])
+        if not isinstance(t, int) and not bool((t == t.flatten()[0]).all()):
+            raise ValueError("all images of a trajectory are at the same timestep")
         bias = {block: table[step : step + 1] for block, table in self._table.items()}
         if not self._weight_quant:
             return run_unet(self._network, self._params, x, bias)

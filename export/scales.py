@@ -15,7 +15,7 @@ import numpy as np
 from modiff_trt.export.config import Config, config_from_dict, config_to_dict, model_fingerprint
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import load_arrays, save_arrays
-from modiff_trt.export.rows import RowTable
+from modiff_trt.export.rows import RowTable, plain_rows
 from modiff_trt.export.unet import Network
 
 KIND, SCHEMA = "scales", 3
@@ -83,8 +83,7 @@ class Scales:
     def without_modulation(self) -> Scales:
         """The same calibration with every `modiff` layer in mode `int8`: plain Q-Diffusion."""
         layers = {k: replace(v, mode="int8") if v.mode == "modiff" else v for k, v in self.layers.items()}
-        steps = self.rows.timesteps
-        rows = RowTable(np.asarray(steps, np.int64), np.zeros((len(steps), 0), np.float32))
+        rows = plain_rows(self.rows.timesteps)
         return replace(self, method="qdiff", layers=layers, rows=rows, dither=False)
 
 

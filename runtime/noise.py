@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def load_noise(path: Path, count: int, shape: tuple[int, int, int]) -> Array:
         noise = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise InputError(f"noise file {path} does not exist") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"noise file {path} is not a valid .npy file: {error}") from None
     if not isinstance(noise, np.ndarray) or noise.dtype != np.float32 or noise.shape[1:] != shape or len(noise) < count:
         found = f"{noise.dtype} {noise.shape}" if isinstance(noise, np.ndarray) else "an archive"

@@ -27,7 +27,7 @@ def start_state(path: Path, manifest: dict[str, Any], shapes: dict[str, tuple[in
         bias = decode_array(manifest["o_hat_start"][layer])
         start[f"a_hat.{layer}"] = np.zeros(shapes[f"a_hat.{layer}"], np.float32)
         start[f"o_hat.{layer}"] = np.broadcast_to(bias[:, None, None], shapes[f"o_hat.{layer}"]).copy()
-    if manifest.get("dither"):
+    if start and manifest["dither"]:
         for layer, (offset, answer) in _answers(onnx.load(path), shapes).items():
             start[f"a_hat.{layer}"] += offset
             start[f"o_hat.{layer}"] += answer

@@ -23,10 +23,14 @@ from modiff_trt.runtime.schedule import alphas_cumprod, timestep_sequence
 from modiff_trt.runtime.torch_denoiser import TorchDenoiser
 
 ROOT = Path(__file__).resolve().parents[1]
-# The full-size tests need a trained CIFAR-10 checkpoint: name one here, or put it beside the checkout.
-FULL_CHECKPOINT = Path(
-    os.environ.get("MODIFF_CIFAR10_CKPT", ROOT.parent / "shared/checkpoints/cifar10_ddpm_ema_fp16.safetensors")
-)
+
+
+def full_checkpoint_file() -> Path | None:
+    """A trained CIFAR-10 checkpoint for the full-size tests: the environment's, or one in a folder beside the checkout."""
+    if "MODIFF_CIFAR10_CKPT" in os.environ:
+        return Path(os.environ["MODIFF_CIFAR10_CKPT"])
+    return next(iter(sorted(ROOT.parent.glob("*/checkpoints/cifar10*.safetensors"))), None)
+
 
 torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
 
@@ -110,6 +114,7 @@ def demo() -> Case:
 
 @pytest.fixture(scope="session")
 def full_checkpoint() -> Path:
-    if not FULL_CHECKPOINT.is_file():
+    file = full_checkpoint_file()
+    if file is None:
         pytest.skip("no trained CIFAR-10 checkpoint; set MODIFF_CIFAR10_CKPT")
-    return FULL_CHECKPOINT
+    return file

@@ -24,6 +24,7 @@ from modiff_trt.export.scales import Scales
 from modiff_trt.export.torch_ops import layer_weight
 from modiff_trt.export.trajectories import Trajectories
 from modiff_trt.export.unet import Network
+from modiff_trt.runtime.torch_denoiser import use_full_precision
 from modiff_trt.tools.progress import progress_bar
 from modiff_trt.tools.trials import Trials, search_modes, search_rows
 
@@ -36,6 +37,7 @@ def measure(
     network: Network, checkpoint: Checkpoint, trajectories: Trajectories, batch_size: int, device: str
 ) -> dict[str, LayerRanges]:
     """`measure_ranges` on a device."""
+    use_full_precision()
     params = {key: value.to(device) for key, value in checkpoint.params.items()}
     with progress_bar() as bar:
 
@@ -58,8 +60,9 @@ def learn_weights(
     """The same scales with AdaRound's rounding of every weight, learned on the stored trajectories.
 
     What is finished stands in `part`, block by block; a second call with the same settings goes on from there and ends
-    with the same decisions. `part` is removed once all is done.
+    with the same decisions. The caller removes `part` once it has saved the result.
     """
+    use_full_precision()
     params = {key: value.to(device) for key, value in checkpoint.params.items()}
     grids = {
         name: WeightGrid(torch.from_numpy(layer.weight_scale).to(device), layer.weight_bits)
@@ -89,7 +92,6 @@ def learn_weights(
             return iter(bar.track(items, total=total, description="adaround"))
 
         reconstruct(network, params, grids, _samples(trajectories), options, seed, done, keep, progress=blocks)
-    part.unlink(missing_ok=True)
     return replace(scales, layers={n: replace(layer, round_up=packed[n]) for n, layer in scales.layers.items()})
 
 

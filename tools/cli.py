@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 
 DEMO_OUT = Path("out/demo")
+INTERRUPTED = 130
 
 Config = Annotated[Path, typer.Option(help="DDIM configuration (.yml)")]
 Ckpt = Annotated[Path, typer.Option(help="trained weights (.safetensors, .ckpt, .pt, .pth)")]
@@ -94,7 +95,7 @@ def calibrate(
     from modiff_trt.export.scales import save_scales
     from modiff_trt.export.trajectories import load_trajectories
     from modiff_trt.tools.calibrating import improve, learn_weights, measure
-    from modiff_trt.tools.load import check_device, load_model
+    from modiff_trt.tools.load import check_device, check_seed, load_model
 
     if rounding not in ("nearest", "adaround"):
         raise InputError(f"--rounding must be nearest or adaround, found '{rounding}'")
@@ -102,19 +103,22 @@ def calibrate(
         raise InputError(f"--rows must be static or search, found '{rows}'")
     if trial_images < 1 or max_loss < 0:
         raise InputError("--trial-images must be at least 1 and --max-loss not negative")
-    if iterations < 1 or seed < 0:
-        raise InputError("--iterations must be at least 1 and --seed not negative")
+    if iterations < 1 or batch_size < 1:
+        raise InputError("--iterations and --batch-size must be at least 1")
+    check_seed(seed)
     recipe = Recipe(method, weight_bit, act_bit, scale_method, start, edge_bit, granularity, dither)
+    part = out.with_name(out.name + ".part")
     network, checkpoint = load_model(config, ckpt)
     stored = load_trajectories(trajectories, network.config, checkpoint.sha256)
     ranges = measure(network, checkpoint, stored, batch_size, check_device(device))
     scales = make_scales(network, checkpoint, stored, ranges, recipe)
     if rounding == "adaround":
-        options, part = AdaRoundOptions(iterations), out.with_name(out.name + ".part")
-        scales = learn_weights(network, checkpoint, stored, scales, options, seed, device, part)
+        scales = learn_weights(network, checkpoint, stored, scales, AdaRoundOptions(iterations), seed, device, part)
     if rows == "search" or auto:
         scales = improve(network, checkpoint, scales, rows == "search", max_loss if auto else None, trial_images, device)
     save_scales(out, scales)
+    if rounding == "adaround":
+        part.unlink(missing_ok=True)
     modes = [layer.mode for layer in scales.layers.values()]
     counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in ("modiff", "int8", "float") if mode in modes)
     typer.echo(f"{out}: {method} W{weight_bit}A{act_bit}, layers: {counts}; {len(scales.rows)} passes a trajectory")
@@ -210,16 +214,20 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str] | None) -> int:
     try:
         result: Any = app(args=arguments, standalone_mode=False)
+        if result == INTERRUPTED:  # the command-line library has turned Ctrl-C into this
+            errors.print("interrupted; run the same command again to go on")
         return result if isinstance(result, int) else 0
     except InputError as error:
         message = str(error)
     except KeyboardInterrupt:
         errors.print("interrupted; run the same command again to go on")
-        return 130
+        return INTERRUPTED
     except Exception as error:
         # Usage errors of the command-line library; its base class has no stable public name.
         if not hasattr(error, "format_message"):
             raise
+        if not error.format_message():  # no arguments at all: the help has been printed
+            return 2
         message = f"{error.format_message()}; see --help"
     errors.print(f"error: {' '.join(message.split())}", markup=False)
     return 2

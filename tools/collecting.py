@@ -16,6 +16,7 @@ from modiff_trt.runtime.noise import ImageNoise
 from modiff_trt.runtime.sampler import ddim_sample
 from modiff_trt.runtime.schedule import alphas_cumprod, timestep_sequence
 from modiff_trt.runtime.torch_denoiser import TorchDenoiser
+from modiff_trt.tools.load import check_seed
 from modiff_trt.tools.progress import progress_bar
 
 
@@ -38,6 +39,7 @@ def collect(
     """
     if min(num_samples, batch_size, calib_steps) < 1:
         raise InputError("--num-samples, --batch-size and --calib-steps must be at least 1")
+    check_seed(seed)
     config = network.config
     sequence = timestep_sequence(config.diffusion, timesteps, skip_type)
     chosen, stored = choose_steps(len(sequence), calib_steps)

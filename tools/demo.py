@@ -23,7 +23,7 @@ from modiff_trt.runtime.images import psnr
 from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.tools.assets import config_path, demo_path
 from modiff_trt.tools.grid import save_grid
-from modiff_trt.tools.load import Backend
+from modiff_trt.tools.load import Backend, check_seed
 from modiff_trt.tools.provenance import provenance
 from modiff_trt.tools.sampling import sample_batches
 
@@ -48,8 +48,9 @@ VARIANTS = (
 
 def run(out: Path, num_samples: int, seed: int) -> None:
     """Exports, samples and compares every variant; writes demo.png and demo.json into `out`."""
-    if num_samples < 1 or seed < 0:
-        raise InputError("--num-samples must be at least 1 and --seed not negative")
+    if num_samples < 1:
+        raise InputError("--num-samples must be at least 1")
+    check_seed(seed)
     network = trace(load_config(config_path("demo.yml")))
     checkpoint = load_checkpoint(demo_path("model.safetensors"), network)
     timesteps = load_scales(demo_path("modiff-w8a8.safetensors"), network, checkpoint.sha256).rows.timesteps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def _from_npz(path: Path) -> Images:
             for key in NPZ_KEYS:
                 if key in archive and archive[key].dtype == np.uint8 and archive[key].ndim == 4:
                     return np.asarray(archive[key])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     raise InputError(f"{path} has no uint8 array [N, H, W, 3] named {' or '.join(NPZ_KEYS)}")
 

@@ -64,6 +64,11 @@ def check_device(device: str) -> str:
     return device
 
 
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed must lie between 0 and 2^63 - 1, found {seed}")
+
+
 def load_backend(options: SamplingOptions) -> Backend:
     """Builds the denoiser that the options describe. Raises InputError for options that contradict each other or files."""
     if options.backend == "onnx":
@@ -80,7 +85,11 @@ def _torch_backend(options: SamplingOptions) -> Backend:
     device = check_device(options.device)
     network, checkpoint = load_model(options.config, options.ckpt)
     config = network.config
-    manifest: dict[str, Any] = {"backend": options.backend, "checkpoint_sha256": checkpoint.sha256}
+    manifest: dict[str, Any] = {
+        "backend": options.backend,
+        "checkpoint_sha256": checkpoint.sha256,
+        "config_sha256": model_fingerprint(config),
+    }
     if options.backend == "torch":
         _refuse(options.scales, "--scales", "torch")
         timesteps = _sequence(options, config)
@@ -139,6 +148,8 @@ def _check_steps(options: SamplingOptions, config: Config, calibrated: tuple[int
     if options.timesteps is None and options.skip_type is None:
         return
     steps = options.timesteps if options.timesteps is not None else len(calibrated)
+    if options.timesteps is None and options.skip_type == skip_type:
+        return
     if timestep_sequence(config.diffusion, steps, options.skip_type or skip_type) != calibrated:
         raise InputError(
             f"{source} was calibrated for {len(calibrated)} {skip_type} steps; leave --timesteps and --skip-type out, "

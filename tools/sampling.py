@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import sha256
 from modiff_trt.runtime.images import ImageFolder, save_npz
 from modiff_trt.runtime.noise import ImageNoise, load_noise
 from modiff_trt.runtime.sampler import ddim_sample
 from modiff_trt.runtime.schedule import alphas_cumprod
-from modiff_trt.tools.load import Backend
+from modiff_trt.tools.load import Backend, check_seed
 from modiff_trt.tools.progress import progress_bar
 
 
@@ -52,10 +53,13 @@ def run_sampling(
     """Samples images 0..num_samples-1 into `out` (FILE.npz, or a folder) and returns how many were computed now."""
     if num_samples < 1 or batch_size < 1:
         raise InputError("--num-samples and --batch-size must be at least 1")
-    if seed < 0:
-        raise InputError("--seed must not be negative")
+    check_seed(seed)
     noise = load_noise(noise_file, num_samples, backend.config.input_shape) if noise_file is not None else None
-    manifest = backend.manifest | {"seed": seed, "eta": eta, "noise": str(noise_file) if noise_file is not None else None}
+    manifest = backend.manifest | {
+        "seed": seed,
+        "eta": eta,
+        "noise_sha256": sha256(noise_file) if noise_file is not None else None,
+    }
     if out.suffix == ".npz":
         parts = [s for _, s in sample_batches(backend, list(range(num_samples)), seed, batch_size, eta, noise)]
         save_npz(out, np.concatenate(parts), manifest)

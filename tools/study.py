@@ -159,15 +159,18 @@ class Study:
         float_denoiser = TorchDenoiser(self.network, self.checkpoint.params, self.trajectories.timesteps, device)
         self._reference = ddim_sample(float_denoiser, self._alpha_bar, self._noise)
         self.figures: dict[str, Any] = read_json(out, "study") if out.exists() else {}
-        self.figures |= {
+        settings = {
             "checkpoint_sha256": self.checkpoint.sha256,
             "timesteps": timesteps,
             "skip_type": "quad",
             "images": images,
             "calibration_images": calibration_images,
             "unit": "dB, PSNR of all images together to FP32 from the same noise",
-            **provenance(device),
         }
+        differing = [name for name, value in settings.items() if self.figures.get(name, value) != value]
+        if differing:
+            raise InputError(f"{out} holds figures of another {', '.join(differing)}; choose another --out")
+        self.figures |= settings | provenance(device)
 
     def scales(self, **recipe: Any) -> Scales:
         scales = make_scales(self.network, self.checkpoint, self.trajectories, self.ranges, Recipe(**recipe))
@@ -197,6 +200,8 @@ class Study:
         for method in ("minmax", "mse"):
             scales = self.scales(weight_bits=bits, scale_method=method)
             self.record("weights", f"W{bits} nearest, {method}", lambda s=scales: self.decibels(s, act_quant=False))  # type: ignore[misc]
+        if time.monotonic() > self._ends:
+            return
         begin = time.monotonic()
         best = max(("minmax", "mse"), key=lambda m: self.figures["weights"][f"W{bits} nearest, {m}"] or 0.0)
         learned = self.learned(bits, best, iterations)
@@ -213,18 +218,23 @@ class Study:
         options = AdaRoundOptions(iterations)
         scales = learn_weights(self.network, self.checkpoint, self.trajectories, scales, options, 0, self.device, part)
         save_scales(file, scales)
+        part.unlink(missing_ok=True)
         return scales
 
     def use_learned(self, file: Path) -> None:
         """From now on W8 weights are rounded as a scales file of this checkpoint says."""
         scales = load_scales(file, self.network, self.checkpoint.sha256)
         self._rounding = {n: {"round_up": v.round_up, "weight_scale": v.weight_scale} for n, v in scales.layers.items()}
+        if self.figures.get("methods", self.figures.get("starts")) and "weights rounded by" not in self.figures:
+            raise InputError(f"{self.out} holds figures of weights rounded to nearest; choose another --out")
         self.figures["weights rounded by"] = "AdaRound"
 
     def methods(self, bits: list[int]) -> None:
         for b in bits:
             for name, (method, granularity) in METHODS.items():
-                scales = self.scales(method=method, granularity=granularity, act_bits=b)
+                scales = self.scales(method=method, granularity=granularity, act_bits=b, dither=False)
+                if method == "modiff":
+                    scales = two_rows(scales, 2)
                 self.record("methods", f"{name} A{b}", lambda s=scales: self.decibels(s))  # type: ignore[misc]
 
     def rows(self, bits: list[int]) -> None:

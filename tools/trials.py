@@ -17,7 +17,7 @@ from torch import Tensor
 from modiff_trt.export.checkpoint import Checkpoint
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.grid import grid_max
-from modiff_trt.export.rows import RowTable
+from modiff_trt.export.rows import RowTable, plain_rows
 from modiff_trt.export.scales import Scales
 from modiff_trt.export.unet import Network
 from modiff_trt.runtime.images import psnr
@@ -158,6 +158,8 @@ def search_modes(
 def with_modes(scales: Scales, modes: dict[str, str]) -> Scales:
     """The same scales with other modes for some layers, and the row table's columns to match."""
     layers = {n: replace(layer, mode=modes.get(n, layer.mode)) for n, layer in scales.layers.items()}
+    if all(layer.mode != "modiff" for layer in layers.values()):
+        return replace(scales, layers=layers, dither=False, rows=plain_rows(scales.rows.timesteps))
     keep = [i for i, name in enumerate(scales.modulated) if name not in modes]
     rows = RowTable(scales.rows.t, scales.rows.multipliers[:, keep], scales.rows.warmup, scales.rows.exact_start)
     return replace(scales, layers=layers, rows=rows)

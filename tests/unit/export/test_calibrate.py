@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -91,6 +92,14 @@ def test_row_table_follows_the_measured_ranges(tiny):
         assert scales.rows.multipliers[0, column] == pytest.approx(max(full, 1.0), rel=1e-5)
     assert tiny.scales(method="qdiff").rows.multipliers.shape == (6, 0)
     assert not tiny.scales(start="exact").dither and tiny.scales().dither and not tiny.scales(dither=False).dither
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_activations_that_are_not_finite_are_refused(tiny, bad):
+    x = tiny.trajectories.x.copy()
+    x[-1, 0, 0, 0, 0] = bad
+    with pytest.raises(InputError, match="not finite"):
+        measure_ranges(tiny.network, tiny.checkpoint.params, replace(tiny.trajectories, x=x), 3)
 
 
 def test_edge_bits(tiny):

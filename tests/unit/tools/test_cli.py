@@ -39,7 +39,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     paths = {name: folder / name for name in ("traj.safetensors", "scales.safetensors", "m.onnx", "float.onnx")}
     trajectories, scales, onnx, plain = paths.values()
-    steps = ("--timesteps", 4, "--num_samples", 3, "--calib-steps", 4, "--batch-size", 2)
+    steps = ("--timesteps", 8, "--num_samples", 3, "--calib-steps", 8, "--batch-size", 2)
     assert run("collect", *MODEL, *steps, "--out", trajectories) == 0
     assert run("calibrate", *MODEL, "--trajectories", trajectories, "--act_bit", 6, "--weight_bit", 8, "--out", scales) == 0
     assert run("export", *MODEL, "--scales", scales, "--out", onnx) == 0
@@ -49,7 +49,7 @@ def files(tmp_path_factory):
 
 def test_pipeline_writes_what_it_says(files):
     scales = load_scales(files["scales.safetensors"])
-    assert scales.layers["mid.attn_1.qkv"].act_bits == 6 and len(scales.rows) == 6
+    assert scales.layers["mid.attn_1.qkv"].act_bits == 6 and len(scales.rows) - scales.rows.warmup == 8
     assert not list(files["m.onnx"].parent.glob("*.part"))
 
 
@@ -57,11 +57,11 @@ def test_backends_agree_from_given_noise(files, tmp_path):
     noise = np.random.default_rng(0).standard_normal((3, 3, 32, 32), np.float32)
     np.save(tmp_path / "x.npy", noise)
     common = ["--noise", tmp_path / "x.npy", "--num-samples", 2]
-    assert run("sample", "--backend", "torch", *MODEL, "--timesteps", 4, *common, "--out", tmp_path / "torch.npz") == 0
+    assert run("sample", "--backend", "torch", *MODEL, "--timesteps", 8, *common, "--out", tmp_path / "torch.npz") == 0
     sim = ["--backend", "torch-sim", *MODEL, "--scales", files["scales.safetensors"], "--out", tmp_path / "sim.npz"]
     assert run("sample", *sim, *common) == 0
     assert run("sample", "--backend", "onnx", "--onnx", files["m.onnx"], *common, "--out", tmp_path / "onnx.npz") == 0
-    plain = ["--onnx", files["float.onnx"], "--timesteps", 4, "--skip-type", "quad"]
+    plain = ["--onnx", files["float.onnx"], "--timesteps", 8, "--skip-type", "quad"]
     assert run("sample", "--backend", "onnx", *plain, *common, "--out", tmp_path / "float.npz") == 0
     samples = {}
     for name in ("torch", "sim", "onnx", "float"):
@@ -71,7 +71,7 @@ def test_backends_agree_from_given_noise(files, tmp_path):
             assert archive["images"].dtype == np.uint8 and archive["images"].shape == (2, 32, 32, 3)
             assert json.loads(str(archive["manifest"]))["seed"] == 0
     np.testing.assert_allclose(samples["float"], samples["torch"], atol=1e-4)
-    # Four steps at 6 bits: a rounding on an edge that falls the other way is seen in the image.
+    # Eight steps at 6 bits: a rounding on an edge that falls the other way is seen in the image.
     assert np.abs(samples["onnx"] - samples["sim"]).mean() < 0.06
     assert 0 < np.abs(samples["sim"] - samples["torch"]).mean() < 0.3
 
@@ -138,7 +138,7 @@ REFUSED = {
     "not an onnx": (["sample", "--backend", "onnx", "--onnx", CKPT, "--out", "OUT"], "cannot be loaded"),
     "other steps": (
         ["sample", "--backend", "onnx", "--onnx", "ONNX", "--timesteps", "9", "--out", "OUT"],
-        "calibrated for 4 quad",
+        "calibrated for 8 quad",
     ),
     "onnx unmodulated": (
         ["sample", "--backend", "onnx", "--onnx", "ONNX", "--no-modulate", "--out", "OUT"],
@@ -149,7 +149,7 @@ REFUSED = {
         "another configuration",
     ),
     "zero images": (["sample", *MODEL, "--num-samples", "0", "--timesteps", "2", "--out", "OUT"], "at least 1"),
-    "negative seed": (["sample", *MODEL, "--seed", "-1", "--timesteps", "2", "--out", "OUT"], "--seed must not be negative"),
+    "negative seed": (["sample", *MODEL, "--seed", "-1", "--timesteps", "2", "--out", "OUT"], "--seed must lie between"),
     "eta": (["sample", *MODEL, "--eta", "2", "--timesteps", "2", "--out", "OUT"], "--eta must lie between 0 and 1"),
     "timesteps": (["sample", *MODEL, "--timesteps", "0", "--out", "OUT"], "--timesteps must lie between 1 and 1000"),
     "skip type": (["sample", *MODEL, "--skip-type", "cubic", "--out", "OUT"], "--skip-type must be one of"),
@@ -248,3 +248,53 @@ def test_help_names_every_stage_and_both_spellings_exist(capsys):
     assert run("--help") == 0
     text = capsys.readouterr().out
     assert all(stage in text for stage in ("collect", "calibrate", "export", "sample", "demo"))
+
+
+def test_batch_size_of_calibrate_and_foreign_files(files, tmp_path, capsys):
+    job = ["calibrate", *MODEL, "--trajectories", files["traj.safetensors"], "--out", tmp_path / "o"]
+    for size in (0, -1):
+        assert "--batch-size" in refusal(capsys, *job, "--batch-size", size)
+    (tmp_path / "page.pt").write_text("hello")
+    (tmp_path / "short.pt").write_bytes(b"\x80\x02.")
+    for name in ("page.pt", "short.pt"):
+        text = refusal(capsys, "collect", "--config", CONFIG, "--ckpt", tmp_path / name, "--out", tmp_path / "o")
+        assert "damaged" in text or "cannot be read safely" in text
+    (tmp_path / "n.npz").write_bytes(b"PK\x03\x04 but no archive")
+    assert "not a valid" in refusal(capsys, "sample", *MODEL, "--noise", tmp_path / "n.npz", "--out", tmp_path / "o.npz")
+    assert "--seed" in refusal(capsys, "sample", *MODEL, "--seed", 2**64, "--timesteps", 2, "--out", tmp_path / "o.npz")
+    assert not (tmp_path / "o").exists()
+
+
+def test_resuming_a_folder_with_other_settings_is_refused(tmp_path, capsys):
+    other = tmp_path / "other.yml"
+    other.write_text((ROOT / "configs/demo.yml").read_text().replace("beta_end: 0.02", "beta_end: 0.01"))
+    job = ["sample", "--ckpt", CKPT, "--timesteps", 2, "--num-samples", 1, "--out", tmp_path / "images"]
+    assert run(*job, "--config", CONFIG) == 0
+    assert "another run" in refusal(capsys, *job, "--config", other)
+
+
+def test_layers_without_any_state_are_sampled_from_an_exported_file(files, tmp_path):
+    scales = tmp_path / "auto.safetensors"
+    job = ["calibrate", *MODEL, "--trajectories", files["traj.safetensors"], "--method", "qdiff", "--out", scales]
+    assert run(*job) == 0
+    assert run("export", *MODEL, "--scales", scales, "--out", tmp_path / "q.onnx") == 0
+    assert (
+        run("sample", "--backend", "onnx", "--onnx", tmp_path / "q.onnx", "--num-samples", 1, "--out", tmp_path / "q.npz") == 0
+    )
+
+
+def test_interruption_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    from modiff_trt.tools import collecting
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collecting, "ddim_sample", interrupted)
+    assert run("collect", *MODEL, "--timesteps", 3, "--out", tmp_path / "t") == 130
+    assert "go on" in capsys.readouterr().err
+
+
+def test_no_arguments_print_the_help_and_nothing_else(capsys):
+    assert run() == 2
+    captured = capsys.readouterr()
+    assert "collect" in captured.out and captured.err == ""

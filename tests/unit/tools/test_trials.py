@@ -41,6 +41,7 @@ def test_modes_give_up_state_within_the_allowed_loss(trials, tiny):
     assert best.rows.multipliers.shape == (len(best.rows), len(best.modulated))
     generous, _ = search_modes(trials, scales, 1000.0, lambda line: None, lambda: None)
     assert state_traffic(generous, tiny.network) == 0 and not generous.modulated
+    assert generous.rows.warmup == 0 and not generous.dither  # nothing to warm up, nothing to offset
 
 
 def test_traffic_counts_both_arrays_in_and_out(tiny):

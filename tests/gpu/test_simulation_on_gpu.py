@@ -1,0 +1,38 @@
+"""The torch backends and calibration give on an NVIDIA GPU what they give on the CPU."""
+
+import numpy as np
+import pytest
+
+from modiff_trt.export.calibrate import measure_ranges
+from modiff_trt.runtime.images import psnr
+from modiff_trt.runtime.noise import ImageNoise
+from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.schedule import alphas_cumprod
+from modiff_trt.runtime.torch_denoiser import SimDenoiser, TorchDenoiser, use_full_precision
+
+pytestmark = pytest.mark.gpu
+
+
+def sample(case, denoiser):
+    x = ImageNoise(0, range(4), case.network.config.input_shape).draw()
+    return ddim_sample(denoiser, alphas_cumprod(case.network.config.diffusion), x)
+
+
+def test_full_precision_agrees(demo):
+    on_gpu = sample(demo, TorchDenoiser(demo.network, demo.checkpoint.params, demo.timesteps, "cuda"))
+    on_cpu = sample(demo, demo.float_denoiser())
+    assert np.linalg.norm(on_gpu - on_cpu) / np.linalg.norm(on_cpu) < 1e-4
+
+
+def test_simulation_agrees(demo):
+    scales = demo.scales(act_bits=6)
+    on_gpu, on_cpu = (sample(demo, SimDenoiser(demo.network, demo.checkpoint.params, scales, d)) for d in ("cuda", "cpu"))
+    assert psnr(on_gpu, on_cpu) > 40
+
+
+def test_ranges_agree(tiny):
+    use_full_precision()
+    params = {k: v.cuda() for k, v in tiny.checkpoint.params.items()}
+    for name, found in measure_ranges(tiny.network, params, tiny.trajectories, 3).items():
+        assert found.residual.absmax == pytest.approx(tiny.ranges[name].residual.absmax, rel=1e-3)
+        assert found.residual.mse_scale(6) == pytest.approx(tiny.ranges[name].residual.mse_scale(6), rel=0.1)
