@@ -31,7 +31,7 @@ ONNX := $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-$(DTYPE).onnx
 .PHONY: help setup demo collect calibrate export engine sample fid bench compare verify report sampler results-tables test test-gpu lint clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z -]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
