@@ -11,11 +11,11 @@ from torch import Tensor
 
 from modiff_trt.export.checkpoint import Checkpoint
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.grid import MAX_BITS, MIN_BITS
+from modiff_trt.export.grid import MAX_BITS, MIN_BITS, grid_max
 from modiff_trt.export.quantizers import SCALE_METHODS, RangeHistogram, minmax_weight_scale, mse_weight_scale
 from modiff_trt.export.rows import RowTable, modulated_rows, plain_rows
 from modiff_trt.export.scales import GRANULARITIES, METHODS, LayerScales, Scales
-from modiff_trt.export.torch_ops import Params, convolve, layer_bias, layer_weight, run_unet, time_table
+from modiff_trt.export.torch_ops import Params, float_layer, layer_weight, run_unet, time_table
 from modiff_trt.export.trajectories import Trajectories
 from modiff_trt.export.unet import LayerSpec, Network
 
@@ -119,12 +119,12 @@ class _Recorder:
     """The float layer, keeping its inputs."""
 
     def __init__(self, params: Params) -> None:
-        self._params = params
+        self._layer = float_layer(params)
         self.inputs: dict[str, Tensor] = {}
 
     def __call__(self, spec: LayerSpec, x: Tensor) -> Tensor:
         self.inputs[spec.name] = x
-        return convolve(spec, x, layer_weight(spec, self._params), layer_bias(spec, self._params))
+        return self._layer(spec, x)
 
 
 def make_scales(
@@ -148,7 +148,7 @@ def make_scales(
         layers[spec.name] = LayerScales(mode, act_bits, weight_bits, activation, residual, weight_scale.float().cpu().numpy())
         if mode == "modiff":
             first = max(measured.activation_max[0], float(np.finfo(np.float32).tiny))
-            full_range.append(first / (2 ** (act_bits - 1) - 1) / residual)
+            full_range.append(first / grid_max(act_bits) / residual)
             bits.append(act_bits)
     rows: RowTable
     if bits:

@@ -63,8 +63,15 @@ def modulated_rows(
         ladder.append(np.maximum(full_range, 1))
         while len(ladder) < LONGEST_WARMUP and (ladder[-1] > 1).any():
             ladder.append(np.maximum(ladder[-1] / top, 1))
-    t = np.asarray([timesteps[0]] * len(ladder) + list(timesteps), np.int64)
-    multipliers = np.ones((len(t), len(full_range)), np.float32)
-    if ladder:
-        multipliers[: len(ladder)] = np.stack(ladder)
-    return RowTable(t, multipliers, len(ladder), start == "exact")
+    return rows_after(ladder, timesteps, len(full_range), exact_start=start == "exact")
+
+
+def rows_after(
+    warmup: list[np.ndarray[Any, Any]], timesteps: tuple[int, ...], layers: int, *, exact_start: bool = False
+) -> RowTable:
+    """A table of these warm-up multipliers, [layers] each, at the first timestep, then ones for every DDIM step."""
+    t = np.asarray([timesteps[0]] * len(warmup) + list(timesteps), np.int64)
+    multipliers = np.ones((len(t), layers), np.float32)
+    if warmup:
+        multipliers[: len(warmup)] = np.stack(warmup)
+    return RowTable(t, multipliers, len(warmup), exact_start)

@@ -26,13 +26,9 @@ from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import read_json, write_json
 from modiff_trt.export.grid import grid_max
 from modiff_trt.export.modulated import LayerState, integer_product
-from modiff_trt.export.rows import RowTable
+from modiff_trt.export.rows import rows_after
 from modiff_trt.export.scales import Scales, load_scales, save_scales
-from modiff_trt.runtime.images import psnr
-from modiff_trt.runtime.noise import ImageNoise
-from modiff_trt.runtime.sampler import ddim_sample
-from modiff_trt.runtime.schedule import alphas_cumprod
-from modiff_trt.runtime.torch_denoiser import SimDenoiser, TorchDenoiser
+from modiff_trt.runtime.torch_denoiser import SimDenoiser
 from modiff_trt.tools.calibrating import TRIAL_SEED, learn_weights, measure
 from modiff_trt.tools.collecting import collect
 from modiff_trt.tools.load import check_device, load_model
@@ -72,11 +68,7 @@ class OffsetDenoiser(SimDenoiser):
 
 def with_rows(scales: Scales, warmup: list[np.ndarray[Any, Any]]) -> Scales:
     """The same scales with these warm-up multipliers [L] each, then ones."""
-    steps = scales.rows.timesteps
-    ones = np.ones((len(steps), len(scales.modulated)), np.float32)
-    multipliers = np.concatenate([np.stack(warmup).astype(np.float32), ones]) if warmup else ones
-    t = np.asarray([steps[0]] * len(warmup) + list(steps), np.int64)
-    return replace(scales, rows=RowTable(t, multipliers, len(warmup)))
+    return replace(scales, rows=rows_after(warmup, scales.rows.timesteps, len(scales.modulated)))
 
 
 def full_range(scales: Scales) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -154,10 +146,7 @@ class Study:
         )
         self._rounding: dict[str, Any] = {}
         self.ranges = measure(self.network, self.checkpoint, self.trajectories, 64, device)
-        self._noise = ImageNoise(0, range(images), self.network.config.input_shape).draw()
-        self._alpha_bar = alphas_cumprod(self.network.config.diffusion)
-        float_denoiser = TorchDenoiser(self.network, self.checkpoint.params, self.trajectories.timesteps, device)
-        self._reference = ddim_sample(float_denoiser, self._alpha_bar, self._noise)
+        self._trials = Trials(self.network, self.checkpoint, self.trajectories.timesteps, images, 0, device)
         self.figures: dict[str, Any] = read_json(out, "study") if out.exists() else {}
         settings = {
             "checkpoint_sha256": self.checkpoint.sha256,
@@ -180,10 +169,7 @@ class Study:
     def decibels(self, scales: Scales, act_quant: bool = True, **offset: Any) -> float:
         arguments = (self.network, self.checkpoint.params, scales, self.device)
         denoiser = OffsetDenoiser(*arguments, **offset) if offset else SimDenoiser(*arguments, act_quant=act_quant)
-        try:
-            return round(psnr(ddim_sample(denoiser, self._alpha_bar, self._noise), self._reference), 2)
-        except InputError:  # not finite: the method has failed at these bits
-            return float("-inf")
+        return round(self._trials.score(denoiser), 2)
 
     def record(self, part: str, name: str, measure_one: Callable[[], Any]) -> None:
         """Measures unless the file has it or time is up, and writes the file."""

@@ -25,6 +25,7 @@ from modiff_trt.runtime.noise import ImageNoise
 from modiff_trt.runtime.sampler import ddim_sample
 from modiff_trt.runtime.schedule import alphas_cumprod
 from modiff_trt.runtime.torch_denoiser import SimDenoiser, TorchDenoiser
+from modiff_trt.tools.inspecting import state_elements
 
 Report = Callable[[str], None]
 Array = np.ndarray[Any, Any]
@@ -51,8 +52,8 @@ class Trials:
         )
 
     def decibels(self, scales: Scales) -> float:
-        """PSNR in dB; minus infinity where the trajectory is not finite."""
-        return self._score(SimDenoiser(self.network, self.checkpoint.params, scales, self._device))
+        """`score` of the simulation of these scales."""
+        return self.score(SimDenoiser(self.network, self.checkpoint.params, scales, self._device))
 
     def residuals(self, scales: Scales) -> tuple[float, Array]:
         """PSNR, and the largest |x - a_hat| [rows, modulated layers] that each pass had to round."""
@@ -66,10 +67,11 @@ class Trials:
             passes[-1][layer] = float(residual.abs().max())
 
         denoiser.on_residual = watch
-        score = self._score(denoiser)
+        score = self.score(denoiser)
         return score, np.asarray([[found[name] for name in scales.modulated] for found in passes], np.float32)
 
-    def _score(self, denoiser: SimDenoiser) -> float:
+    def score(self, denoiser: SimDenoiser) -> float:
+        """PSNR in dB of one whole trajectory; minus infinity where it is not finite: the method has failed there."""
         try:
             return psnr(ddim_sample(denoiser, self._alpha_bar, self._noise), self._reference)
         except InputError:
@@ -113,8 +115,7 @@ class TradeOff:
 
 def state_traffic(scales: Scales, network: Network, element_bytes: int = 2) -> int:
     """Bytes of state read and written for one image and pass: a_hat and o_hat, in and out."""
-    elements = sum(prod(s.in_shape) + prod(s.out_shape) for s in network.layers if scales.layers[s.name].mode == "modiff")
-    return 2 * element_bytes * elements
+    return 2 * element_bytes * sum(state_elements(scales, network).values())
 
 
 def search_modes(
