@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +16,13 @@ from modiff_trt.export.grid import MAX_BITS, MIN_BITS, grid_max
 from modiff_trt.export.quantizers import SCALE_METHODS, RangeHistogram, minmax_weight_scale, mse_weight_scale
 from modiff_trt.export.rows import RowTable, modulated_rows, plain_rows
 from modiff_trt.export.scales import GRANULARITIES, METHODS, LayerScales, Scales
+from modiff_trt.export.split import fold_skip
 from modiff_trt.export.torch_ops import Params, float_layer, layer_weight, run_unet, time_table
 from modiff_trt.export.trajectories import Trajectories
 from modiff_trt.export.unet import LayerSpec, Network
 
+# Residuals are measured between float steps, or against the a_hat of the quantized network.
+RESIDUALS = ("float", "quantized")
 EDGE_LAYERS = ("conv_in", "conv_out")
 
 
@@ -26,7 +30,9 @@ EDGE_LAYERS = ("conv_in", "conv_out")
 class Recipe:
     """What to calibrate: `method` modiff or qdiff, bits, how scales are searched, and how a trajectory starts.
 
-    `edge_bits` raises the bits of the first and last convolution (Q-Diffusion keeps them at 8); None leaves them.
+    `split` gives the skip half of a concatenated input its own grid. `residuals` says whether residual ranges are those of
+    the float network or of the quantized one (see `export.residuals`). `edge_bits` raises the bits of the first and last
+    convolution (Q-Diffusion keeps them at 8); None leaves them.
     """
 
     method: str = "modiff"
@@ -37,12 +43,16 @@ class Recipe:
     edge_bits: int | None = None
     granularity: str = "static"
     dither: bool = True
+    split: bool = False
+    residuals: str = "float"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"--method must be one of {', '.join(METHODS)}, found '{self.method}'")
         if self.scale_method not in SCALE_METHODS:
             raise InputError(f"--scale-method must be one of {', '.join(SCALE_METHODS)}, found '{self.scale_method}'")
+        if self.residuals not in RESIDUALS:
+            raise InputError(f"--residuals must be one of {', '.join(RESIDUALS)}, found '{self.residuals}'")
         if self.granularity not in GRANULARITIES:
             raise InputError(f"--granularity must be one of {', '.join(GRANULARITIES)}, found '{self.granularity}'")
         edge = self.edge_bits if self.edge_bits is not None else self.act_bits
@@ -58,13 +68,33 @@ class Recipe:
 
 
 @dataclass
-class LayerRanges:
-    """What one layer's input does along the trajectories: over all chosen steps, and per step."""
+class InputRanges:
+    """What one tensor does along the trajectories: over all chosen steps, and per step."""
 
     activation: RangeHistogram = field(default_factory=RangeHistogram)
     residual: RangeHistogram = field(default_factory=RangeHistogram)
     activation_max: list[float] = field(default_factory=list)
     residual_max: list[float] = field(default_factory=list)
+
+    def begin_step(self) -> None:
+        self.activation_max.append(0.0)
+        self.residual_max.append(0.0)
+
+    def update(self, value: Tensor, before: Tensor | None) -> None:
+        """Takes the tensor at the current step, and at the step before it."""
+        self.activation.update(value)
+        self.activation_max[-1] = max(self.activation_max[-1], float(value.abs().max()))
+        if before is not None:
+            residual = value - before
+            self.residual.update(residual)
+            self.residual_max[-1] = max(self.residual_max[-1], float(residual.abs().max()))
+
+
+@dataclass
+class LayerRanges(InputRanges):
+    """The ranges of a layer's input; of a concatenated one also for the main half and the skip half."""
+
+    halves: tuple[InputRanges, InputRanges] | None = None
 
 
 def measure_ranges(
@@ -82,12 +112,14 @@ def measure_ranges(
     device = next(iter(params.values())).device
     table = time_table(network, params)
     position = {int(step): i for i, step in enumerate(trajectories.steps)}
-    ranges = {spec.name: LayerRanges() for spec in network.layers}
+    ranges = {s.name: LayerRanges(halves=(InputRanges(), InputRanges()) if s.split else None) for s in network.layers}
     chosen = [int(step) for step in trajectories.chosen]
     count = trajectories.x.shape[1]
 
     for step in progress(iter(chosen), len(chosen)):
-        peaks = {name: [0.0, 0.0] for name in ranges}
+        for entry in ranges.values():
+            for part in (entry, *(entry.halves or ())):
+                part.begin_step()
         for begin in range(0, count, batch_size):
             before: dict[str, Tensor] = {}
             for index in [step - 1, step] if step > 0 else [step]:
@@ -101,17 +133,11 @@ def measure_ranges(
                     for name, value in recorder.inputs.items():
                         if not torch.isfinite(value).all():
                             raise InputError(f"the input of layer '{name}' is not finite at step {step}; check the checkpoint")
-                        entry, peak = ranges[name], peaks[name]
-                        entry.activation.update(value)
-                        peak[0] = max(peak[0], float(value.abs().max()))
-                        if name in before:
-                            residual = value - before[name]
-                            entry.residual.update(residual)
-                            peak[1] = max(peak[1], float(residual.abs().max()))
+                        entry, split = ranges[name], network.layer(name).split
+                        entry.update(value, before.get(name))
+                        for part, channels in zip(entry.halves or (), (slice(0, split), slice(split, None)), strict=False):
+                            part.update(value[:, channels], before[name][:, channels] if name in before else None)
                 before = recorder.inputs
-        for name, (peak_activation, peak_residual) in peaks.items():
-            ranges[name].activation_max.append(peak_activation)
-            ranges[name].residual_max.append(peak_residual)
     return ranges
 
 
@@ -127,6 +153,31 @@ class _Recorder:
         return self._layer(spec, x)
 
 
+class _Grid(NamedTuple):
+    """A layer's grid steps, the largest magnitude of its input at the first timestep, and its skip ratio."""
+
+    activation: float
+    residual: float
+    first_max: float
+    skip_ratio: float
+
+
+def _grid(ranges: LayerRanges, mode: str, recipe: Recipe, bits: int) -> _Grid:
+    """The grids of a layer by its ranges, in units of the main half where the recipe splits it."""
+
+    def steps(part: InputRanges) -> tuple[float, float]:
+        return part.activation.scale(recipe.scale_method, bits), part.residual.scale(recipe.scale_method, bits)
+
+    if not recipe.split or ranges.halves is None:
+        return _Grid(*steps(ranges), ranges.activation_max[0], 1.0)
+    (main, main_residual), (skip, skip_residual) = (steps(part) for part in ranges.halves)
+    ratio = skip_residual / main_residual if mode == "modiff" else skip / main
+    # In float32, as the file holds it: the weights are folded with it here and when they are quantized.
+    ratio = float(np.float32(ratio))
+    first = max(ranges.halves[0].activation_max[0], ranges.halves[1].activation_max[0] / ratio)
+    return _Grid(max(main, skip / ratio), max(main_residual, skip_residual / ratio), first, ratio)
+
+
 def make_scales(
     network: Network, checkpoint: Checkpoint, trajectories: Trajectories, ranges: dict[str, LayerRanges], recipe: Recipe
 ) -> Scales:
@@ -139,16 +190,23 @@ def make_scales(
     for spec in network.layers:
         measured = ranges[spec.name]
         weight_bits, act_bits = recipe.bits(spec.name)
-        weight = layer_weight(spec, checkpoint.params)
-        weight_scale = (mse_weight_scale if recipe.scale_method == "mse" else minmax_weight_scale)(weight, weight_bits)
-        activation = measured.activation.scale(recipe.scale_method, act_bits)
-        residual = measured.residual.scale(recipe.scale_method, act_bits)
         shrinks = 0 < measured.residual.absmax < measured.activation.absmax
         mode = "modiff" if recipe.method == "modiff" and shrinks else "int8"
-        layers[spec.name] = LayerScales(mode, act_bits, weight_bits, activation, residual, weight_scale.float().cpu().numpy())
+        grid = _grid(measured, mode, recipe, act_bits)
+        weight = fold_skip(spec, layer_weight(spec, checkpoint.params), grid.skip_ratio)
+        weight_scale = (mse_weight_scale if recipe.scale_method == "mse" else minmax_weight_scale)(weight, weight_bits)
+        layers[spec.name] = LayerScales(
+            mode,
+            act_bits,
+            weight_bits,
+            grid.activation,
+            grid.residual,
+            weight_scale.float().cpu().numpy(),
+            skip_ratio=grid.skip_ratio,
+        )
         if mode == "modiff":
-            first = max(measured.activation_max[0], float(np.finfo(np.float32).tiny))
-            full_range.append(first / grid_max(act_bits) / residual)
+            first = max(grid.first_max, float(np.finfo(np.float32).tiny))
+            full_range.append(first / grid_max(act_bits) / grid.residual)
             bits.append(act_bits)
     rows: RowTable
     if bits:

@@ -22,6 +22,7 @@ from modiff_trt.export.dither import dither_offset
 from modiff_trt.export.grid import grid_max
 from modiff_trt.export.quantizers import SMALLEST_SCALE, quantize, quantize_weight, unpack_rounding
 from modiff_trt.export.scales import Scales
+from modiff_trt.export.split import divide_skip, fold_skip
 from modiff_trt.export.torch_ops import Params, convolve, float_layer, layer_bias, layer_weight, run_unet
 from modiff_trt.export.unet import LayerSpec, Network
 
@@ -34,6 +35,7 @@ class LayerState(NamedTuple):
 
 
 State = dict[str, LayerState]
+OnLayer = Callable[["QuantizedLayer", Tensor, LayerState], None]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class QuantizedLayer:
     bias: Tensor
     granularity: str = "static"
     dither: bool = False
+    skip_ratio: float = 1.0
 
 
 def quantize_layers(
@@ -64,7 +67,7 @@ def quantize_layers(
         entry = scales.layers[spec.name]
         if entry.mode == "float":
             continue
-        weight = layer_weight(spec, params)
+        weight = fold_skip(spec, layer_weight(spec, params), entry.skip_ratio)
         weight_scale = torch.from_numpy(entry.weight_scale).to(weight)
         integers = quantize_weight(weight, weight_scale, entry.weight_bits, unpack_rounding(entry.round_up, weight))
         bias = layer_bias(spec, params)
@@ -78,6 +81,7 @@ def quantize_layers(
             bias.to(dtype),
             scales.granularity,
             scales.dither,
+            entry.skip_ratio,
         )
     return layers
 
@@ -152,12 +156,12 @@ def simulate(
     *,
     exact: bool = False,
     act_quant: bool = True,
-    on_residual: Callable[[str, Tensor], None] | None = None,
+    on_layer: OnLayer | None = None,
 ) -> tuple[Tensor, State]:
     """One pass of the quantized network: (eps [N, C, H, W], new state).
 
     `multipliers` gives m for each modulated layer. With `act_quant` off only the weights are quantized and the state
-    passes through unchanged. `on_residual` is shown (layer, x - a_hat) before each modulated layer rounds it.
+    passes through unchanged. `on_layer` is shown (layer, x, state) before each modulated layer rounds x - a_hat.
     """
     new_state: State = {}
     unquantized = float_layer(params)
@@ -166,12 +170,13 @@ def simulate(
         layer = layers.get(spec.name)
         if layer is None:
             return unquantized(spec, value)
+        value = divide_skip(spec, value, layer.skip_ratio)
         if not act_quant:
             return weight_only_layer(layer, value)
         if layer.mode == "int8":
             return stateless_layer(layer, value)
-        if on_residual is not None:
-            on_residual(spec.name, value - state[spec.name].a_hat)
+        if on_layer is not None:
+            on_layer(layer, value, state[spec.name])
         y, new_state[spec.name] = modulated_layer(layer, value, state[spec.name], multipliers[spec.name], exact)
         return y
 

@@ -28,11 +28,10 @@ from modiff_trt.export.unet import Network, unet
 
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 LARGEST_FILE = 2**31 - 1
-DYNAMIC_REFUSAL = {
-    "tensor": "scales with --granularity tensor (LTQ) run in torch-sim; this version exports static scales only",
-    "channel": "scales with --granularity channel (LCQ) cannot be exported: a scale per input channel varies inside the "
-    "sum of an INT8 product, where no engine can apply it; calibrate with --granularity static",
-}
+LCQ_REFUSAL = (
+    "scales with --granularity channel (LCQ) cannot be exported: a scale per input channel varies inside the "
+    "sum of an INT8 product, where no engine can apply it; calibrate with --granularity static or tensor"
+)
 
 
 def build_onnx(
@@ -48,17 +47,18 @@ def build_onnx(
         raise InputError(
             "the scales file starts with a full-precision step, which an engine cannot run; calibrate with --start warmup"
         )
-    if scales is not None and scales.granularity != "static":
-        raise InputError(DYNAMIC_REFUSAL[scales.granularity])
+    if scales is not None and scales.granularity == "channel":
+        raise InputError(LCQ_REFUSAL)
+    dynamic = scales is not None and scales.granularity == "tensor"
     real = DTYPES[dtype]
     modulated = scales.modulated if scales is not None else ()
     constants = _constants(network, checkpoint, scales)
     _check_range(constants, real)
     norms = {k: v.numpy() for k, v in checkpoint.params.items() if v.ndim == 1}
-    ops = OnnxOps(network, constants, norms, modulated, real)
+    ops = OnnxOps(network, constants, norms, modulated, real, dynamic)
     table = {block: rows.numpy() for block, rows in time_table(network, checkpoint.params).items()}
     ops.bind_time("t", table)
-    if modulated:
+    if modulated and not dynamic:
         ops.bind_rows("row_scale")
     x = ops.cast("x", "x_cast", ops._type)
     eps = unet(ops, network.config, Value(x, network.config.input_shape))
@@ -70,7 +70,7 @@ def build_onnx(
     image = ["N", *network.config.input_shape]
     inputs = [info("x", TensorProto.FLOAT, image), info("t", TensorProto.INT64, ["N"])]
     outputs = [info("eps", TensorProto.FLOAT, image)]
-    if modulated:
+    if modulated and not dynamic:
         inputs.append(info("row_scale", TensorProto.FLOAT, [len(modulated)]))
     for name in modulated:
         spec = network.layer(name)

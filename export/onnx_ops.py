@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from modiff_trt.export.grid import grid_max
 from modiff_trt.export.manifest import CONV_ATTRIBUTES, FUNCTION
 from modiff_trt.export.scales import LayerScales
+from modiff_trt.export.split import skip_factors
 from modiff_trt.export.unet import GROUPS, NORM_EPS, LayerSpec, Network
 
 OPSET = 21
@@ -81,7 +82,10 @@ class Value:
 
 
 class OnnxOps:
-    """Collects nodes and initializers while `unet` runs over it. `dtype` is the type between layers."""
+    """Collects nodes and initializers while `unet` runs over it.
+
+    `dtype` is the type between layers. `dynamic` takes each sample's grid from its own largest magnitude (LTQ).
+    """
 
     def __init__(
         self,
@@ -90,6 +94,7 @@ class OnnxOps:
         norms: Mapping[str, np.ndarray],
         modulated: tuple[str, ...],
         dtype: type[np.floating],
+        dynamic: bool = False,
     ) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
@@ -99,6 +104,7 @@ class OnnxOps:
         self._norms = norms
         self._columns = {name: i for i, name in enumerate(modulated)}
         self._dtype = dtype
+        self._dynamic = dynamic
         self._type = TensorProto.FLOAT16 if dtype is np.float16 else TensorProto.FLOAT
 
     def node(self, op: str, inputs: list[str], output: str, **attributes: object) -> str:
@@ -151,8 +157,11 @@ class OnnxOps:
         if constants.scales.mode == "float":
             weight, bias = self.real(f"{name}.weight", constants.weight), self.real(f"{name}.bias", constants.bias)
             return Value(self.node("Conv", [x.name, weight, bias], f"{name}.out", **window), spec.out_shape)
+        if constants.scales.skip_ratio != 1.0:
+            factors = self.real(f"{name}.skip_factors", skip_factors(spec, constants.scales.skip_ratio).reshape(-1, 1, 1))
+            x = Value(self.node("Mul", [x.name, factors], f"{name}.split"), x.shape)
         q = grid_max(constants.scales.act_bits)
-        grid = constants.scales.scale
+        grid = 1 / q if self._dynamic else constants.scales.scale
         low, high = self.real(f"{name}.low", -(q + 1) * grid), self.real(f"{name}.high", q * grid)
         scale, zero = self.real(f"{name}.scale", grid), self.constant("zero", np.asarray(0, np.int8))
         integers = [
@@ -162,7 +171,11 @@ class OnnxOps:
         ]
         if constants.scales.mode == "int8":
             return self._stateless(spec, x, low, high, [scale, zero], integers, constants.bias, window)
-        inputs = [x.name, f"a_hat.{name}", f"o_hat.{name}", f"{name}.multiplier", low, high, scale, zero, *integers]
+        multiplier = f"{name}.multiplier"
+        if self._dynamic:
+            residual = self.node("Sub", [x.name, f"a_hat.{name}"], f"{name}.residual")
+            multiplier = self._largest(residual, multiplier)
+        inputs = [x.name, f"a_hat.{name}", f"o_hat.{name}", multiplier, low, high, scale, zero, *integers]
         outputs = [f"o_hat_out.{name}", f"a_hat_out.{name}"]
         self.nodes.append(
             helper.make_node(
@@ -189,13 +202,27 @@ class OnnxOps:
         bias: np.ndarray,
         window: dict[str, list[int]],
     ) -> Value:
-        name = spec.name
-        clipped = self.node("Clip", [x.name, low, high], f"{name}.clipped")
+        name, value = spec.name, x.name
+        if self._dynamic:
+            largest = self._largest(value, f"{name}.largest")
+            value = self.node("Div", [value, largest], f"{name}.unit")
+        clipped = self.node("Clip", [value, low, high], f"{name}.clipped")
         q = self.node("QuantizeLinear", [clipped, *grid], f"{name}.q")
         d = self.node("DequantizeLinear", [q, *grid], f"{name}.d")
         w = self.node("DequantizeLinear", weight, f"{name}.w", axis=0)
-        out = self.node("Conv", [d, w, self.real(f"{name}.bias", bias)], f"{name}.out", **window)
-        return Value(out, spec.out_shape)
+        if not self._dynamic:
+            return Value(self.node("Conv", [d, w, self.real(f"{name}.bias", bias)], f"{name}.out", **window), spec.out_shape)
+        product = self.node("Conv", [d, w], f"{name}.product", **window)
+        product = self.node("Mul", [product, largest], f"{name}.scaled")
+        return Value(
+            self.node("Add", [product, self.real(f"{name}.bias", bias.reshape(-1, 1, 1))], f"{name}.out"), spec.out_shape
+        )
+
+    def _largest(self, x: str, output: str) -> str:
+        """max |x| of each sample [N, 1, 1, 1], which takes the place of the multiplier on a grid that spans -1..1."""
+        axes = self.constant("axes.sample", np.asarray([1, 2, 3], np.int64))
+        top = self.node("ReduceMax", [self.node("Abs", [x], f"{output}.abs"), axes], f"{output}.max", keepdims=1)
+        return self.node("Max", [top, self.real("smallest", max(1e-6, float(np.finfo(self._dtype).tiny)))], output)
 
     def norm(self, name: str, x: Value) -> Value:
         """GroupNorm with statistics in float32, over [N, 32, C/32 * H * W]."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modiff_trt.export.grid import grid_max
 
-SCALE_METHODS = ("minmax", "mse", "percentile")
+SCALE_METHODS = ("minmax", "mse", "percentile", "learned")
 PERCENTILE = 0.9999
 # Q-Diffusion and its predecessors weigh errors by a power slightly above 2 when they search for a scale.
 MSE_POWER = 2.4
@@ -117,8 +117,9 @@ class RangeHistogram:
         return max(min(upper, self.absmax) / grid_max(bits), SMALLEST_SCALE)
 
     def scale(self, method: str, bits: int) -> float:
-        by_name = {"minmax": self.minmax_scale, "mse": self.mse_scale, "percentile": self.percentile_scale}
-        return by_name[method](bits)
+        """The scale by one of SCALE_METHODS; `learned` scales start from min-max (see `export.residuals`)."""
+        by_name = {"mse": self.mse_scale, "percentile": self.percentile_scale}
+        return by_name.get(method, self.minmax_scale)(bits)
 
     def coarse(self, bins: int = 64) -> tuple[Tensor, float]:
         """Shares [bins] of the magnitudes over 0..range, and the range, for plots."""

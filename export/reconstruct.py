@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modiff_trt.export.adaround import AdaRoundOptions, SoftRounding, learn_rounding
 from modiff_trt.export.quantizers import quantize_weight
+from modiff_trt.export.split import divide_skip, fold_skip
 from modiff_trt.export.torch_ops import LayerFn, Params, TorchOps, convolve, float_layer, layer_bias, layer_weight, time_table
 from modiff_trt.export.unet import LayerSpec, Network, attention_block, resnet_block, unet
 
@@ -42,10 +43,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """Scale [C_out] and bits of one layer's weights."""
+    """Scale [C_out] and bits of one layer's weights, and the ratio that was folded into its skip columns."""
 
     scale: Tensor
     bits: int
+    skip_ratio: float = 1.0
 
 
 def units(network: Network) -> list[Unit]:
@@ -129,23 +131,24 @@ def reconstruct(
     decisions = dict(done)
 
     def quantized(spec: LayerSpec, x: Tensor) -> Tensor:
-        return convolve(spec, x, rounded.get(spec.name, params_weight[spec.name]), layer_bias(spec, params))
+        x = divide_skip(spec, x, grids[spec.name].skip_ratio)
+        return convolve(spec, x, rounded.get(spec.name, folded[spec.name]), layer_bias(spec, params))
 
-    params_weight = {spec.name: layer_weight(spec, params) for spec in network.layers}
+    folded = {s.name: fold_skip(s, layer_weight(s, params), grids[s.name].skip_ratio) for s in network.layers}
     unquantized = float_layer(params)
     todo = units(network)
     for index, unit in enumerate(progress(iter(todo), len(todo))):
         if not all(spec.name in decisions for spec in unit.layers):
-            soft = {s.name: SoftRounding(params_weight[s.name], grids[s.name].scale, grids[s.name].bits) for s in unit.layers}
+            soft = {s.name: SoftRounding(folded[s.name], grids[s.name].scale, grids[s.name].bits) for s in unit.layers}
             loss = _train_unit(
-                network, params, table, quantized, unquantized, unit, soft, samples, options, seed + index, forward_batch
+                network, params, table, quantized, unquantized, grids, unit, soft, samples, options, seed + index, forward_batch
             )
             found = {name: layer.round_up() for name, layer in soft.items()}
             decisions |= found
             on_unit(unit, found, loss)
         for spec in unit.layers:
             grid, up = grids[spec.name], decisions[spec.name]
-            integers = quantize_weight(params_weight[spec.name], grid.scale, grid.bits, up)
+            integers = quantize_weight(folded[spec.name], grid.scale, grid.bits, up)
             rounded[spec.name] = integers * grid.scale.reshape(-1, 1, 1, 1)
     return decisions
 
@@ -156,6 +159,7 @@ def _train_unit(
     table: Mapping[str, Tensor],
     quantized: LayerFn,
     unquantized: LayerFn,
+    grids: Mapping[str, WeightGrid],
     unit: Unit,
     soft: Mapping[str, SoftRounding],
     samples: Samples,
@@ -181,6 +185,7 @@ def _train_unit(
     del inputs, targets
 
     def layer(spec: LayerSpec, x: Tensor) -> Tensor:
+        x = divide_skip(spec, x, grids[spec.name].skip_ratio)
         return convolve(spec, x, soft[spec.name].weight(), layer_bias(spec, params))
 
     def loss(indices: Tensor) -> Tensor:

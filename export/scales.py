@@ -18,7 +18,7 @@ from modiff_trt.export.files import load_arrays, save_arrays
 from modiff_trt.export.rows import RowTable, plain_rows
 from modiff_trt.export.unet import Network
 
-KIND, SCHEMA = "scales", 3
+KIND, SCHEMA = "scales", 4
 MODES = ("modiff", "int8", "float")
 METHODS = ("modiff", "qdiff")
 # Activation grids: baked; per sample (LTQ); per sample and input channel (LCQ).
@@ -32,6 +32,7 @@ class LayerScales:
     """One layer: its mode, bits, the scale of its activation and of its residual, and its weight scales [C_out].
 
     `round_up` is AdaRound's decision for each weight, as packed bits in the weight's order; None rounds to nearest.
+    `skip_ratio` divides the skip channels of a concatenated input (see `split`); 1 leaves them alone.
     """
 
     mode: str
@@ -41,6 +42,7 @@ class LayerScales:
     residual_scale: float
     weight_scale: FloatArray
     round_up: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+    skip_ratio: float = 1.0
 
     @property
     def scale(self) -> float:
@@ -115,7 +117,9 @@ def save_scales(path: Path, scales: Scales) -> None:
         arrays[f"layer.{name}.weight_scale"] = layer.weight_scale
         if layer.round_up is not None:
             arrays[f"layer.{name}.round_up"] = layer.round_up
-        arrays[f"layer.{name}.scales"] = np.asarray([layer.activation_scale, layer.residual_scale], np.float32)
+        arrays[f"layer.{name}.scales"] = np.asarray(
+            [layer.activation_scale, layer.residual_scale, layer.skip_ratio], np.float32
+        )
     save_arrays(path, header, arrays)
 
 
@@ -125,11 +129,11 @@ def load_scales(path: Path, network: Network | None = None, checkpoint_sha256: s
     try:
         layers = {}
         for name, entry in header["layers"].items():
-            activation, residual = (float(v) for v in arrays[f"layer.{name}.scales"])
+            activation, residual, ratio = (float(v) for v in arrays[f"layer.{name}.scales"])
             weight_scale = arrays[f"layer.{name}.weight_scale"]
             round_up = arrays.get(f"layer.{name}.round_up")
             layers[name] = LayerScales(
-                entry["mode"], entry["act_bits"], entry["weight_bits"], activation, residual, weight_scale, round_up
+                entry["mode"], entry["act_bits"], entry["weight_bits"], activation, residual, weight_scale, round_up, ratio
             )
         rows = RowTable(arrays["rows.t"], arrays["rows.multipliers"], header["warmup"], header["exact_start"])
         scales = Scales(
@@ -169,9 +173,10 @@ def check_network(scales: Scales, path: Path, network: Network) -> None:
 
 def _check(scales: Scales, path: Path) -> None:
     for name, layer in scales.layers.items():
-        finite = np.isfinite([layer.activation_scale, layer.residual_scale]).all() and np.isfinite(layer.weight_scale).all()
-        if layer.mode not in MODES or not finite or not (layer.weight_scale > 0).all() or layer.scale <= 0:
-            raise InputError(f"scales file {path}: layer '{name}' has an bad mode or scale; calibrate again")
+        numbers = [layer.activation_scale, layer.residual_scale, layer.skip_ratio, *layer.weight_scale]
+        positive = (layer.weight_scale > 0).all() and layer.scale > 0 and layer.skip_ratio > 0
+        if layer.mode not in MODES or not np.isfinite(numbers).all() or not positive:
+            raise InputError(f"scales file {path}: layer '{name}' has a bad mode or scale; calibrate again")
     if scales.rows.multipliers.shape != (len(scales.rows), len(scales.modulated)):
         raise InputError(f"scales file {path}: the row table does not fit the modulated layers; calibrate again")
     if not np.isfinite(scales.rows.multipliers).all() or (scales.rows.multipliers <= 0).any():

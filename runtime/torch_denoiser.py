@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from modiff_trt.export.modulated import QuantizedLayer, State, initial_state, quantize_layers, simulate
+from modiff_trt.export.modulated import OnLayer, QuantizedLayer, State, initial_state, quantize_layers, simulate
 from modiff_trt.export.rows import RowTable, plain_rows
 from modiff_trt.export.scales import Scales
 from modiff_trt.export.torch_ops import Params, run_unet, time_table
@@ -92,8 +92,8 @@ class SimDenoiser(_TorchBase):
         self.layers: dict[str, QuantizedLayer] = quantize_layers(network, self._params, scales, dtype)
         self._modulated = scales.modulated if act_quant else ()
         self._act_quant = act_quant
-        # Calibration watches residuals through this; see `simulate`.
-        self.on_residual: Callable[[str, Tensor], None] | None = None
+        # Calibration watches layers through this; see `simulate`.
+        self.on_layer: OnLayer | None = None
         self._state: State = {}
 
     @property
@@ -126,6 +126,6 @@ class SimDenoiser(_TorchBase):
             multipliers,
             exact=self._rows.exact_start and row == 0,
             act_quant=self._act_quant,
-            on_residual=self.on_residual,
+            on_layer=self.on_layer,
         )
         return eps

@@ -18,13 +18,17 @@ from modiff_trt.export.calibrate import LayerRanges, measure_ranges
 from modiff_trt.export.checkpoint import Checkpoint
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import load_arrays, save_arrays
-from modiff_trt.export.quantizers import pack_rounding, unpack_rounding
+from modiff_trt.export.modulated import LayerState, QuantizedLayer
+from modiff_trt.export.quantizers import RangeHistogram, pack_rounding, unpack_rounding
 from modiff_trt.export.reconstruct import Samples, Unit, WeightGrid, reconstruct
+from modiff_trt.export.residuals import learn_residual_scale, refit
 from modiff_trt.export.scales import Scales
 from modiff_trt.export.torch_ops import layer_weight
 from modiff_trt.export.trajectories import Trajectories
 from modiff_trt.export.unet import Network
-from modiff_trt.runtime.torch_denoiser import use_full_precision
+from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.schedule import alphas_cumprod
+from modiff_trt.runtime.torch_denoiser import SimDenoiser, use_full_precision
 from modiff_trt.tools.progress import progress_bar
 from modiff_trt.tools.trials import Trials, search_modes, search_rows
 
@@ -65,7 +69,7 @@ def learn_weights(
     use_full_precision()
     params = {key: value.to(device) for key, value in checkpoint.params.items()}
     grids = {
-        name: WeightGrid(torch.from_numpy(layer.weight_scale).to(device), layer.weight_bits)
+        name: WeightGrid(torch.from_numpy(layer.weight_scale).to(device), layer.weight_bits, layer.skip_ratio)
         for name, layer in scales.layers.items()
     }
     weights = {spec.name: layer_weight(spec, params) for spec in network.layers}
@@ -76,6 +80,7 @@ def learn_weights(
         "trajectories": [trajectories.seed, list(trajectories.x.shape), list(trajectories.timesteps)],
         "weight_bits": {name: layer.weight_bits for name, layer in scales.layers.items()},
         "scale_method": scales.scale_method,
+        "skip_ratios": {name: layer.skip_ratio for name, layer in scales.layers.items() if layer.skip_ratio != 1.0},
         "options": asdict(options),
         "seed": seed,
     }
@@ -93,6 +98,42 @@ def learn_weights(
 
         reconstruct(network, params, grids, _samples(trajectories), options, seed, done, keep, progress=blocks)
     return replace(scales, layers={n: replace(layer, round_up=packed[n]) for n, layer in scales.layers.items()})
+
+
+def refit_residuals(
+    network: Network, checkpoint: Checkpoint, trajectories: Trajectories, scales: Scales, method: str, images: int, device: str
+) -> Scales:
+    """Residual scales again, from whole trajectories of the network that these scales quantize.
+
+    `method` is one of SCALE_METHODS; `learned` trains them on layer outputs at the chosen steps, of at most `images` images.
+    """
+    use_full_precision()
+    denoiser = SimDenoiser(network, checkpoint.params, scales, device)
+    histograms = {name: RangeHistogram() for name in scales.modulated}
+    kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in scales.modulated}
+    chosen = {int(step) + scales.rows.warmup for step in trajectories.chosen if step > 0}
+    row = 0
+
+    def watch(layer: QuantizedLayer, x: Tensor, state: LayerState) -> None:
+        if row >= scales.rows.warmup:
+            histograms[layer.spec.name].update(x - state.a_hat)
+        if method == "learned" and row in chosen:
+            kept[layer.spec.name].append((x[row % len(x)].cpu(), state.a_hat[row % len(x)].cpu()))
+
+    def on_pass(done: int, x: Tensor, eps: Tensor) -> None:
+        nonlocal row
+        row = done + 1
+
+    denoiser.on_layer = watch
+    ddim_sample(denoiser, alphas_cumprod(network.config.diffusion), trajectories.x[0][:images], on_pass=on_pass)
+    found = {name: h.scale(method, scales.layers[name].act_bits) for name, h in histograms.items()}
+    if method == "learned":
+        with progress_bar() as bar:
+            for name in bar.track(scales.modulated, description="residual scales"):
+                layer = replace(denoiser.layers[name], scale=found[name])
+                x, a_hat = (torch.stack(part).to(device) for part in zip(*kept.pop(name), strict=True))
+                found[name] = learn_residual_scale(layer, x, a_hat)
+    return refit(scales, found)
 
 
 def improve(

@@ -75,7 +75,11 @@ def calibrate(
     weight_bit: Annotated[int, typer.Option(help="bits of the weights, 2 to 8")] = 8,
     act_bit: Annotated[int, typer.Option(help="bits of the activations, 2 to 8")] = 8,
     edge_bit: Annotated[int | None, typer.Option(help="at least so many bits for the first and last layer")] = None,
-    scale_method: Annotated[str, typer.Option(help="minmax, mse or percentile (of activations)")] = "minmax",
+    scale_method: Annotated[str, typer.Option(help="minmax, mse, percentile, or learned (of residuals)")] = "minmax",
+    residuals: Annotated[
+        str, typer.Option(help="measured between float steps, or against the quantized network's a_hat")
+    ] = "float",
+    split: Annotated[bool, typer.Option(help="a grid of its own for the skip half of a concatenated input")] = False,
     start: Annotated[str, typer.Option(help="warmup rows, or exact: a full-precision first step (simulation only)")] = "warmup",
     granularity: Annotated[str, typer.Option(help="activation grids: static, tensor (LTQ) or channel (LCQ)")] = "static",
     rounding: Annotated[str, typer.Option(help="of the weights: nearest, or adaround (learned, block by block)")] = "nearest",
@@ -94,7 +98,7 @@ def calibrate(
     from modiff_trt.export.calibrate import Recipe, make_scales
     from modiff_trt.export.scales import save_scales
     from modiff_trt.export.trajectories import load_trajectories
-    from modiff_trt.tools.calibrating import improve, learn_weights, measure
+    from modiff_trt.tools.calibrating import improve, learn_weights, measure, refit_residuals
     from modiff_trt.tools.load import check_device, check_seed, load_model
 
     if rounding not in ("nearest", "adaround"):
@@ -106,7 +110,7 @@ def calibrate(
     if iterations < 1 or batch_size < 1:
         raise InputError("--iterations and --batch-size must be at least 1")
     check_seed(seed)
-    recipe = Recipe(method, weight_bit, act_bit, scale_method, start, edge_bit, granularity, dither)
+    recipe = Recipe(method, weight_bit, act_bit, scale_method, start, edge_bit, granularity, dither, split, residuals)
     part = out.with_name(out.name + ".part")
     network, checkpoint = load_model(config, ckpt)
     stored = load_trajectories(trajectories, network.config, checkpoint.sha256)
@@ -114,6 +118,8 @@ def calibrate(
     scales = make_scales(network, checkpoint, stored, ranges, recipe)
     if rounding == "adaround":
         scales = learn_weights(network, checkpoint, stored, scales, AdaRoundOptions(iterations), seed, device, part)
+    if scales.modulated and (residuals == "quantized" or scale_method == "learned"):
+        scales = refit_residuals(network, checkpoint, stored, scales, scale_method, batch_size, device)
     if rows == "search" or auto:
         scales = improve(network, checkpoint, scales, rows == "search", max_loss if auto else None, trial_images, device)
     save_scales(out, scales)

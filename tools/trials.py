@@ -17,6 +17,7 @@ from torch import Tensor
 from modiff_trt.export.checkpoint import Checkpoint
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.grid import grid_max
+from modiff_trt.export.modulated import LayerState, QuantizedLayer
 from modiff_trt.export.rows import RowTable, plain_rows
 from modiff_trt.export.scales import Scales
 from modiff_trt.export.unet import Network
@@ -61,12 +62,12 @@ class Trials:
         passes: list[dict[str, float]] = []
         first = scales.modulated[0]
 
-        def watch(layer: str, residual: Tensor) -> None:
-            if layer == first:
+        def watch(layer: QuantizedLayer, x: Tensor, state: LayerState) -> None:
+            if layer.spec.name == first:
                 passes.append({})
-            passes[-1][layer] = float(residual.abs().max())
+            passes[-1][layer.spec.name] = float((x - state.a_hat).abs().max())
 
-        denoiser.on_residual = watch
+        denoiser.on_layer = watch
         score = self.score(denoiser)
         return score, np.asarray([[found[name] for name in scales.modulated] for found in passes], np.float32)
 
@@ -81,27 +82,41 @@ class Trials:
 def search_rows(trials: Trials, scales: Scales, report: Report) -> Scales:
     """The scales with the best row table found: static, or one multiplier per row and layer.
 
-    A candidate covers the largest residual of each row times a margin. It is measured with the quantized network in the
-    loop, once more after its own first run, because a finer row changes the residuals of the rows after it.
+    A candidate covers the largest residual of each row times a margin, warm-up rows included, of which none is finer than
+    the first running row. It is measured with the quantized network in the loop, once more after its own first run,
+    because a finer row changes the residuals of the rows after it. The start may keep its dither or not.
     """
     if not scales.modulated:
         return scales
-    best, (top_score, seen) = scales, trials.residuals(scales)
-    report(f"rows: static {top_score:.2f} dB")
-    reach = np.asarray([grid_max(scales.layers[n].act_bits) * scales.layers[n].scale for n in scales.modulated], np.float32)
-    start = scales.rows.warmup
-    for margin in MARGINS:
-        residuals = seen
-        for attempt in (1, 2):
-            multipliers = scales.rows.multipliers.copy()
-            multipliers[start:] = np.clip(margin * residuals[start:] / reach, FINEST, WIDEST)
-            candidate = replace(scales, rows=replace(scales.rows, multipliers=multipliers))
-            score, found = trials.residuals(candidate)
-            report(f"rows: margin {margin}, attempt {attempt}: {score:.2f} dB")
-            if score > top_score:
-                best, top_score = candidate, score
-            residuals = np.maximum(residuals, found)
+    best, top_score = scales, float("-inf")
+    for dither in dict.fromkeys((scales.dither, False)):
+        label = "dither" if dither else "no dither"
+        static = replace(scales, dither=dither)
+        score, seen = trials.residuals(static)
+        report(f"rows: static, {label}: {score:.2f} dB")
+        if score > top_score:
+            best, top_score = static, score
+        for margin in MARGINS:
+            residuals = seen
+            for attempt in (1, 2):
+                candidate = replace(static, rows=_covering(static, residuals, margin))
+                score, found = trials.residuals(candidate)
+                report(f"rows: {label}, margin {margin}, attempt {attempt}: {score:.2f} dB")
+                if score > top_score:
+                    best, top_score = candidate, score
+                residuals = np.maximum(residuals, found)
     return best
+
+
+def _covering(scales: Scales, residuals: Array, margin: float) -> RowTable:
+    """A row table whose grids reach `margin` times these largest magnitudes [rows, modulated layers]; warm-up rows reach
+    all of them."""
+    reach = np.asarray([grid_max(scales.layers[n].act_bits) * scales.layers[n].scale for n in scales.modulated], np.float32)
+    warmup = scales.rows.warmup
+    multipliers = residuals / reach
+    multipliers[warmup:] = np.clip(margin * multipliers[warmup:], FINEST, WIDEST)
+    multipliers[:warmup] = np.maximum(multipliers[:warmup], multipliers[warmup])
+    return replace(scales.rows, multipliers=multipliers.astype(np.float32))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from modiff_trt.export.errors import InputError
 from modiff_trt.export.modulated import (
     LayerState,
     dynamic_quantize,
@@ -13,7 +12,6 @@ from modiff_trt.export.modulated import (
     quantize_layers,
     stateless_layer,
 )
-from modiff_trt.export.onnx_export import build_onnx
 from modiff_trt.runtime.noise import ImageNoise
 from modiff_trt.runtime.sampler import ddim_sample
 from modiff_trt.runtime.schedule import alphas_cumprod
@@ -61,10 +59,3 @@ def test_batch_size_never_changes_an_image(tiny, granularity, method):
     together = ddim_sample(denoiser, alpha_bar, ImageNoise(5, range(3), shape).draw())
     alone = np.concatenate([ddim_sample(denoiser, alpha_bar, ImageNoise(5, [i], shape).draw()) for i in range(3)])
     assert np.abs(together - alone).max() <= 2e-2 * np.abs(alone).max()
-
-
-def test_export_says_what_cannot_be_exported(tiny):
-    with pytest.raises(InputError, match=r"LCQ.*cannot be exported"):
-        build_onnx(tiny.network, tiny.checkpoint, tiny.scales(granularity="channel"), "fp32", "x")
-    with pytest.raises(InputError, match="LTQ"):
-        build_onnx(tiny.network, tiny.checkpoint, tiny.scales(granularity="tensor"), "fp32", "x")

@@ -12,8 +12,12 @@ from modiff_trt.export.errors import InputError
 from modiff_trt.export.manifest import MANIFEST_KEY, decode_array
 from modiff_trt.export.modulated import LayerState, initial_state, integer_product, quantize_layers, simulate
 from modiff_trt.export.onnx_export import build_onnx, save_onnx
+from modiff_trt.export.split import divide_skip
 from modiff_trt.export.torch_ops import run_unet, time_bias, time_table
 from modiff_trt.export.unet import trace
+from modiff_trt.runtime.images import psnr
+from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
+from modiff_trt.runtime.torch_denoiser import SimDenoiser
 
 
 def session_of(model, tmp_path):
@@ -35,6 +39,7 @@ class Lockstep:
 
     def __call__(self, spec, x):
         layer, (a_hat, o_hat) = self.layers[spec.name], self.state[spec.name]
+        x = divide_skip(spec, x, layer.skip_ratio)
         step = self.multipliers[spec.name] * layer.scale
         top = 2 ** (layer.bits - 1) - 1
         position = ((x - a_hat) / step).clamp(-top - 1, top)
@@ -69,9 +74,10 @@ def passes(case, scales, session, rows, batch=3, dtype=np.float32):
         x = x - 0.01 * torch.from_numpy(eps)
 
 
-@pytest.mark.parametrize("bits", [8, 6, 3])
-def test_modulated_network_equals_the_simulation(tiny, tmp_path, bits):
-    scales = _all_modulated(tiny, act_bits=bits)
+@pytest.mark.parametrize(("bits", "split"), [(8, False), (6, True), (3, False)])
+def test_modulated_network_equals_the_simulation(tiny, tmp_path, bits, split):
+    scales = _all_modulated(tiny, act_bits=bits, split=split)
+    assert any(layer.skip_ratio != 1 for layer in scales.layers.values()) == split
     session = session_of(build_onnx(tiny.network, tiny.checkpoint, scales, "fp32", "x"), tmp_path)
     for error, lockstep in passes(tiny, scales, session, range(3)):
         assert error < 1e-5
@@ -98,6 +104,23 @@ def test_stateless_network_equals_the_simulation(tiny, tmp_path, bits):
     bias = time_bias(tiny.network, tiny.checkpoint.params, t)
     expected, _ = simulate(tiny.network, tiny.checkpoint.params, layers, {}, x, bias, {})
     assert np.linalg.norm(eps - expected.numpy()) / np.linalg.norm(expected.numpy()) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["modiff", "qdiff"])
+def test_ltq_is_exported_with_its_run_time_scale_outside_the_integer_product(tiny, tmp_path, method):
+    scales = tiny.scales(method=method, granularity="tensor")
+    save_onnx(tmp_path / "ltq.onnx", build_onnx(tiny.network, tiny.checkpoint, scales, "fp32", "x"))
+    denoiser = OnnxDenoiser(load_onnx(tmp_path / "ltq.onnx"))
+    simulated = tiny.sample(SimDenoiser(tiny.network, tiny.checkpoint.params, scales))
+    deployed = tiny.sample(denoiser)
+    assert psnr(deployed, simulated) > 35
+    static = tiny.scales(method=method)
+    assert psnr(deployed, tiny.sample(SimDenoiser(tiny.network, tiny.checkpoint.params, static))) < psnr(deployed, simulated)
+
+
+def test_lcq_is_refused_with_the_reason(tiny):
+    with pytest.raises(InputError, match=r"LCQ.*cannot be exported"):
+        build_onnx(tiny.network, tiny.checkpoint, tiny.scales(granularity="channel"), "fp32", "x")
 
 
 def _all_modulated(case, **recipe):
