@@ -45,6 +45,7 @@ class Recipe:
     dither: bool = True
     split: bool = False
     residuals: str = "float"
+    percentile: float = 0.9999
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -53,6 +54,8 @@ class Recipe:
             raise InputError(f"--scale-method must be one of {', '.join(SCALE_METHODS)}, found '{self.scale_method}'")
         if self.residuals not in RESIDUALS:
             raise InputError(f"--residuals must be one of {', '.join(RESIDUALS)}, found '{self.residuals}'")
+        if not 0.5 <= self.percentile <= 1:
+            raise InputError(f"--percentile must be a share between 0.5 and 1, found {self.percentile}")
         if self.granularity not in GRANULARITIES:
             raise InputError(f"--granularity must be one of {', '.join(GRANULARITIES)}, found '{self.granularity}'")
         edge = self.edge_bits if self.edge_bits is not None else self.act_bits
@@ -166,7 +169,8 @@ def _grid(ranges: LayerRanges, mode: str, recipe: Recipe, bits: int) -> _Grid:
     """The grids of a layer by its ranges, in units of the main half where the recipe splits it."""
 
     def steps(part: InputRanges) -> tuple[float, float]:
-        return part.activation.scale(recipe.scale_method, bits), part.residual.scale(recipe.scale_method, bits)
+        method, share = recipe.scale_method, recipe.percentile
+        return part.activation.scale(method, bits, share), part.residual.scale(method, bits, share)
 
     if not recipe.split or ranges.halves is None:
         return _Grid(*steps(ranges), ranges.activation_max[0], 1.0)

@@ -16,7 +16,6 @@ from torch import Tensor
 from modiff_trt.export.grid import grid_max
 
 SCALE_METHODS = ("minmax", "mse", "percentile", "learned")
-PERCENTILE = 0.9999
 # Q-Diffusion and its predecessors weigh errors by a power slightly above 2 when they search for a scale.
 MSE_POWER = 2.4
 SMALLEST_SCALE = 1e-8
@@ -110,16 +109,17 @@ class RangeHistogram:
         cost = (error.square() * self._counts).sum(1)
         return max(float(scales[int(cost.argmin()), 0]), SMALLEST_SCALE)
 
-    def percentile_scale(self, bits: int) -> float:
-        """The scale of the range that holds 99.99 % of the magnitudes, to the width of a bin."""
+    def percentile_scale(self, bits: int, percentile: float) -> float:
+        """The scale of the range that holds this share of the magnitudes, to the width of a bin."""
         share = self._counts.cumsum(0) / self._counts.sum().clamp_min(1)
-        upper = (int((share < PERCENTILE).sum()) + 1) * self._range / self.BINS
+        upper = (int((share < percentile).sum()) + 1) * self._range / self.BINS
         return max(min(upper, self.absmax) / grid_max(bits), SMALLEST_SCALE)
 
-    def scale(self, method: str, bits: int) -> float:
+    def scale(self, method: str, bits: int, percentile: float) -> float:
         """The scale by one of SCALE_METHODS; `learned` scales start from min-max (see `export.residuals`)."""
-        by_name = {"mse": self.mse_scale, "percentile": self.percentile_scale}
-        return by_name.get(method, self.minmax_scale)(bits)
+        if method == "percentile":
+            return self.percentile_scale(bits, percentile)
+        return self.mse_scale(bits) if method == "mse" else self.minmax_scale(bits)
 
     def coarse(self, bins: int = 64) -> tuple[Tensor, float]:
         """Shares [bins] of the magnitudes over 0..range, and the range, for plots."""

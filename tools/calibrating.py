@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from modiff_trt.export.adaround import AdaRoundOptions
-from modiff_trt.export.calibrate import LayerRanges, measure_ranges
+from modiff_trt.export.calibrate import LayerRanges, Recipe, make_scales, measure_ranges
 from modiff_trt.export.checkpoint import Checkpoint
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import load_arrays, save_arrays
@@ -30,7 +30,7 @@ from modiff_trt.runtime.sampler import ddim_sample
 from modiff_trt.runtime.schedule import alphas_cumprod
 from modiff_trt.runtime.torch_denoiser import SimDenoiser, use_full_precision
 from modiff_trt.tools.progress import progress_bar
-from modiff_trt.tools.trials import Trials, search_modes, search_rows
+from modiff_trt.tools.trials import Trials, search_modes, search_rows, search_scales
 
 ROUNDING_KIND, ROUNDING_SCHEMA = "rounding", 1
 # Trials run on noise that neither calibration (seed 1) nor the default sampling (seed 0) uses.
@@ -101,13 +101,20 @@ def learn_weights(
 
 
 def refit_residuals(
-    network: Network, checkpoint: Checkpoint, trajectories: Trajectories, scales: Scales, method: str, images: int, device: str
+    network: Network,
+    checkpoint: Checkpoint,
+    trajectories: Trajectories,
+    scales: Scales,
+    recipe: Recipe,
+    images: int,
+    device: str,
 ) -> Scales:
     """Residual scales again, from whole trajectories of the network that these scales quantize.
 
-    `method` is one of SCALE_METHODS; `learned` trains them on layer outputs at the chosen steps, of at most `images` images.
+    The recipe's scale method `learned` trains them on layer outputs at the chosen steps, of at most `images` images.
     """
     use_full_precision()
+    method = recipe.scale_method
     denoiser = SimDenoiser(network, checkpoint.params, scales, device)
     histograms = {name: RangeHistogram() for name in scales.modulated}
     kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in scales.modulated}
@@ -126,7 +133,7 @@ def refit_residuals(
 
     denoiser.on_layer = watch
     ddim_sample(denoiser, alphas_cumprod(network.config.diffusion), trajectories.x[0][:images], on_pass=on_pass)
-    found = {name: h.scale(method, scales.layers[name].act_bits) for name, h in histograms.items()}
+    found = {name: h.scale(method, scales.layers[name].act_bits, recipe.percentile) for name, h in histograms.items()}
     if method == "learned":
         with progress_bar() as bar:
             for name in bar.track(scales.modulated, description="residual scales"):
@@ -136,15 +143,31 @@ def refit_residuals(
     return refit(scales, found)
 
 
-def improve(
-    network: Network, checkpoint: Checkpoint, scales: Scales, rows: bool, max_loss: float | None, images: int, device: str
-) -> Scales:
-    """Calibration by trial: a row table per row where that is better, and state only where it is needed.
+def residual_scales(
+    network: Network,
+    checkpoint: Checkpoint,
+    trajectories: Trajectories,
+    ranges: dict[str, LayerRanges],
+    recipe: Recipe,
+    percentile: float,
+) -> dict[str, float]:
+    """The residual scales that a recipe would give with another percentile, by layer."""
+    recipe = replace(recipe, scale_method="percentile", percentile=percentile)
+    found = make_scales(network, checkpoint, trajectories, ranges, recipe)
+    return {name: found.layers[name].residual_scale for name in found.modulated}
 
-    `max_loss` is the PSNR in dB that `search_modes` may spend; None leaves the modes as they are. Prints what was tried.
+
+def improve(
+    trials: Trials, scales: Scales, candidates: dict[float, dict[str, float]], rows: bool, max_loss: float | None
+) -> Scales:
+    """Calibration by trial: residual scales, then a row table, then state only where it is needed.
+
+    `candidates` are residual scales by percentile for `search_scales`; none leaves the scales as they are. `max_loss` is the
+    PSNR in dB that `search_modes` may spend; None leaves the modes as they are. Prints what was tried.
     """
     console = Console(highlight=False)
-    trials = Trials(network, checkpoint, scales.rows.timesteps, images, TRIAL_SEED, device)
+    if candidates:
+        scales = search_scales(trials, scales, candidates, console.print)
     if rows:
         scales = search_rows(trials, scales, console.print)
     if max_loss is not None:

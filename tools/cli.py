@@ -84,10 +84,11 @@ def calibrate(
     granularity: Annotated[str, typer.Option(help="activation grids: static, tensor (LTQ) or channel (LCQ)")] = "static",
     rounding: Annotated[str, typer.Option(help="of the weights: nearest, or adaround (learned, block by block)")] = "nearest",
     iterations: Annotated[int, typer.Option(help="adaround: training steps per block")] = 1000,
-    rows: Annotated[str, typer.Option(help="static: a grid a layer; search: a grid a row and layer, where better")] = "static",
+    search: Annotated[str, typer.Option(help="by trial: none, scales (static grids), rows (then one a row)")] = "none",
+    percentile: Annotated[float, typer.Option(help="percentile: the share of values that a grid holds")] = 0.9999,
     auto: Annotated[bool, typer.Option("--auto", help="take the state from layers that do not need it")] = False,
     max_loss: Annotated[float, typer.Option(help="auto: PSNR that may be lost, dB")] = 0.3,
-    trial_images: Annotated[int, typer.Option(help="images of the trial trajectories of --rows search and --auto")] = 4,
+    trial_images: Annotated[int, typer.Option(help="images of the trial trajectories of --search and --auto")] = 4,
     seed: Annotated[int, typer.Option(help="adaround: seed of its batches")] = 0,
     dither: Annotated[bool, typer.Option(help="start a_hat from a random place inside the grid")] = True,
     batch_size: BatchSize = 8,
@@ -98,19 +99,22 @@ def calibrate(
     from modiff_trt.export.calibrate import Recipe, make_scales
     from modiff_trt.export.scales import save_scales
     from modiff_trt.export.trajectories import load_trajectories
-    from modiff_trt.tools.calibrating import improve, learn_weights, measure, refit_residuals
+    from modiff_trt.tools.calibrating import TRIAL_SEED, improve, learn_weights, measure, refit_residuals, residual_scales
     from modiff_trt.tools.load import check_device, check_seed, load_model
+    from modiff_trt.tools.trials import PERCENTILES, Trials
 
     if rounding not in ("nearest", "adaround"):
         raise InputError(f"--rounding must be nearest or adaround, found '{rounding}'")
-    if rows not in ("static", "search"):
-        raise InputError(f"--rows must be static or search, found '{rows}'")
+    if search not in ("none", "scales", "rows"):
+        raise InputError(f"--search must be none, scales or rows, found '{search}'")
     if trial_images < 1 or max_loss < 0:
         raise InputError("--trial-images must be at least 1 and --max-loss not negative")
     if iterations < 1 or batch_size < 1:
         raise InputError("--iterations and --batch-size must be at least 1")
     check_seed(seed)
-    recipe = Recipe(method, weight_bit, act_bit, scale_method, start, edge_bit, granularity, dither, split, residuals)
+    recipe = Recipe(
+        method, weight_bit, act_bit, scale_method, start, edge_bit, granularity, dither, split, residuals, percentile
+    )
     part = out.with_name(out.name + ".part")
     network, checkpoint = load_model(config, ckpt)
     stored = load_trajectories(trajectories, network.config, checkpoint.sha256)
@@ -119,9 +123,12 @@ def calibrate(
     if rounding == "adaround":
         scales = learn_weights(network, checkpoint, stored, scales, AdaRoundOptions(iterations), seed, device, part)
     if scales.modulated and (residuals == "quantized" or scale_method == "learned"):
-        scales = refit_residuals(network, checkpoint, stored, scales, scale_method, batch_size, device)
-    if rows == "search" or auto:
-        scales = improve(network, checkpoint, scales, rows == "search", max_loss if auto else None, trial_images, device)
+        scales = refit_residuals(network, checkpoint, stored, scales, recipe, batch_size, device)
+    if scales.modulated and (search != "none" or auto):
+        trials = Trials(network, checkpoint, scales.rows.timesteps, trial_images, TRIAL_SEED, device)
+        tried = PERCENTILES if search != "none" else ()
+        candidates = {p: residual_scales(network, checkpoint, stored, ranges, recipe, p) for p in tried}
+        scales = improve(trials, scales, candidates, search == "rows", max_loss if auto else None)
     save_scales(out, scales)
     if rounding == "adaround":
         part.unlink(missing_ok=True)

@@ -2,9 +2,10 @@
 
     python -m modiff_trt.tools.study --config configs/cifar10.yml --ckpt FILE --images 16 --out results/study.json
 
-Parts: `weights` (nearest rounding and AdaRound, W8 and W4), `methods` (the six rows of the paper's table by bits), `rows`
-(a static grid against a grid per row, with and without dither) and `starts` (how a trajectory begins, see `STARTS`). The
-file is written after every figure, so an interrupted run keeps what it found; the same command goes on from there.
+Parts: `weights` (nearest rounding and AdaRound, W8 and W4), `methods` (the six rows of the paper's table by bits), `scales`
+(how the static residual scale is found), `rows` (static grids against a grid per row, both searched by trial) and `starts`
+(how a trajectory begins, see `STARTS`; with --percentile on such grids instead of min-max). The file is written after
+every figure, so an interrupted run keeps what it found; the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from modiff_trt.export.modulated import LayerState, integer_product
 from modiff_trt.export.rows import rows_after
 from modiff_trt.export.scales import Scales, load_scales, save_scales
 from modiff_trt.runtime.torch_denoiser import SimDenoiser
-from modiff_trt.tools.calibrating import TRIAL_SEED, learn_weights, measure
+from modiff_trt.tools.calibrating import TRIAL_SEED, learn_weights, measure, residual_scales
 from modiff_trt.tools.collecting import collect
 from modiff_trt.tools.load import check_device, load_model
 from modiff_trt.tools.provenance import provenance
-from modiff_trt.tools.trials import Trials, search_rows
+from modiff_trt.tools.trials import PERCENTILES, Trials, search_rows, search_scales
 
+PARTS = "methods,scales,rows,starts,weights"
 METHODS = {
     "Q-Diff": ("qdiff", "static"),
     "Q-Diff + MoDiff": ("modiff", "static"),
@@ -42,6 +44,13 @@ METHODS = {
     "LCQ + MoDiff": ("modiff", "channel"),
     "LTQ": ("qdiff", "tensor"),
     "LTQ + MoDiff": ("modiff", "tensor"),
+}
+
+
+SCALE_RECIPES: dict[str, dict[str, Any]] = {
+    "min-max": {},
+    "MSE": {"scale_method": "mse"},
+    **{f"percentile {100 * p:g}": {"scale_method": "percentile", "percentile": p} for p in PERCENTILES},
 }
 
 
@@ -223,23 +232,36 @@ class Study:
                     scales = two_rows(scales, 2)
                 self.record("methods", f"{name} A{b}", lambda s=scales: self.decibels(s))  # type: ignore[misc]
 
+    def static_scales(self, bits: list[int]) -> None:
+        """Static residual scales by every method, with and without dither."""
+        for b in bits:
+            for dither in (True, False):
+                for name, recipe in SCALE_RECIPES.items():
+                    label = f"{name}{'' if dither else ', no dither'} A{b}"
+                    scales = self.scales(act_bits=b, dither=dither, **recipe)
+                    self.record("scales", label, lambda s=scales: self.decibels(s))  # type: ignore[misc]
+
     def rows(self, bits: list[int]) -> None:
-        """One static grid a layer, without and with dither, against a searched grid for every row."""
+        """Min-max grids, against static grids and then a grid for every row, found by trial on other noise."""
         trials = Trials(self.network, self.checkpoint, self.trajectories.timesteps, 16, TRIAL_SEED, self.device)
         for b in bits:
-            for dither in (False, True):
-                scales = self.scales(act_bits=b, dither=dither)
-                label = "dither" if dither else "no dither"
-                self.record("rows", f"static, {label} A{b}", lambda s=scales: self.decibels(s))  # type: ignore[misc]
+            recipe = Recipe(act_bits=b)
+            scales = self.scales(act_bits=b)
+            self.record("rows", f"min-max A{b}", lambda s=scales: self.decibels(s))  # type: ignore[misc]
+            if time.monotonic() > self._ends or f"static by trial A{b}" in self.figures["rows"]:
+                continue
+            parts = (self.network, self.checkpoint, self.trajectories, self.ranges, recipe)
+            static = search_scales(trials, scales, {p: residual_scales(*parts, p) for p in PERCENTILES}, typer.echo)
+            self.record("rows", f"static by trial A{b}", lambda s=static: self.decibels(s))  # type: ignore[misc]
+            rows = search_rows(trials, static, typer.echo)
+            self.record("rows", f"rows by trial A{b}", lambda s=rows: self.decibels(s))  # type: ignore[misc]
 
-            def searched(start: Scales = scales) -> float:
-                return self.decibels(search_rows(trials, start, typer.echo))
-
-            self.record("rows", f"searched, dither A{b}", searched)
-
-    def starts(self, bits: list[int], names: list[str]) -> None:
+    def starts(self, bits: list[int], names: list[str], percentile: float | None) -> None:
+        grid: dict[str, Any] = {} if percentile is None else {"scale_method": "percentile", "percentile": percentile}
+        if self.figures.setdefault("residual scales of the starts", grid) != grid:
+            raise InputError(f"{self.out} holds starts on other residual scales; choose another --out")
         for b in bits:
-            warm, exact = self.scales(act_bits=b, dither=False), self.scales(act_bits=b, start="exact")
+            warm, exact = self.scales(act_bits=b, dither=False, **grid), self.scales(act_bits=b, start="exact", **grid)
             for name in names:
                 scales, offset = STARTS[name](warm, exact)
                 label = f"{name} A{b}"
@@ -255,7 +277,8 @@ def main(
     timesteps: Annotated[int, typer.Option(help="DDIM steps, quad")] = 50,
     images: Annotated[int, typer.Option(help="images compared")] = 16,
     calibration_images: Annotated[int, typer.Option(help="images calibrated on")] = 16,
-    parts: Annotated[str, typer.Option(help="comma-separated: methods, rows, starts, weights")] = "methods,rows,starts,weights",
+    parts: Annotated[str, typer.Option(help="comma-separated, of methods, scales, rows, starts, weights")] = PARTS,
+    percentile: Annotated[float | None, typer.Option(help="starts: on percentile grids instead of min-max")] = None,
     bits: Annotated[str, typer.Option(help="activation bits, comma-separated")] = "8,6,4,3",
     weight_bits: Annotated[str, typer.Option(help="for the part weights")] = "8,4",
     learned: Annotated[Path | None, typer.Option(help="scales file whose W8 rounding methods and starts use")] = None,
@@ -272,15 +295,17 @@ def main(
         for part in parts.split(","):
             if part == "methods":
                 study.methods(widths)
+            elif part == "scales":
+                study.static_scales(widths)
             elif part == "rows":
                 study.rows(widths)
             elif part == "starts":
-                study.starts(widths, list(STARTS))
+                study.starts(widths, list(STARTS), percentile)
             elif part == "weights":
                 for b in weight_bits.split(","):
                     study.weights(int(b), iterations)
             else:
-                raise InputError(f"--parts: unknown part '{part}'; known: methods, rows, starts, weights")
+                raise InputError(f"--parts: unknown part '{part}'; known: methods, scales, rows, starts, weights")
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

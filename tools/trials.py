@@ -1,12 +1,13 @@
 """Calibration by trial: runs whole quantized trajectories and keeps what is best for the final image.
 
-Two searches live here. `search_rows` gives every row its own grid, with a margin chosen by what the quantized
-trajectory does, not the float one. `search_modes` finds which layers can do without MoDiff state.
+Three searches live here. `search_scales` decides which share of the residuals a static grid holds. `search_rows` gives every
+row its own grid, with a margin chosen by what the quantized trajectory does, not the float one. `search_modes` finds which
+layers can do without MoDiff state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -18,6 +19,7 @@ from modiff_trt.export.checkpoint import Checkpoint
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.grid import grid_max
 from modiff_trt.export.modulated import LayerState, QuantizedLayer
+from modiff_trt.export.residuals import refit
 from modiff_trt.export.rows import RowTable, plain_rows
 from modiff_trt.export.scales import Scales
 from modiff_trt.export.unet import Network
@@ -31,7 +33,9 @@ from modiff_trt.tools.inspecting import state_elements
 Report = Callable[[str], None]
 Array = np.ndarray[Any, Any]
 
-MARGINS = (0.7, 1.0, 1.4, 2.0)
+MARGINS = (0.35, 0.5, 0.7, 1.0)
+# Shares of the residuals that a searched static grid holds.
+PERCENTILES = (0.99999, 0.9999, 0.9997, 0.999, 0.997, 0.99)
 # A residual's row may need a coarser grid than the static one where quantization itself has made it larger.
 WIDEST = 4.0
 FINEST = 1 / 16
@@ -79,32 +83,50 @@ class Trials:
             return float("-inf")
 
 
+def search_scales(trials: Trials, scales: Scales, candidates: Mapping[float, Mapping[str, float]], report: Report) -> Scales:
+    """The scales with the best residual scales found among those given and `candidates` (by percentile), and with or
+    without dither.
+
+    A residual beyond its grid is not lost: a_hat follows it at the next passes. So at few bits a grid that clips the rare
+    large residuals is better than one that holds them all; which share to clip is measured here on whole trajectories.
+    """
+    best, top_score = scales, trials.decibels(scales)
+    report(f"scales: as calibrated: {top_score:.2f} dB")
+    for percentile, steps in candidates.items():
+        candidate = refit(scales, steps)
+        score = trials.decibels(candidate)
+        report(f"scales: percentile {percentile}: {score:.2f} dB")
+        if score > top_score:
+            best, top_score = candidate, score
+    if best.dither:
+        plain = replace(best, dither=False)
+        score = trials.decibels(plain)
+        report(f"scales: the best without dither: {score:.2f} dB")
+        if score > top_score:
+            best = plain
+    return best
+
+
 def search_rows(trials: Trials, scales: Scales, report: Report) -> Scales:
     """The scales with the best row table found: static, or one multiplier per row and layer.
 
     A candidate covers the largest residual of each row times a margin, warm-up rows included, of which none is finer than
     the first running row. It is measured with the quantized network in the loop, once more after its own first run,
-    because a finer row changes the residuals of the rows after it. The start may keep its dither or not.
+    because a finer row changes the residuals of the rows after it.
     """
     if not scales.modulated:
         return scales
-    best, top_score = scales, float("-inf")
-    for dither in dict.fromkeys((scales.dither, False)):
-        label = "dither" if dither else "no dither"
-        static = replace(scales, dither=dither)
-        score, seen = trials.residuals(static)
-        report(f"rows: static, {label}: {score:.2f} dB")
-        if score > top_score:
-            best, top_score = static, score
-        for margin in MARGINS:
-            residuals = seen
-            for attempt in (1, 2):
-                candidate = replace(static, rows=_covering(static, residuals, margin))
-                score, found = trials.residuals(candidate)
-                report(f"rows: {label}, margin {margin}, attempt {attempt}: {score:.2f} dB")
-                if score > top_score:
-                    best, top_score = candidate, score
-                residuals = np.maximum(residuals, found)
+    best, (top_score, seen) = scales, trials.residuals(scales)
+    report(f"rows: static: {top_score:.2f} dB")
+    for margin in MARGINS:
+        residuals = seen
+        for attempt in (1, 2):
+            candidate = replace(scales, rows=_covering(scales, residuals, margin))
+            score, found = trials.residuals(candidate)
+            report(f"rows: margin {margin}, attempt {attempt}: {score:.2f} dB")
+            if score > top_score:
+                best, top_score = candidate, score
+            residuals = np.maximum(residuals, found)
     return best
 
 

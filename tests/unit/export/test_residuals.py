@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from modiff_trt.export.calibrate import Recipe
 from modiff_trt.export.modulated import LayerState, integer_product, modulated_layer, quantize_layers
 from modiff_trt.export.residuals import learn_residual_scale, refit
 from modiff_trt.tools.calibrating import refit_residuals
@@ -42,7 +43,9 @@ def test_refit_keeps_the_first_grid_and_changes_the_running_one(tiny):
 @pytest.mark.parametrize("method", ["minmax", "learned"])
 def test_residuals_of_the_quantized_network_are_measured_in_its_own_trajectory(tiny, method):
     scales = tiny.scales(act_bits=4)
-    found = refit_residuals(tiny.network, tiny.checkpoint, tiny.trajectories, scales, method, 3, "cpu")
+    found = refit_residuals(
+        tiny.network, tiny.checkpoint, tiny.trajectories, scales, Recipe(act_bits=4, scale_method=method), 3, "cpu"
+    )
     assert found.modulated == scales.modulated
     ratios = [found.layers[n].scale / scales.layers[n].scale for n in scales.modulated]
     assert all(0.05 < r < 20 for r in ratios) and any(abs(r - 1) > 0.05 for r in ratios)

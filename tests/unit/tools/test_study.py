@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from modiff_trt.tools.study import METHODS, STARTS, ladder, main
+from modiff_trt.tools.study import METHODS, SCALE_RECIPES, STARTS, ladder, main
 
 
 def run(out, parts):
@@ -17,6 +17,7 @@ def run(out, parts):
         calibration_images=2,
         parts=parts,
         bits="4",
+        percentile=None,
         weight_bits="8",
         learned=None,
         iterations=2,
@@ -34,8 +35,8 @@ def test_every_part_writes_its_figures_and_a_rerun_keeps_them(tmp_path):
     assert set(figures["starts"]) == {f"{name} A4" for name in STARTS}
     figures["methods"]["LTQ A4"] = 123.0
     out.write_text(json.dumps(figures))
-    again = run(out, "methods,rows")
-    assert again["methods"]["LTQ A4"] == 123.0 and len(again["rows"]) == 3
+    again = run(out, "methods,rows,scales")
+    assert again["methods"]["LTQ A4"] == 123.0 and len(again["rows"]) == 3 and len(again["scales"]) == 2 * len(SCALE_RECIPES)
 
 
 def test_ladder_ends_at_its_floor(tiny):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from modiff_trt.tools.inspecting import print_table, save_plots, state_elements
-from modiff_trt.tools.trials import Trials, search_modes, search_rows, state_traffic, with_modes
+from modiff_trt.tools.trials import Trials, search_modes, search_rows, search_scales, state_traffic, with_modes
 
 
 @pytest.fixture(scope="module")
@@ -16,10 +16,19 @@ def test_searched_rows_are_never_worse_on_the_trials(trials, tiny):
     best = search_rows(trials, scales, lines.append)
     assert trials.decibels(best) >= trials.decibels(scales)
     assert any("margin 1.0, attempt 2" in line for line in lines)
-    assert any("no dither, margin 2.0" in line for line in lines)
+    assert any("margin 0.35, attempt 1" in line for line in lines)
     warmup = best.rows.warmup
     assert best.rows.multipliers.shape == scales.rows.multipliers.shape
     assert (best.rows.multipliers[:warmup] >= best.rows.multipliers[warmup]).all()
+
+
+def test_searched_scales_are_never_worse_on_the_trials_and_say_what_they_clip(trials, tiny):
+    scales = tiny.scales(act_bits=3)
+    lines = []
+    half = {name: scales.layers[name].residual_scale / 2 for name in scales.modulated}
+    best = search_scales(trials, scales, {0.9999: half, 0.5: {n: s / 50 for n, s in half.items()}}, lines.append)
+    assert trials.decibels(best) >= trials.decibels(scales)
+    assert len(lines) == 4 and "0.9999" in lines[1] and "without dither" in lines[3]
 
 
 def test_residuals_are_those_that_the_quantized_network_rounds(trials, tiny):
