@@ -1,0 +1,111 @@
+"""What the kernels compute, in plain torch and in any float dtype: the specification they are tested against.
+
+A layer is two launches. `quantize_input` forms the layer's input (sum, concatenation, group normalization, SiLU,
+upsampling), rounds its difference from `a_hat` to integers and moves `a_hat` by them. `accumulate` adds the integer
+product to `o_hat`. `a_hat` is held as integer multiples of a unit, so that no step ever loses what another one added.
+
+Arrays are channels-last: [N, H*W, C].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STATE_MAX = 32767
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """The input of a layer: `channels` from the main source, then `skip_channels` of a concatenated one, height and width
+    as the convolution sees them (with `upsample` the sources have half of each)."""
+
+    channels: int
+    skip_channels: int
+    height: int
+    width: int
+    upsample: bool = False
+
+    @property
+    def total(self) -> int:
+        return self.channels + self.skip_channels
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    @property
+    def source_pixels(self) -> int:
+        return self.pixels // 4 if self.upsample else self.pixels
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A pass's grid: `step` = `multiple` * `unit`, and the integers that the bits allow."""
+
+    step: float
+    unit: float
+    multiple: int
+    low: int
+    high: int
+
+
+def layer_input(
+    shape: InputShape,
+    a: Tensor,
+    b: Tensor | None = None,
+    skip: Tensor | None = None,
+    time: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, int, float] | None = None,
+    silu: bool = False,
+    factors: Tensor | None = None,
+) -> Tensor:
+    """x [N, H*W, C]: a + b, concatenated with skip, plus time [C]; normalized by `norm` (gain [C], shift [C], groups, eps);
+    through SiLU; multiplied by `factors` [C]; upsampled to nearest."""
+    x = a if b is None else a + b
+    if skip is not None:
+        x = torch.cat([x, skip], dim=2)
+    if time is not None:
+        x = x + time
+    if norm is not None:
+        gain, shift, groups, eps = norm
+        x = F.group_norm(x.transpose(1, 2), groups, gain, shift, eps).transpose(1, 2)
+    if silu:
+        x = F.silu(x)
+    if factors is not None:
+        x = x * factors
+    if shape.upsample:
+        image = x.transpose(1, 2).reshape(len(x), -1, shape.height // 2, shape.width // 2)
+        x = F.interpolate(image, scale_factor=2.0, mode="nearest").flatten(2).transpose(1, 2)
+    return x
+
+
+def quantize_input(x: Tensor, state: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """(q, new state): q = clip(rint((x - unit * state) / step)) and state + multiple * q; without state, rint(x / step)."""
+    residual = x if state is None else x - grid.unit * state.to(x.dtype)
+    q = (residual / grid.step).round().clamp(grid.low, grid.high)
+    if state is None:
+        return q, None
+    return q, (state.to(x.dtype) + grid.multiple * q).clamp(-STATE_MAX, STATE_MAX)
+
+
+def accumulate(
+    q: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    addend: Tensor,
+    size: tuple[int, int],
+    stride: int,
+    padding: tuple[int, int, int, int],
+) -> Tensor:
+    """addend + scale[k] * (weight * q): [N, P*Q, K] from integers q [N, H*W, C] and weight [K, C, R, R].
+
+    `size` is (H, W), `padding` (top, left, bottom, right), `addend` o_hat [N, P*Q, K] or a bias [K].
+    """
+    top, left, bottom, right = padding
+    image = q.transpose(1, 2).reshape(len(q), q.shape[2], *size)
+    product = F.conv2d(F.pad(image, (left, right, top, bottom)), weight, stride=stride)
+    return addend + scale * product.flatten(2).transpose(1, 2)

@@ -1,0 +1,69 @@
+"""The native kernels on NVIDIA GPUs: Triton for a layer's input, cuDNN for its integer product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modiff_trt.export.errors import InputError
+from modiff_trt.plugins.modulated_conv.cudnn_plans import ConvPlans
+from modiff_trt.plugins.modulated_conv.reference import InputShape
+from modiff_trt.runtime.native_layers import NativeLayer
+
+OLDEST = (8, 0)
+
+
+class CudaKernels:
+    """`Kernels` on the current CUDA device. Convolution plans are tuned once for each shape and kept on disk."""
+
+    real = torch.float16
+
+    def __init__(self) -> None:
+        check_gpu()
+        self._plans = ConvPlans()
+
+    def quantize(self, layer: NativeLayer, shape: InputShape, a: Tensor, out: Tensor, *, norm: Any, **sources: Any) -> None:
+        from modiff_trt.plugins.modulated_conv.quantize_kernel import Norm, quantize_input
+
+        quantize_input(
+            shape,
+            a,
+            out,
+            norm=Norm(*norm) if norm is not None else None,
+            factors=layer.factors,
+            bits=layer.bits,
+            **sources,
+        )
+
+    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor) -> None:
+        self._plans.run(layer.spec, q, layer.weight, scale, addend, out)
+
+    def float_conv(self, layer: NativeLayer, x: Tensor) -> Tensor:
+        spec = layer.spec
+        top, left, bottom, right = spec.padding
+        channels, height, width = spec.in_shape
+        image = x.view(len(x), height, width, channels).permute(0, 3, 1, 2)
+        image = F.pad(image, (left, right, top, bottom)) if (top, left) != (bottom, right) else image
+        padding = (top, left) if (top, left) == (bottom, right) else 0
+        y = F.conv2d(image, layer.weight.to(x.dtype), layer.bias.to(x.dtype), spec.stride, padding)
+        return y.permute(0, 2, 3, 1).reshape(len(x), -1, y.shape[1])
+
+
+def check_gpu() -> None:
+    """Raises InputError unless the current GPU and packages can run the kernels."""
+    if not torch.cuda.is_available():
+        raise InputError("--backend native --device cuda: this torch sees no NVIDIA GPU; pass --device cpu")
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST:
+        name = torch.cuda.get_device_name()
+        raise InputError(
+            f"{name} has compute capability {capability[0]}.{capability[1]}; the native kernels need 8.0 (Ampere) or later"
+        )
+    for package, extra in (("triton", "a CUDA build of torch brings it"), ("cudnn", "pip install 'modiff-trt[cuda]'")):
+        try:
+            __import__(package)
+        except ImportError:
+            raise InputError(f"--backend native needs the package {package}; {extra}") from None

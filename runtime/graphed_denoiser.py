@@ -1,0 +1,127 @@
+"""What device backends share: x on the device, a row counter, and one CUDA graph that is a whole DDIM step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modiff_trt.export.config import Config
+from modiff_trt.export.rows import RowTable
+from modiff_trt.runtime.schedule import alphas_cumprod, ddim_steps
+
+
+def update_coefficients(config: Config, rows: RowTable) -> np.ndarray[Any, Any]:
+    """float64 [rows, 2]: what x and eps are multiplied by in each pass's deterministic DDIM update; 1 and 0 in a warm-up."""
+    steps = ddim_steps(alphas_cumprod(config.diffusion), rows.timesteps, 0.0)
+    return np.asarray([(1.0, 0.0)] * rows.warmup + [(s.x_coef, s.eps_coef) for s in steps], np.float64)
+
+
+class GraphedDenoiser(ABC):
+    """A denoiser whose step runs without the host. `table` float32 [rows, W] has one vector for each pass, which a pass
+    finds in `self._row`; the coefficients of the update stand at `update_at`."""
+
+    def __init__(self, config: Config, rows: RowTable, table: Tensor, update_at: int, device: str) -> None:
+        self._config, self._rows, self._device = config, rows, torch.device(device)
+        self._table, self._update_at = table.to(self._device), update_at
+        self._row = torch.empty(table.shape[1], device=self._device)
+        self._counter = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._x = self._eps = torch.empty(0)
+        self._batch = self._size = 0
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    @property
+    def rows(self) -> RowTable:
+        return self._rows
+
+    @abstractmethod
+    def _allocate(self, size: int) -> None:
+        """Makes whatever `_predict` needs for at most `size` images."""
+
+    @abstractmethod
+    def _begin(self, size: int) -> None:
+        """Sets state to the start of a trajectory."""
+
+    @abstractmethod
+    def _predict(self, x: Tensor) -> Tensor:
+        """Epsilon of x [N, C, H, W] float32 channels_last, for the pass whose vector is `self._row`."""
+
+    @abstractmethod
+    def _mutable(self, size: int) -> list[Tensor]:
+        """State that a pass changes."""
+
+    def _padded(self, batch: int) -> int:
+        """The batch size that runs in place of `batch`."""
+        return batch
+
+    def reset(self, batch: int) -> None:
+        """Begins a trajectory. Allocates only if this batch is larger than every one before it."""
+        size = self._padded(batch)
+        if size > len(self._x):
+            self._graphs.clear()
+            shape = (size, *self._config.input_shape)
+            self._x = torch.zeros(shape, device=self._device).contiguous(memory_format=torch.channels_last)
+            self._eps = torch.zeros_like(self._x)
+            self._allocate(size)
+        self._batch, self._size = batch, size
+        self._begin(size)
+        self._counter.zero_()
+
+    def from_host(self, x: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self._device, torch.float32)
+
+    def to_host(self, x: Tensor) -> np.ndarray[Any, Any]:
+        return x.float().contiguous().cpu().numpy()
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, row: int) -> Tensor:
+        self._x[: len(x)].copy_(x)
+        self._counter.fill_(row)
+        self.step()
+        return self._eps[: self._batch].clone()
+
+    @torch.no_grad()
+    def trajectory(self, x_start: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """x_0 of deterministic DDIM (eta = 0) from x_T, float32 [N, C, H, W]: the passes of all rows, without host work."""
+        self.reset(len(x_start))
+        self._x[: len(x_start)].copy_(self.from_host(x_start))
+        for _ in range(len(self.rows)):
+            self.step()
+        return self.to_host(self._x[: self._batch])
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One pass and its DDIM update for the row that the counter names; the counter moves on. On CUDA a graph's replay."""
+        if self._device.type != "cuda":
+            self._pass(self._size)
+            return
+        if self._size not in self._graphs:
+            self._capture(self._size)
+        self._graphs[self._size].replay()
+
+    def _pass(self, size: int) -> None:
+        torch.index_select(self._table, 0, self._counter, out=self._row[None])
+        x, eps = self._x[:size], self._eps[:size]
+        eps.copy_(self._predict(x))
+        update = self._row[self._update_at :]
+        x.mul_(update[0]).add_(eps * update[1])
+        self._counter.add_(1)
+
+    def _capture(self, size: int) -> None:
+        """Runs the step once to compile and tune, captures it, and puts everything back."""
+        changed = [*self._mutable(size), self._x[:size], self._counter]
+        kept = [t.clone() for t in changed]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._pass(size)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._pass(size)
+        for tensor, before in zip(changed, kept, strict=True):
+            tensor.copy_(before)
+        self._graphs[size] = graph

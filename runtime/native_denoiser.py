@@ -1,0 +1,104 @@
+"""The `native` backend: true INT8 with the state on the device, one CUDA graph a step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from modiff_trt.export.scales import Scales
+from modiff_trt.export.torch_ops import Params
+from modiff_trt.export.unet import Network, unet
+from modiff_trt.runtime.denoiser import StateInfo
+from modiff_trt.runtime.graphed_denoiser import GraphedDenoiser
+from modiff_trt.runtime.native_layers import NativeModel, aligned, build
+from modiff_trt.runtime.native_ops import Buffers, Kernels, NativeOps, Stream, Value, shared_accumulators
+
+# Layers whose output leaves the network keep it in full: it is small, and the sampler's.
+WIDE_LAYERS = ("conv_out",)
+
+
+class NativeDenoiser(GraphedDenoiser):
+    """A network on native kernels. State lives in buffers that are allocated once for the largest batch seen; a smaller
+    batch runs as the next power of two."""
+
+    def __init__(self, network: Network, params: Params, scales: Scales, kernels: Kernels, device: str) -> None:
+        self._model = _to_device(build(network, params, scales), device)
+        super().__init__(network.config, scales.rows, self._model.table, self._model.update_at, device)
+        self._kernels = kernels
+        self._shared = shared_accumulators(self._model.layers)
+        self._start = self._starts()
+        self._buffers = Buffers({}, {}, {}, self._row)
+
+    @property
+    def state_info(self) -> tuple[StateInfo, ...]:
+        infos = []
+        for name, (state, o_hat) in self._start.items():
+            infos.append(StateInfo(f"a_hat.{name}", tuple(state.shape), state.numel() * state.element_size()))
+            if name not in self._shared:
+                infos.append(StateInfo(f"o_hat.{name}", tuple(o_hat.shape), o_hat.numel() * o_hat.element_size()))
+        return tuple(infos)
+
+    def _padded(self, batch: int) -> int:
+        return 1 << (batch - 1).bit_length()
+
+    def _begin(self, size: int) -> None:
+        for name, (state, o_hat) in self._start.items():
+            self._buffers.state[name][:size].copy_(state)
+            if name not in self._shared:
+                self._buffers.o_hat[name][:size].copy_(o_hat)
+
+    def _predict(self, x: Tensor) -> Tensor:
+        model, (n, channels, height, width) = self._model, x.shape
+        ops = NativeOps(self._kernels, model.layers, model.norms, model.time_at, self._buffers.first(n))
+        pixels = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)
+        out = unet(ops, model.network.config, Value(Stream(pixels), channels, height, width)).main.tensor()
+        return out[:, :, :channels].reshape(n, height, width, channels).permute(0, 3, 1, 2)
+
+    def _mutable(self, size: int) -> list[Tensor]:
+        unique = {t.data_ptr(): t[:size] for t in (*self._buffers.state.values(), *self._buffers.o_hat.values())}
+        return list(unique.values())
+
+    def _starts(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """State and o_hat to begin from; a shared accumulator begins from the sum of both layers'."""
+        start = dict(self._model.start)
+        for name, partner in self._shared.items():
+            if name in start:
+                start[partner] = (start[partner][0], start[partner][1] + start[name][1])
+        types = {n: torch.float32 if n in WIDE_LAYERS else self._kernels.real for n in start}
+        return {n: (state.to(self._device), o_hat.to(self._device, types[n])) for n, (state, o_hat) in start.items()}
+
+    def _allocate(self, size: int) -> None:
+        state = {n: torch.empty(size, *s.shape, dtype=s.dtype, device=self._device) for n, (s, _) in self._start.items()}
+        o_hat = {
+            n: torch.empty(size, *o.shape, dtype=o.dtype, device=self._device)
+            for n, (_, o) in self._start.items()
+            if n not in self._shared
+        }
+        for name, partner in self._shared.items():
+            if name in self._start:
+                o_hat[name] = o_hat[partner]
+        padded = {}
+        for name, layer in self._model.layers.items():
+            channels, height, width = layer.spec.in_shape
+            if layer.mode != "float" and aligned(channels) != channels:
+                shape = (size, height * width, aligned(channels))
+                padded[name] = torch.zeros(shape, dtype=torch.int8, device=self._device)
+        self._buffers = Buffers(state, o_hat, padded, self._row)
+
+
+def _to_device(model: NativeModel, device: str) -> NativeModel:
+    shared = shared_accumulators(model.layers)
+    layers = {}
+    for name, layer in model.layers.items():
+        bias = layer.bias
+        for shortcut, partner in shared.items():
+            if partner == name:
+                # In a stateless pair the second convolution adds to the first one's output.
+                bias = bias + model.layers[shortcut].bias
+        factors = layer.factors.to(device) if layer.factors is not None else None
+        weight = layer.weight.to(device).contiguous(memory_format=torch.channels_last)
+        layers[name] = replace(layer, weight=weight, bias=bias.to(device), factors=factors)
+    norms = {key: value.to(device) for key, value in model.norms.items()}
+    return replace(model, layers=layers, norms=norms)

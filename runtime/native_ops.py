@@ -1,0 +1,220 @@
+"""The UNet on the native kernels: operations are gathered until a convolution needs its integer input.
+
+Values are lazy. A residual add, a concatenation, a time bias, a normalization, SiLU and upsampling are only noted; the
+kernel that quantizes the next convolution's input computes them on the way. A sum that is needed again later is written
+once, by the first kernel that reads it. Arrays are channels-last, [N, H*W, C].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modiff_trt.export.unet import GROUPS, NORM_EPS
+from modiff_trt.plugins.modulated_conv.reference import InputShape
+from modiff_trt.runtime.native_layers import NativeLayer
+
+
+class Kernels(Protocol):
+    """The two launches of a layer, on one kind of device. `real` is the type between layers."""
+
+    real: torch.dtype
+
+    def quantize(
+        self,
+        layer: NativeLayer,
+        shape: InputShape,
+        a: Tensor,
+        out: Tensor,
+        *,
+        b: Tensor | None,
+        total: Tensor | None,
+        skip: Tensor | None,
+        time: Tensor | None,
+        norm: tuple[Tensor, Tensor, int, float] | None,
+        silu: bool,
+        grid: Tensor | None,
+        state: Tensor | None,
+    ) -> None:
+        """Writes the layer's integer input to `out` and moves `state`; without `grid` writes the input itself."""
+        ...
+
+    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor) -> None:
+        """out [N, P*Q, K'] = addend (same shape, may be `out` itself; or a bias [K']) + scale[k] (weight * q)."""
+        ...
+
+    def float_conv(self, layer: NativeLayer, x: Tensor) -> Tensor:
+        """The unquantized convolution of x [N, H*W, C]: [N, P*Q, K]."""
+        ...
+
+
+class Stream:
+    """A tensor [N, H*W, C], or the sum of two that nobody has needed so far."""
+
+    def __init__(self, a: Tensor, b: Tensor | None = None) -> None:
+        self.a, self.b = a, b
+
+    def tensor(self) -> Tensor:
+        if self.b is not None:
+            self.a, self.b = self.a + self.b, None
+        return self.a
+
+
+@dataclass(frozen=True)
+class Value:
+    """What `unet` passes around: sources, and what is still to be done to them. `channels` counts both sources."""
+
+    main: Stream
+    channels: int
+    height: int
+    width: int
+    skip: Stream | None = None
+    time: Tensor | None = None
+    norm: tuple[Tensor, Tensor, int, float] | None = None
+    silu: bool = False
+    upsample: bool = False
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What lives across passes for N images: `state` int16 and `o_hat` by layer (two layers may share one accumulator),
+    zeroed integer inputs of layers whose channels are padded, and the row vector of the current pass."""
+
+    state: Mapping[str, Tensor]
+    o_hat: Mapping[str, Tensor]
+    padded: Mapping[str, Tensor]
+    row: Tensor
+
+    def first(self, n: int) -> Buffers:
+        """The same buffers for the first n images."""
+        views = [{name: t[:n] for name, t in part.items()} for part in (self.state, self.o_hat, self.padded)]
+        return Buffers(*views, self.row)
+
+
+def shared_accumulators(layers: Mapping[str, NativeLayer]) -> dict[str, str]:
+    """Shortcut convolution -> the convolution whose output it is added to: they share one `o_hat`, and need no add."""
+    pairs = {}
+    for name, layer in layers.items():
+        partner = name.removesuffix(".nin_shortcut") + ".conv2"
+        if name.endswith(".nin_shortcut") and layer.mode == layers[partner].mode != "float":
+            pairs[name] = partner
+    return pairs
+
+
+class NativeOps:
+    """The operations of `unet` for one pass; `Ops` of `export.unet` over lazy values."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        layers: Mapping[str, NativeLayer],
+        norms: Mapping[str, Tensor],
+        time_at: Mapping[str, int],
+        buffers: Buffers,
+    ) -> None:
+        self._kernels, self._layers, self._norms, self._time_at, self._buffers = kernels, layers, norms, time_at, buffers
+        self._shared = shared_accumulators(layers)
+        self._outputs: dict[str, Tensor] = {}
+
+    def conv(
+        self,
+        name: str,
+        x: Value,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        split: int = 0,
+        parts: tuple[str, ...] = (),
+    ) -> Value:
+        layer, row = self._layers[name], self._buffers.row
+        channels, height, width = layer.spec.out_shape
+        if layer.mode == "float":
+            out = self._kernels.float_conv(layer, self._input(x, layer, None))
+            return Value(Stream(out), channels, height, width)
+        q = self._input(x, layer, row[layer.grid_at : layer.grid_at + 4])
+        scale = row[layer.scale_at : layer.scale_at + layer.out_channels]
+        if layer.mode == "modiff":
+            out = self._buffers.o_hat[name]
+            self._kernels.product(layer, q, scale, out, out)
+        elif name in self._shared:
+            out = self._outputs[self._shared[name]]
+            self._kernels.product(layer, q, scale, out, out)
+        else:
+            out = torch.empty(len(q), height * width, layer.out_channels, dtype=self._kernels.real, device=q.device)
+            self._kernels.product(layer, q, scale, layer.bias, out)
+        self._outputs[name] = out
+        return Value(Stream(out), channels, height, width)
+
+    def _input(self, x: Value, layer: NativeLayer, grid: Tensor | None) -> Tensor:
+        """The layer's integer input (or its input in the network's type), and the layer's new state."""
+        skip = x.skip.tensor() if x.skip is not None else None
+        skip_channels = skip.shape[2] if skip is not None else 0
+        shape = InputShape(x.channels - skip_channels, skip_channels, x.height, x.width, x.upsample)
+        a, b = x.main.a, x.main.b
+        total = torch.empty_like(a) if b is not None and not x.upsample else None
+        if layer.spec.name in self._buffers.padded:
+            out = self._buffers.padded[layer.spec.name]
+        else:
+            dtype = torch.int8 if grid is not None else self._kernels.real
+            out = torch.empty(len(a), shape.pixels, shape.total, dtype=dtype, device=a.device)
+        self._kernels.quantize(
+            layer,
+            shape,
+            a,
+            out,
+            b=b,
+            total=total,
+            skip=skip,
+            time=x.time,
+            norm=x.norm,
+            silu=x.silu,
+            grid=grid,
+            state=self._buffers.state.get(layer.spec.name),
+        )
+        if total is not None:
+            x.main.a, x.main.b = total, None
+        return out
+
+    def norm(self, name: str, x: Value) -> Value:
+        return replace(x, norm=(self._norms[f"{name}.weight"], self._norms[f"{name}.bias"], GROUPS, NORM_EPS))
+
+    def norm_silu(self, name: str, x: Value) -> Value:
+        return replace(self.norm(name, x), silu=True)
+
+    def add(self, a: Value, b: Value) -> Value:
+        first, second = a.main.tensor(), b.main.tensor()
+        if first.data_ptr() == second.data_ptr():  # a shared accumulator holds the sum already
+            return a
+        return replace(a, main=Stream(first, second))
+
+    def add_time(self, block: str, x: Value, channels: int) -> Value:
+        at = self._time_at[block]
+        return replace(x, time=self._buffers.row[at : at + channels])
+
+    def concat(self, a: Value, b: Value) -> Value:
+        return replace(a, skip=b.main, channels=a.channels + b.channels)
+
+    def attention(self, qkv: Value, channels: int) -> Value:
+        tensor = qkv.main.tensor()
+        n, pixels, _ = tensor.shape
+        q, k, v = tensor.view(n, pixels, 3, channels).permute(2, 0, 1, 3).unsqueeze(2).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v, scale=channels**-0.5)
+        return replace(qkv, main=Stream(out.transpose(1, 2).reshape(n, pixels, channels)), channels=channels)
+
+    def upsample(self, x: Value) -> Value:
+        return replace(x, upsample=True, height=2 * x.height, width=2 * x.width)
+
+    def avg_pool(self, x: Value) -> Value:
+        tensor = x.main.tensor()
+        image = tensor.view(len(tensor), x.height, x.width, x.channels).permute(0, 3, 1, 2)
+        pooled = F.avg_pool2d(image, 2).permute(0, 2, 3, 1).reshape(len(tensor), -1, x.channels)
+        return replace(x, main=Stream(pooled), height=x.height // 2, width=x.width // 2)
+
+    def block_done(self, name: str, x: Value, y: Value) -> Value:
+        return y

@@ -1,0 +1,117 @@
+"""Inputs of the quantize kernel, with odd shapes and every option, and the check against the float64 reference."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from modiff_trt.plugins.modulated_conv import reference
+from modiff_trt.plugins.modulated_conv.reference import Grid, InputShape
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    shape: InputShape
+    batch: int = 3
+    groups: int = 0
+    silu: bool = False
+    add: bool = False
+    write: bool = False
+    time: bool = False
+    factors: bool = False
+    state: bool = True
+    quantize: bool = True
+    bits: int = 8
+    q_channels: int = 0
+    tile: int = field(default=0)
+
+
+CASES = {
+    "plain": KernelCase(InputShape(48, 0, 5, 7)),
+    "stateless": KernelCase(InputShape(48, 0, 5, 7), state=False),
+    "padded image": KernelCase(InputShape(3, 0, 9, 5), q_channels=16),
+    "sum, written": KernelCase(InputShape(32, 0, 4, 4), add=True, write=True),
+    "upsampled sum": KernelCase(InputShape(32, 0, 6, 10), add=True),
+    "norm": KernelCase(InputShape(64, 0, 6, 6), groups=32),
+    "norm, silu, 4 bits": KernelCase(InputShape(64, 0, 6, 6), groups=32, silu=True, bits=4),
+    "norm, time": KernelCase(InputShape(96, 0, 4, 4), groups=32, silu=True, time=True),
+    "norm over a concatenation, groups of 12 across the seam": KernelCase(
+        InputShape(256, 128, 4, 4), groups=32, silu=True, add=True, write=True, batch=2
+    ),
+    "norm with skip factors": KernelCase(InputShape(32, 64, 5, 5), groups=32, silu=True, factors=True),
+    "norm in several tiles": KernelCase(InputShape(64, 32, 24, 24), groups=32, silu=True, add=True, write=True, tile=512),
+    "norm, stateless": KernelCase(InputShape(64, 0, 8, 8), groups=32, state=False),
+    "norm to float": KernelCase(InputShape(64, 0, 8, 8), groups=32, silu=True, quantize=False, state=False),
+    "concatenation, raw": KernelCase(InputShape(64, 32, 7, 5), factors=True),
+}
+CASES["upsampled"] = KernelCase(InputShape(64, 0, 8, 4, upsample=True))
+CASES["upsampled sum"] = KernelCase(InputShape(32, 0, 6, 10, upsample=True), add=True)
+
+
+def check(case: KernelCase, device: str) -> None:
+    """Fresh random inputs, poisoned outputs; integers may differ only where the float64 value lies on an edge."""
+    from modiff_trt.plugins.modulated_conv import quantize_kernel as kernel
+
+    shape, n = case.shape, case.batch
+    real = torch.float16 if device == "cuda" else torch.float32
+
+    def random(*size, dtype=torch.float32, factor=1.0):
+        return (factor * torch.randn(size)).to(device, dtype)
+
+    a = random(n, shape.source_pixels, shape.channels, dtype=real)
+    b = random(*a.shape, dtype=real) if case.add else None
+    skip = random(n, shape.source_pixels, shape.skip_channels, dtype=real) if shape.skip_channels else None
+    time = random(shape.total) if case.time else None
+    factors = 1 + 0.5 * torch.rand(shape.total).to(device) if case.factors else None
+    norm = (1 + random(shape.total, factor=0.1), random(shape.total, factor=0.1), case.groups, 1e-6) if case.groups else None
+    total = torch.full_like(a, float("nan")) if case.write else None
+    top = 2 ** (case.bits - 1) - 1
+    grid = Grid(step=5 * 0.003, unit=0.003, multiple=5, low=-top - 1, high=top)
+    state = torch.randint(-900, 900, (n, shape.pixels, shape.total), dtype=torch.int16, device=device) if case.state else None
+    if case.quantize:
+        out = torch.full((n, shape.pixels, case.q_channels or shape.total), 77, dtype=torch.int8, device=device)
+    else:
+        out = torch.full((n, shape.pixels, shape.total), float("nan"), dtype=real, device=device)
+    before = state.clone() if state is not None else None
+    previous, kernel.TILE = kernel.TILE, case.tile or kernel.TILE
+    try:
+        kernel.quantize_input(
+            shape,
+            a,
+            out,
+            b=b,
+            total=total,
+            skip=skip,
+            time=time,
+            norm=kernel.Norm(*norm) if norm else None,
+            silu=case.silu,
+            factors=factors,
+            grid=torch.tensor([1 / grid.step, grid.unit, grid.multiple], device=device) if case.quantize else None,
+            bits=case.bits,
+            state=state,
+        )
+    finally:
+        kernel.TILE = previous
+
+    def wide(x):
+        return None if x is None else x.double()
+
+    a64, b64 = wide(a), wide(b)
+    if case.write:
+        # the sum is stored in the network's type, and that is what the layer sees
+        torch.testing.assert_close(total, (a64 + b64).to(real), rtol=1e-3, atol=1e-3)
+        a64, b64 = total.double(), None
+    norm64 = (wide(norm[0]), wide(norm[1]), norm[2], norm[3]) if norm else None
+    x = reference.layer_input(shape, a64, b64, wide(skip), wide(time), norm64, case.silu, wide(factors))
+    if not case.quantize:
+        torch.testing.assert_close(out.double(), x, rtol=2e-3, atol=2e-3)
+        return
+    q, _ = reference.quantize_input(x, wide(before), grid)
+    position = x if before is None else x - grid.unit * before.double()
+    position = (position / grid.step).clamp(grid.low, grid.high)
+    found = out[:, :, : shape.total].double()
+    assert (out[:, :, shape.total :] == 77).all()  # padding channels are not touched
+    assert float((found - position).abs().max()) < 0.5 + 2e-3
+    assert float((found != q).float().mean()) < 2e-3
+    if state is not None:
+        expected = (before.double() + grid.multiple * found).clamp(-reference.STATE_MAX, reference.STATE_MAX)
+        assert torch.equal(state.double(), expected)

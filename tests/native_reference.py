@@ -1,0 +1,26 @@
+"""The native network's operations on the CPU with the plain reference in place of cuDNN, so that everything but the
+convolution library runs as on a GPU (Triton in its interpreter)."""
+
+import torch
+
+from modiff_trt.plugins.modulated_conv import reference
+from modiff_trt.plugins.modulated_conv.quantize_kernel import Norm, quantize_input
+
+
+class ReferenceKernels:
+    real = torch.float32
+
+    def quantize(self, layer, shape, a, out, *, norm, **sources):
+        norm = Norm(*norm) if norm is not None else None
+        quantize_input(shape, a, out, norm=norm, factors=layer.factors, bits=layer.bits, **sources)
+
+    def product(self, layer, q, scale, addend, out):
+        spec, size = layer.spec, layer.spec.in_shape[1:]
+        weight = layer.weight.float()[:, : q.shape[2]]
+        y = reference.accumulate(q.float(), weight, scale, addend.float(), size, spec.stride, spec.padding)
+        out.copy_(y)
+
+    def float_conv(self, layer, x):
+        spec = layer.spec
+        one = torch.ones(())
+        return reference.accumulate(x, layer.weight, one, layer.bias, spec.in_shape[1:], spec.stride, spec.padding)

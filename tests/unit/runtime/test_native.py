@@ -1,0 +1,84 @@
+"""The native backend's network against the simulation of the same scales."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from native_reference import ReferenceKernels
+
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.modulated import LayerState
+from modiff_trt.runtime.images import psnr
+from modiff_trt.runtime.native_denoiser import NativeDenoiser
+from modiff_trt.runtime.native_layers import build
+from modiff_trt.runtime.torch_denoiser import SimDenoiser
+from modiff_trt.tools.trials import with_modes
+
+
+class Snapped(SimDenoiser):
+    """The simulation on the native grids: steps and the start of a_hat are whole numbers of each layer's unit."""
+
+    def __init__(self, case, scales):
+        super().__init__(case.network, case.checkpoint.params, scales)
+        self._native = build(case.network, case.checkpoint.params, scales)
+        multipliers = scales.rows.multipliers.copy()
+        for column, name in enumerate(scales.modulated):
+            at = self._native.layers[name].grid_at
+            multipliers[:, column] = self._native.table[:, at + 3].numpy() / scales.layers[name].scale
+        self._rows = replace(scales.rows, multipliers=multipliers)
+
+    def reset(self, batch):
+        super().reset(batch)
+        for name, (state, o_hat) in self._native.start.items():
+            spec, unit = self._network.layer(name), self._native.layers[name].unit
+            a_hat = (state.float() * unit).T.reshape(spec.in_shape)
+            o_hat = o_hat.T[: spec.out_shape[0]].reshape(spec.out_shape)
+            self._state[name] = LayerState(a_hat.repeat(batch, 1, 1, 1), o_hat.repeat(batch, 1, 1, 1))
+
+
+def native(case, scales):
+    return NativeDenoiser(case.network, case.checkpoint.params, scales, ReferenceKernels(), "cpu")
+
+
+@pytest.mark.parametrize("recipe", [{"act_bits": 8}, {"act_bits": 4, "split": True}, {"method": "qdiff"}])
+def test_images_are_those_of_the_simulation(tiny, recipe):
+    scales = tiny.scales(**recipe)
+    assert psnr(tiny.sample(native(tiny, scales), 2), tiny.sample(Snapped(tiny, scales), 2)) > 25
+
+
+def test_layers_in_float_and_stateless_pairs(tiny):
+    scales = with_modes(tiny.scales(), {"conv_in": "float", "up.0.block.0.conv2": "int8", "up.0.block.1.conv1": "int8"})
+    assert psnr(tiny.sample(native(tiny, scales), 2), tiny.sample(Snapped(tiny, scales), 2)) > 25
+
+
+def test_a_whole_trajectory_is_the_sampler_s(tiny):
+    denoiser = native(tiny, tiny.scales())
+    x = np.random.default_rng(0).standard_normal((3, *tiny.network.config.input_shape), np.float32)
+    from modiff_trt.runtime.sampler import ddim_sample
+    from modiff_trt.runtime.schedule import alphas_cumprod
+
+    stepwise = ddim_sample(denoiser, alphas_cumprod(tiny.network.config.diffusion), x, on_pass=lambda *_: None)
+    np.testing.assert_allclose(denoiser.trajectory(x), stepwise, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_size_does_not_change_an_image(tiny):
+    denoiser = native(tiny, tiny.scales())
+    together = tiny.sample(denoiser, images=3)
+    alone = tiny.sample(denoiser, images=1)
+    assert psnr(together[:1], alone) > 60
+
+
+def test_state_is_exact_multiples_and_shared_accumulators_are_counted_once(tiny):
+    denoiser = native(tiny, tiny.scales())
+    names = [info.name for info in denoiser.state_info]
+    assert len(names) == len(set(names))
+    assert not any(name.startswith("o_hat.") and name.endswith("nin_shortcut") for name in names)
+    denoiser.reset(2)
+    assert all(t.dtype == torch.int16 for t in denoiser._buffers.state.values())
+
+
+def test_what_only_the_simulation_can_run_is_refused(tiny):
+    for recipe in ({"start": "exact"}, {"granularity": "tensor"}):
+        with pytest.raises(InputError):
+            native(tiny, tiny.scales(**recipe))
