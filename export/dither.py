@@ -19,8 +19,14 @@ WIDTH = 0.5
 SEED = 0
 
 
-def dither_offset(layer: str, shape: tuple[int, ...], step: float) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """float32 offsets of `shape` (one image), uniform in +-WIDTH `step`, decided by the layer's name alone."""
+def dither_offset(layer: str, shape: tuple[int, ...], step: float, upsampled: bool) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """float32 offsets [C, H, W] of one image, uniform in +-WIDTH `step`, decided by the layer's name alone.
+
+    Of an `upsampled` input each 2x2 block gets one offset: its values are equal and stay so, and a runtime keeps one.
+    """
     generator = np.random.Generator(np.random.Philox(key=[SEED, zlib.crc32(layer.encode())]))
-    uniform = generator.random(shape, dtype=np.float32) * 2 - 1
-    return np.asarray(uniform * np.float32(WIDTH * step), np.float32)
+    channels, height, width = shape
+    drawn = (channels, height // 2, width // 2) if upsampled else shape
+    uniform = generator.random(drawn, dtype=np.float32) * 2 - 1
+    offsets = np.asarray(uniform * np.float32(WIDTH * step), np.float32)
+    return offsets.repeat(2, axis=1).repeat(2, axis=2) if upsampled else offsets

@@ -89,7 +89,8 @@ def quantize_layers(
 def initial_state(layer: QuantizedLayer, batch: int) -> LayerState:
     """The start of a trajectory: a_hat = 0, o_hat = bias; with dither, a_hat = offset and o_hat = W offset + bias."""
     if layer.dither:
-        offset = torch.from_numpy(dither_offset(layer.spec.name, layer.spec.in_shape, layer.scale)).to(layer.weight)[None]
+        spec = layer.spec
+        offset = torch.from_numpy(dither_offset(spec.name, spec.in_shape, layer.scale, spec.upsampled)).to(layer.weight)[None]
         a_hat, o_hat = offset, layer.bias[:, None, None] + integer_product(layer, offset)
     else:
         a_hat = layer.weight.new_zeros(1, *layer.spec.in_shape)

@@ -151,6 +151,7 @@ class OnnxOps:
         stride: int = 1,
         split: int = 0,
         parts: tuple[str, ...] = (),
+        upsampled: bool = False,
     ) -> Value:
         spec, constants = self._layers[name], self._constants[name]
         window = {"kernel_shape": [spec.kernel] * 2, "pads": list(spec.padding), "strides": [spec.stride] * 2}

@@ -62,6 +62,7 @@ class TorchOps:
         stride: int = 1,
         split: int = 0,
         parts: tuple[str, ...] = (),
+        upsampled: bool = False,
     ) -> Tensor:
         return self._layer(self._layers[name], x)
 

@@ -24,7 +24,8 @@ class LayerSpec:
     """A convolution that can be quantized and modulated.
 
     `params` are the checkpoint prefixes whose weights are stacked along the output channels (three for `qkv`).
-    `padding` is (top, left, bottom, right), `split` the channel at which a concatenated skip begins (0: none).
+    `padding` is (top, left, bottom, right), `split` the channel at which a concatenated skip begins (0: none). `upsampled` says
+    that each 2x2 block of the input repeats one value (nearest upsampling), so that one value of a_hat stands for four.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LayerSpec:
     stride: int
     padding: tuple[int, int, int, int]
     split: int = 0
+    upsampled: bool = False
 
     @property
     def macs(self) -> int:
@@ -47,7 +49,16 @@ class Ops(Protocol[V]):
     """What the network is made of. `V` is a tensor, or whatever stands for one."""
 
     def conv(
-        self, name: str, x: V, out_channels: int, kernel: int, *, stride: int = 1, split: int = 0, parts: tuple[str, ...] = ()
+        self,
+        name: str,
+        x: V,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        split: int = 0,
+        parts: tuple[str, ...] = (),
+        upsampled: bool = False,
     ) -> V: ...
     def norm(self, name: str, x: V) -> V: ...
     def norm_silu(self, name: str, x: V) -> V: ...
@@ -122,7 +133,7 @@ def unet(ops: Ops[V], config: Config, x: V) -> V:
             h = ops.upsample(h)
             resolution *= 2
             if model.resamp_with_conv:
-                h = ops.conv(f"up.{level}.upsample.conv", h, channels, 3)
+                h = ops.conv(f"up.{level}.upsample.conv", h, channels, 3, upsampled=True)
 
     h = ops.norm_silu("norm_out", h)
     return ops.conv("conv_out", h, model.out_ch, 3)
@@ -157,6 +168,7 @@ class ShapeOps:
         stride: int = 1,
         split: int = 0,
         parts: tuple[str, ...] = (),
+        upsampled: bool = False,
     ) -> Shape:
         channels, height, width = x
         pad = kernel // 2
@@ -164,7 +176,7 @@ class ShapeOps:
         padding = (pad, pad, pad, pad) if stride == 1 else (0, 0, 1, 1)
         out = (out_channels, height // stride, width // stride)
         parts = parts or (name,)
-        self.layers.append(LayerSpec(name, parts, x, out, kernel, stride, padding, split))
+        self.layers.append(LayerSpec(name, parts, x, out, kernel, stride, padding, split, upsampled))
         for part in parts:
             self.parameters[f"{part}.weight"] = (out_channels // len(parts), channels, kernel, kernel)
             self.parameters[f"{part}.bias"] = (out_channels // len(parts),)

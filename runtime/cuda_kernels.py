@@ -20,10 +20,14 @@ class CudaKernels:
     """`Kernels` on the current CUDA device. Convolution plans are tuned once for each shape and kept on disk."""
 
     real = torch.float16
+    integer = torch.int8
 
     def __init__(self) -> None:
         check_gpu()
         self._plans = ConvPlans()
+
+    def start(self, state: Tensor, unit: float) -> Tensor:
+        return state
 
     def quantize(self, layer: NativeLayer, shape: InputShape, a: Tensor, out: Tensor, *, norm: Any, **sources: Any) -> None:
         from modiff_trt.plugins.modulated_conv.quantize_kernel import Norm, quantize_input

@@ -67,7 +67,11 @@ class NativeDenoiser(GraphedDenoiser):
             if name in start:
                 start[partner] = (start[partner][0], start[partner][1] + start[name][1])
         types = {n: torch.float32 if n in WIDE_LAYERS else self._kernels.real for n in start}
-        return {n: (state.to(self._device), o_hat.to(self._device, types[n])) for n, (state, o_hat) in start.items()}
+        units = {n: self._model.layers[n].unit for n in start}
+        return {
+            n: (self._kernels.start(state, units[n]).to(self._device), o_hat.to(self._device, types[n]))
+            for n, (state, o_hat) in start.items()
+        }
 
     def _allocate(self, size: int) -> None:
         state = {n: torch.empty(size, *s.shape, dtype=s.dtype, device=self._device) for n, (s, _) in self._start.items()}
@@ -84,7 +88,7 @@ class NativeDenoiser(GraphedDenoiser):
             channels, height, width = layer.spec.in_shape
             if layer.mode != "float" and aligned(channels) != channels:
                 shape = (size, height * width, aligned(channels))
-                padded[name] = torch.zeros(shape, dtype=torch.int8, device=self._device)
+                padded[name] = torch.zeros(shape, dtype=self._kernels.integer, device=self._device)
         self._buffers = Buffers(state, o_hat, padded, self._row)
 
 

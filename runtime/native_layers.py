@@ -60,7 +60,8 @@ class NativeModel:
 
     `table` float32 [rows, W] has one vector for each pass: grids and epilogue scales of all layers, the time biases of all
     blocks (offsets in `time_at`), and at `update_at` the two DDIM coefficients (1 and 0 in a warm-up row). `start` has
-    (state int16 [H*W, C], o_hat float32 [P*Q, K']) for each modulated layer.
+    (state int16 [H*W, C], of an upsampled input at the
+    source's size, and o_hat float32 [P*Q, K']) for each modulated layer.
     """
 
     network: Network
@@ -150,4 +151,5 @@ def _start(layer: QuantizedLayer, unit: float, out_channels: int) -> tuple[Tenso
     o_hat = layer.bias[:, None, None] + integer_product(layer, state * unit)
     padded = torch.zeros(out_channels, o_hat[0, 0].numel())
     padded[: o_hat.shape[1]] = o_hat[0].flatten(1)
-    return state[0].flatten(1).T.contiguous().to(torch.int16), padded.T.contiguous()
+    stored = state[0, :, ::2, ::2] if layer.spec.upsampled else state[0]
+    return stored.flatten(1).T.contiguous().to(torch.int16), padded.T.contiguous()

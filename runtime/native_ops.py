@@ -21,9 +21,15 @@ from modiff_trt.runtime.native_layers import NativeLayer
 
 
 class Kernels(Protocol):
-    """The two launches of a layer, on one kind of device. `real` is the type between layers."""
+    """The two launches of a layer, on one kind of device: `real` is the type between layers, `integer` that of a layer's
+    quantized input."""
 
     real: torch.dtype
+    integer: torch.dtype
+
+    def start(self, state: Tensor, unit: float) -> Tensor:
+        """A state given in units (int16 [H*W, C]) as these kernels keep it."""
+        ...
 
     def quantize(
         self,
@@ -77,7 +83,6 @@ class Value:
     time: Tensor | None = None
     norm: tuple[Tensor, Tensor, int, float] | None = None
     silu: bool = False
-    upsample: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ class NativeOps:
         stride: int = 1,
         split: int = 0,
         parts: tuple[str, ...] = (),
+        upsampled: bool = False,
     ) -> Value:
         layer, row = self._layers[name], self._buffers.row
         channels, height, width = layer.spec.out_shape
@@ -155,14 +161,14 @@ class NativeOps:
         """The layer's integer input (or its input in the network's type), and the layer's new state."""
         skip = x.skip.tensor() if x.skip is not None else None
         skip_channels = skip.shape[2] if skip is not None else 0
-        shape = InputShape(x.channels - skip_channels, skip_channels, x.height, x.width, x.upsample)
+        shape = InputShape(x.channels - skip_channels, skip_channels, x.height, x.width, layer.spec.upsampled)
         a, b = x.main.a, x.main.b
-        total = torch.empty_like(a) if b is not None and not x.upsample else None
+        total = torch.empty_like(a) if b is not None else None
         if layer.spec.name in self._buffers.padded:
             out = self._buffers.padded[layer.spec.name]
         else:
-            dtype = torch.int8 if grid is not None else self._kernels.real
-            out = torch.empty(len(a), shape.pixels, shape.total, dtype=dtype, device=a.device)
+            dtype = self._kernels.integer if grid is not None else self._kernels.real
+            out = torch.empty(len(a), shape.out_pixels, shape.total, dtype=dtype, device=a.device)
         self._kernels.quantize(
             layer,
             shape,
@@ -208,7 +214,12 @@ class NativeOps:
         return replace(qkv, main=Stream(out.transpose(1, 2).reshape(n, pixels, channels)), channels=channels)
 
     def upsample(self, x: Value) -> Value:
-        return replace(x, upsample=True, height=2 * x.height, width=2 * x.width)
+        """Left to the convolution that follows, where there is one: its input is quantized first, then repeated."""
+        if any(layer.spec.upsampled for layer in self._layers.values()):
+            return x
+        tensor = x.main.tensor().view(-1, x.height, x.width, x.channels)
+        repeated = tensor.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
+        return replace(x, main=Stream(repeated), height=2 * x.height, width=2 * x.width)
 
     def avg_pool(self, x: Value) -> Value:
         tensor = x.main.tensor()

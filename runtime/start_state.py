@@ -28,13 +28,15 @@ def start_state(path: Path, manifest: dict[str, Any], shapes: dict[str, tuple[in
         start[f"a_hat.{layer}"] = np.zeros(shapes[f"a_hat.{layer}"], np.float32)
         start[f"o_hat.{layer}"] = np.broadcast_to(bias[:, None, None], shapes[f"o_hat.{layer}"]).copy()
     if start and manifest["dither"]:
-        for layer, (offset, answer) in _answers(onnx.load(path), shapes).items():
+        for layer, (offset, answer) in _answers(onnx.load(path), shapes, manifest["upsampled"]).items():
             start[f"a_hat.{layer}"] += offset
             start[f"o_hat.{layer}"] += answer
     return start
 
 
-def _answers(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[Array, Array]]:
+def _answers(
+    model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]], upsampled: list[str]
+) -> dict[str, tuple[Array, Array]]:
     """Per layer its offset and W_q * offset, by one run of a graph that holds nothing but those convolutions."""
     constants = {i.name: i for i in model.graph.initializer}
     nodes, inputs, outputs, weights, feed = [], [], [], [], {}
@@ -44,7 +46,7 @@ def _answers(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> dict
         layer = node.name
         weight, scale = (numpy_helper.to_array(constants[node.input[i]]).astype(np.float32) for i in (8, 9))
         step = float(numpy_helper.to_array(constants[node.input[6]]))
-        offset = dither_offset(layer, shapes[f"a_hat.{layer}"], step)
+        offset = dither_offset(layer, shapes[f"a_hat.{layer}"], step, layer in upsampled)
         weights.append(numpy_helper.from_array(weight * scale[:, None, None, None], f"w.{layer}"))
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         window = {name: attributes[name] for name in CONV_ATTRIBUTES}

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
 
-# Elements that one program keeps in registers.
-TILE = 16384
+# Elements that one program keeps in registers, and channels that it covers at least.
+TILE = 8192
+WIDTH = 32
 # 1.5 * 2^23: adding and subtracting it rounds a float32 of small magnitude to the nearest integer, half to even.
 ROUND = tl.constexpr(12582912.0)
 LIMIT = tl.constexpr(float(STATE_MAX))
@@ -34,22 +35,19 @@ class Norm:
 @triton.jit
 def _source(
     a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
-    C1: tl.constexpr, C2: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
-    UPSAMPLE: tl.constexpr, HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
+    C1: tl.constexpr, C2: tl.constexpr, PIXELS: tl.constexpr,
+    HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
 ):  # fmt: skip
     """float32 [BLOCK_P, BLOCK_C] of the layer's sources; writes a + b where asked."""
-    if UPSAMPLE:
-        at = image * (PIXELS // 4) + (pixel // WIDTH // 2) * (WIDTH // 2) + (pixel % WIDTH) // 2
-    else:
-        at = image * PIXELS + pixel
+    at = image * PIXELS + pixel
     main = mask & (channel < C1)
     value = tl.load(a_ptr + at * C1 + channel, mask=main, other=0.0).to(tl.float32)
     if HAS_B:
         value += tl.load(b_ptr + at * C1 + channel, mask=main, other=0.0).to(tl.float32)
+        narrow = value.to(a_ptr.dtype.element_ty)
         if WRITE_SUM:
-            narrow = value.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + at * C1 + channel, narrow, mask=main)
-            value = narrow.to(tl.float32)
+        value = narrow.to(tl.float32)
     if C2 > 0:
         skip = tl.load(skip_ptr + at * C2 + (channel - C1), mask=mask & (channel >= C1), other=0.0)
         value += skip.to(tl.float32)
@@ -62,27 +60,33 @@ def _source(
 @triton.jit
 def _emit(
     value, factor_ptr, grid_ptr, state_ptr, q_ptr, image, pixel, channel, mask,
-    C: tl.constexpr, PIXELS: tl.constexpr, Q_CHANNELS: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    C: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, UPSAMPLE: tl.constexpr,
+    Q_CHANNELS: tl.constexpr, HAS_FACTOR: tl.constexpr,
     QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     """Rounds the residual of `value`, moves the state by it and writes the integers (or `value` itself)."""
     if HAS_FACTOR:
         value *= tl.load(factor_ptr + channel, mask=channel < C, other=0.0)
-    target = q_ptr + (image * PIXELS + pixel) * Q_CHANNELS + channel
     if QUANTIZE:
         inverse_step = tl.load(grid_ptr)
         if MODULATED:
             at = state_ptr + (image * PIXELS + pixel) * C + channel
             state = tl.load(at, mask=mask, other=0).to(tl.float32)
             value -= state * tl.load(grid_ptr + 1)
-        cells = tl.minimum(tl.maximum(value * inverse_step, LOW), HIGH)
-        cells = (cells + ROUND) - ROUND
-        tl.store(target, cells.to(tl.int8), mask=mask)
+        value = tl.minimum(tl.maximum(value * inverse_step, LOW), HIGH)
+        value = (value + ROUND) - ROUND
         if MODULATED:
-            state += cells * tl.load(grid_ptr + 2)
+            state += value * tl.load(grid_ptr + 2)
             tl.store(at, tl.minimum(tl.maximum(state, -LIMIT), LIMIT).to(tl.int16), mask=mask)
+    narrow = value.to(q_ptr.dtype.element_ty)
+    if UPSAMPLE:
+        corner = image * (4 * PIXELS) + (pixel // WIDTH) * (4 * WIDTH) + (pixel % WIDTH) * 2
+        for down in tl.static_range(2):
+            for right in tl.static_range(2):
+                to = corner + down * (2 * WIDTH) + right
+                tl.store(q_ptr + to * Q_CHANNELS + channel, narrow, mask=mask)
     else:
-        tl.store(target, value.to(q_ptr.dtype.element_ty), mask=mask)
+        tl.store(q_ptr + (image * PIXELS + pixel) * Q_CHANNELS + channel, narrow, mask=mask)
 
 
 @triton.jit
@@ -108,13 +112,13 @@ def quantize_kernel(
         mask = inside & (pixel < PIXELS)
         value = _source(
             a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
-            C1, C2, PIXELS, WIDTH, UPSAMPLE, HAS_B, WRITE_SUM, HAS_TIME,
+            C1, C2, PIXELS, HAS_B, WRITE_SUM, HAS_TIME,
         )  # fmt: skip
         if SILU:
             value *= tl.sigmoid(value)
         _emit(
             value, factor_ptr, grid_ptr, state_ptr, q_ptr, image, pixel, channel, mask,
-            C, PIXELS, Q_CHANNELS, HAS_FACTOR, QUANTIZE, MODULATED, LOW, HIGH,
+            C, PIXELS, WIDTH, UPSAMPLE, Q_CHANNELS, HAS_FACTOR, QUANTIZE, MODULATED, LOW, HIGH,
         )  # fmt: skip
     else:
         count = PIXELS * PER_GROUP
@@ -126,7 +130,7 @@ def quantize_kernel(
             mask = inside & (pixel < PIXELS)
             value = _source(
                 a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
-                C1, C2, PIXELS, WIDTH, UPSAMPLE, HAS_B, WRITE_SUM, HAS_TIME,
+                C1, C2, PIXELS, HAS_B, WRITE_SUM, HAS_TIME,
             )  # fmt: skip
             sums = tl.sum(value, axis=0)
             mean = tl.sum(tl.where(same, sums[:, None], 0.0), axis=0)[None, :] / count
@@ -138,20 +142,22 @@ def quantize_kernel(
                 value *= tl.sigmoid(value)
             _emit(
                 value, factor_ptr, grid_ptr, state_ptr, q_ptr, image, pixel, channel, mask,
-                C, PIXELS, Q_CHANNELS, HAS_FACTOR, QUANTIZE, MODULATED, LOW, HIGH,
+                C, PIXELS, WIDTH, UPSAMPLE, Q_CHANNELS, HAS_FACTOR, QUANTIZE, MODULATED, LOW, HIGH,
             )  # fmt: skip
         else:
-            sums = tl.zeros([BLOCK_C], tl.float32)
-            squares = tl.zeros([BLOCK_C], tl.float32)
+            partial = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+            partial_squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
             for start in range(0, PIXELS, BLOCK_P):
                 pixel = start + tl.arange(0, BLOCK_P)[:, None]
                 mask = inside & (pixel < PIXELS)
                 value = _source(
                     a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
-                    C1, C2, PIXELS, WIDTH, UPSAMPLE, HAS_B, False, HAS_TIME,
+                    C1, C2, PIXELS, HAS_B, False, HAS_TIME,
                 )  # fmt: skip
-                sums += tl.sum(value, axis=0)
-                squares += tl.sum(value * value, axis=0)
+                partial += value
+                partial_squares += value * value
+            sums = tl.sum(partial, axis=0)
+            squares = tl.sum(partial_squares, axis=0)
             mean = tl.sum(tl.where(same, sums[:, None], 0.0), axis=0)[None, :] / count
             power = tl.sum(tl.where(same, squares[:, None], 0.0), axis=0)[None, :] / count
             factor = tl.rsqrt(tl.maximum(power - mean * mean, 0.0) + eps) * gain
@@ -160,15 +166,28 @@ def quantize_kernel(
                 mask = inside & (pixel < PIXELS)
                 value = _source(
                     a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
-                    C1, C2, PIXELS, WIDTH, UPSAMPLE, HAS_B, WRITE_SUM, HAS_TIME,
+                    C1, C2, PIXELS, HAS_B, WRITE_SUM, HAS_TIME,
                 )  # fmt: skip
                 value = (value - mean) * factor + shift
                 if SILU:
                     value *= tl.sigmoid(value)
                 _emit(
                     value, factor_ptr, grid_ptr, state_ptr, q_ptr, image, pixel, channel, mask,
-                    C, PIXELS, Q_CHANNELS, HAS_FACTOR, QUANTIZE, MODULATED, LOW, HIGH,
+                    C, PIXELS, WIDTH, UPSAMPLE, Q_CHANNELS, HAS_FACTOR, QUANTIZE, MODULATED, LOW, HIGH,
                 )  # fmt: skip
+
+
+def tiling(shape: InputShape, groups: int) -> tuple[int, int, int]:
+    """(channels of a program, pixels at a time, warps); with normalization (groups > 0) whole groups, of one image."""
+    if not groups:
+        channels = min(triton.next_power_of_2(shape.total), 128)
+        return channels, min(triton.next_power_of_2(shape.pixels), max(1, 4096 // channels)), 8
+    per_group = shape.total // groups
+    # 64 bytes of float16 in a row are what DRAM and L2 move at full speed.
+    count = next(g for g in range(1, groups + 1) if groups % g == 0 and (g * per_group >= WIDTH or g == groups))
+    channels = count * per_group
+    rows = max(1, TILE // triton.next_power_of_2(channels))
+    return channels, min(triton.next_power_of_2(shape.pixels), rows), 8
 
 
 def quantize_input(
@@ -191,26 +210,14 @@ def quantize_input(
 
     a, b [N, pixels, channels] and skip [N, pixels, skip_channels] float16 or float32, `total` receives a + b;
     time float32 [C]; factors float32 [C]; grid float32 [>=3] on the device: 1/step, unit, multiple. `out` int8
-    [N, pixels, >= C] receives the integers, or, of a float type and without `grid`, the layer's input itself. `state` int16
+    [N, out_pixels, >= C] receives the integers, or, of a float type and without `grid`, the layer's input itself. `state` int16
     [N, pixels, C] is updated in place; without it the layer is stateless.
     """
     c, pixels = shape.total, shape.pixels
     top = 2 ** (bits - 1) - 1
-    if norm is not None:
-        per_group = c // norm.groups
-        groups = max(1, min(norm.groups, 64 // per_group, max(1, TILE // (pixels * per_group))))
-        groups = max(g for g in range(1, groups + 1) if norm.groups % g == 0)
-        channels = groups * per_group
-        block_c = triton.next_power_of_2(channels)
-        block_p = min(triton.next_power_of_2(pixels), max(16, TILE // block_c))
-        launch = (len(a), c // channels, 1)
-        elements = block_p * block_c
-    else:
-        per_group, channels = 1, min(triton.next_power_of_2(c), 128)
-        block_c = channels
-        block_p = min(triton.next_power_of_2(pixels), max(1, 4096 // block_c))
-        launch = (len(a), triton.cdiv(c, channels), triton.cdiv(pixels, block_p))
-        elements = 4096
+    channels, block_p, warps = tiling(shape, norm.groups if norm is not None else 0)
+    slices = 1 if norm is not None else triton.cdiv(pixels, block_p)
+    launch = (len(a), triton.cdiv(c, channels), slices)
     quantize_kernel[launch](
         a,
         b if b is not None else a,
@@ -235,14 +242,14 @@ def quantize_input(
         HAS_TIME=time is not None,
         NORM=norm is not None,
         SILU=silu,
-        PER_GROUP=per_group,
+        PER_GROUP=c // norm.groups if norm is not None else 1,
         HAS_FACTOR=factors is not None,
         QUANTIZE=grid is not None,
         MODULATED=state is not None,
         LOW=float(-top - 1),
         HIGH=float(top),
         CHANNELS=channels,
-        BLOCK_C=block_c,
+        BLOCK_C=triton.next_power_of_2(channels),
         BLOCK_P=block_p,
-        num_warps=16 if elements > 8192 else (8 if elements > 2048 else 4),
+        num_warps=warps,
     )

@@ -21,7 +21,7 @@ STATE_MAX = 32767
 @dataclass(frozen=True)
 class InputShape:
     """The input of a layer: `channels` from the main source, then `skip_channels` of a concatenated one, height and width
-    as the convolution sees them (with `upsample` the sources have half of each)."""
+    of the sources. With `upsample` the integers are written to 2x2 pixels each, and the state has the sources' size."""
 
     channels: int
     skip_channels: int
@@ -38,8 +38,8 @@ class InputShape:
         return self.height * self.width
 
     @property
-    def source_pixels(self) -> int:
-        return self.pixels // 4 if self.upsample else self.pixels
+    def out_pixels(self) -> int:
+        return 4 * self.pixels if self.upsample else self.pixels
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ class Grid:
 
 
 def layer_input(
-    shape: InputShape,
     a: Tensor,
     b: Tensor | None = None,
     skip: Tensor | None = None,
@@ -64,7 +63,7 @@ def layer_input(
     factors: Tensor | None = None,
 ) -> Tensor:
     """x [N, H*W, C]: a + b, concatenated with skip, plus time [C]; normalized by `norm` (gain [C], shift [C], groups, eps);
-    through SiLU; multiplied by `factors` [C]; upsampled to nearest."""
+    through SiLU; multiplied by `factors` [C]."""
     x = a if b is None else a + b
     if skip is not None:
         x = torch.cat([x, skip], dim=2)
@@ -77,10 +76,13 @@ def layer_input(
         x = F.silu(x)
     if factors is not None:
         x = x * factors
-    if shape.upsample:
-        image = x.transpose(1, 2).reshape(len(x), -1, shape.height // 2, shape.width // 2)
-        x = F.interpolate(image, scale_factor=2.0, mode="nearest").flatten(2).transpose(1, 2)
     return x
+
+
+def upsample(shape: InputShape, x: Tensor) -> Tensor:
+    """[N, H*W, C] to nearest neighbours, [N, 4*H*W, C]."""
+    image = x.transpose(1, 2).reshape(len(x), -1, shape.height, shape.width)
+    return F.interpolate(image, scale_factor=2.0, mode="nearest").flatten(2).transpose(1, 2)
 
 
 def quantize_input(x: Tensor, state: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor | None]:

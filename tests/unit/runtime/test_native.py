@@ -32,7 +32,9 @@ class Snapped(SimDenoiser):
         super().reset(batch)
         for name, (state, o_hat) in self._native.start.items():
             spec, unit = self._network.layer(name), self._native.layers[name].unit
-            a_hat = (state.float() * unit).T.reshape(spec.in_shape)
+            half = 2 if spec.upsampled else 1
+            a_hat = (state.float() * unit).T.reshape(spec.in_shape[0], spec.in_shape[1] // half, -1)
+            a_hat = a_hat.repeat_interleave(half, 1).repeat_interleave(half, 2)
             o_hat = o_hat.T[: spec.out_shape[0]].reshape(spec.out_shape)
             self._state[name] = LayerState(a_hat.repeat(batch, 1, 1, 1), o_hat.repeat(batch, 1, 1, 1))
 

@@ -1,0 +1,99 @@
+"""The native kernels on CPUs: vectorized float operations for a layer's input, oneDNN for its integer product.
+
+`a_hat` is float32 here: a CPU has no use for the two bytes that int16 saves, and float32 resolves every step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.grid import grid_max
+from modiff_trt.plugins.modulated_conv.onednn_conv import ZERO_POINT, OneDnnConv
+from modiff_trt.plugins.modulated_conv.reference import InputShape
+from modiff_trt.runtime.native_layers import NativeLayer
+
+
+class CpuKernels:
+    """`Kernels` on the CPU, with as many threads as torch has."""
+
+    real = torch.float32
+    integer = torch.uint8
+
+    def __init__(self) -> None:
+        if not hasattr(torch.ops.onednn, "qconv2d_pointwise") or not torch.backends.mkldnn.is_available():
+            raise InputError("this torch has no oneDNN, which --backend native needs on a CPU; use --backend onnx")
+        self._convs: dict[str, OneDnnConv] = {}
+
+    def start(self, state: Tensor, unit: float) -> Tensor:
+        return state.float() * unit
+
+    def quantize(
+        self,
+        layer: NativeLayer,
+        shape: InputShape,
+        a: Tensor,
+        out: Tensor,
+        *,
+        b: Tensor | None,
+        total: Tensor | None,
+        skip: Tensor | None,
+        time: Tensor | None,
+        norm: tuple[Tensor, Tensor, int, float] | None,
+        silu: bool,
+        grid: Tensor | None,
+        state: Tensor | None,
+    ) -> None:
+        if b is not None:
+            a = torch.add(a, b, out=total) if total is not None else a + b
+        x = a if skip is None else torch.cat([a, skip], dim=2)
+        if time is not None:
+            x = x + time
+        fresh = x is not a
+        if norm is not None:
+            gain, shift, groups, eps = norm
+            x, fresh = _pixels(F.group_norm(_image(x, shape), groups, gain, shift, eps)), True
+        if silu:
+            x, fresh = F.silu(x, inplace=fresh), True
+        if layer.factors is not None:
+            x, fresh = x * layer.factors, True
+        if grid is None:
+            out.copy_(_pixels(F.interpolate(_image(x, shape), scale_factor=2.0, mode="nearest")) if shape.upsample else x)
+            return
+        inverse_step, _, _, step = grid.tolist()
+        top = grid_max(layer.bits)
+        cells = x - state if state is not None else (x if fresh else x.clone())
+        cells.mul_(inverse_step).round_().clamp_(-top - 1, top)
+        if state is not None:
+            state.add_(cells, alpha=step)
+        cells.add_(ZERO_POINT)
+        if shape.upsample:
+            cells = _pixels(F.interpolate(_image(cells, shape), scale_factor=2.0, mode="nearest"))
+        out[:, :, : shape.total].copy_(cells)
+
+    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor) -> None:
+        conv = self._convs.get(layer.spec.name)
+        if conv is None:
+            conv = self._convs[layer.spec.name] = OneDnnConv(layer.spec, layer.weight)
+        if addend.ndim == 1:
+            out.copy_(addend)
+        conv.add(q, 1.0, scale, out)
+
+    def float_conv(self, layer: NativeLayer, x: Tensor) -> Tensor:
+        spec = layer.spec
+        top, left, bottom, right = spec.padding
+        image = x.view(len(x), *spec.in_shape[1:], spec.in_shape[0]).permute(0, 3, 1, 2)
+        image = F.pad(image, (left, right, top, bottom)) if (top, left) != (bottom, right) else image
+        padding = (top, left) if (top, left) == (bottom, right) else 0
+        return _pixels(F.conv2d(image, layer.weight, layer.bias, spec.stride, padding))
+
+
+def _image(x: Tensor, shape: InputShape) -> Tensor:
+    """[N, H*W, C] as [N, C, H, W] in channels_last memory."""
+    return x.view(len(x), shape.height, shape.width, -1).permute(0, 3, 1, 2)
+
+
+def _pixels(image: Tensor) -> Tensor:
+    return image.permute(0, 2, 3, 1).reshape(len(image), -1, image.shape[1])
