@@ -91,7 +91,7 @@ def learn_rounding(
             for layer in layers.values():
                 objective = objective + options.regularizer * layer.regularizer(beta)
         optimizer.zero_grad(set_to_none=True)
-        objective.backward()  # type: ignore[no-untyped-call]
+        objective.backward()
         optimizer.step()
         if iteration >= options.iterations * 0.9:
             tail.append(float(error.detach()))

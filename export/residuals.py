@@ -64,7 +64,7 @@ def learn_residual_scale(
         if value < lowest:
             best, lowest = float(step.detach()), value
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
     return best

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,14 @@ class StateInfo:
     name: str
     shape: tuple[int, ...]
     nbytes: int
+
+
+@runtime_checkable
+class WholeTrajectory(Protocol):
+    """A backend that can run all rows of a trajectory without the host in between."""
+
+    def trajectory(self, x_start: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """x_0 of deterministic DDIM (eta = 0) from x_T, both float32 [N, C, H, W]."""
 
 
 class Denoiser(Protocol):

@@ -97,8 +97,8 @@ class Buffers:
 
     def first(self, n: int) -> Buffers:
         """The same buffers for the first n images."""
-        views = [{name: t[:n] for name, t in part.items()} for part in (self.state, self.o_hat, self.padded)]
-        return Buffers(*views, self.row)
+        state, o_hat, padded = ({k: t[:n] for k, t in part.items()} for part in (self.state, self.o_hat, self.padded))
+        return Buffers(state, o_hat, padded, self.row)
 
 
 def shared_accumulators(layers: Mapping[str, NativeLayer]) -> dict[str, str]:

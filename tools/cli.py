@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,7 +120,8 @@ def calibrate(
     network, checkpoint = load_model(config, ckpt)
     stored = load_trajectories(trajectories, network.config, checkpoint.sha256)
     ranges = measure(network, checkpoint, stored, batch_size, check_device(device))
-    scales = make_scales(network, checkpoint, stored, ranges, recipe)
+    on_device = replace(checkpoint, params={key: value.to(device) for key, value in checkpoint.params.items()})
+    scales = make_scales(network, on_device, stored, ranges, recipe)
     if rounding == "adaround":
         scales = learn_weights(network, checkpoint, stored, scales, AdaRoundOptions(iterations), seed, device, part)
     if scales.modulated and (residuals == "quantized" or scale_method == "learned"):
@@ -127,7 +129,7 @@ def calibrate(
     if scales.modulated and (search != "none" or auto):
         trials = Trials(network, checkpoint, scales.rows.timesteps, trial_images, TRIAL_SEED, device)
         tried = PERCENTILES if search != "none" else ()
-        candidates = {p: residual_scales(network, checkpoint, stored, ranges, recipe, p) for p in tried}
+        candidates = {p: residual_scales(network, on_device, stored, ranges, recipe, p) for p in tried}
         scales = improve(trials, scales, candidates, search == "rows", max_loss if auto else None)
     save_scales(out, scales)
     if rounding == "adaround":
@@ -165,10 +167,10 @@ def export(
 @app.command()
 def sample(
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="FILE.npz, or a folder for PNG files")],
-    backend: Annotated[str, typer.Option(help="torch, torch-sim or onnx")] = "torch",
+    backend: Annotated[str, typer.Option(help="torch, torch-sim, onnx or native")] = "torch",
     config: Annotated[Path | None, typer.Option(help="DDIM configuration (.yml)")] = None,
     ckpt: Annotated[Path | None, typer.Option(help="trained weights")] = None,
-    scales: Annotated[Path | None, typer.Option(help="scales file, for torch-sim")] = None,
+    scales: Annotated[Path | None, typer.Option(help="scales file, for torch-sim and native")] = None,
     onnx: Annotated[Path | None, typer.Option(help="exported file, for onnx")] = None,
     timesteps: Annotated[int | None, typer.Option(help="DDIM steps (100, or what the scales were made for)")] = None,
     skip_type: Annotated[str | None, typer.Option(help="uniform or quad (quad)")] = None,
@@ -177,6 +179,8 @@ def sample(
     num_samples: Annotated[int, typer.Option(help="number of images")] = 16,
     seed: Seed = 0,
     noise: Annotated[Path | None, typer.Option(help=".npy float32 [N, C, H, W] used as x_T")] = None,
+    dtype: Annotated[str, typer.Option(help="of the torch backend: fp32, or fp16 on a GPU")] = "fp32",
+    compile_network: Annotated[bool, typer.Option("--compile", help="torch fp16: through torch.compile")] = False,
     batch_size: BatchSize = 8,
     device: Device = "cpu",
 ) -> None:
@@ -184,7 +188,9 @@ def sample(
     from modiff_trt.tools.load import SamplingOptions, load_backend
     from modiff_trt.tools.sampling import run_sampling
 
-    options = SamplingOptions(backend, config, ckpt, scales, onnx, timesteps, skip_type, modulate, device)
+    options = SamplingOptions(
+        backend, config, ckpt, scales, onnx, timesteps, skip_type, modulate, device, dtype, compile_network
+    )
     loaded = load_backend(options)
     done = run_sampling(loaded, num_samples=num_samples, seed=seed, batch_size=batch_size, eta=eta, noise_file=noise, out=out)
     kept = f" ({num_samples - done} were there already)" if done < num_samples else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modiff_trt.export.checkpoint import Checkpoint, load_checkpoint
 from modiff_trt.export.config import Config, load_config, model_fingerprint
@@ -15,7 +15,10 @@ from modiff_trt.export.unet import Network, trace
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.schedule import timestep_sequence
 
-BACKENDS = ("torch", "torch-sim", "onnx")
+if TYPE_CHECKING:
+    from modiff_trt.runtime.native_ops import Kernels
+
+BACKENDS = ("torch", "torch-sim", "onnx", "native")
 DEFAULT_TIMESTEPS = 100
 DEFAULT_SKIP_TYPE = "quad"
 
@@ -33,6 +36,8 @@ class SamplingOptions:
     skip_type: str | None = None
     modulate: bool = True
     device: str = "cpu"
+    dtype: str = "fp32"
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,18 @@ def load_backend(options: SamplingOptions) -> Backend:
     """Builds the denoiser that the options describe. Raises InputError for options that contradict each other or files."""
     if options.backend == "onnx":
         return _onnx_backend(options)
-    if options.backend in ("torch", "torch-sim"):
+    if options.dtype not in ("fp32", "fp16"):
+        raise InputError(f"--dtype must be fp32 or fp16, found '{options.dtype}'")
+    if options.backend != "torch" and (options.dtype != "fp32" or options.compile):
+        raise InputError(f"--dtype and --compile are for --backend torch; leave them out with {options.backend}")
+    if options.backend in ("torch", "torch-sim", "native"):
         return _torch_backend(options)
     raise InputError(f"--backend must be one of {', '.join(BACKENDS)}, found '{options.backend}'")
 
 
 def _torch_backend(options: SamplingOptions) -> Backend:
+    from modiff_trt.runtime.compiled_denoiser import CompiledDenoiser
+    from modiff_trt.runtime.native_denoiser import NativeDenoiser
     from modiff_trt.runtime.torch_denoiser import SimDenoiser, TorchDenoiser
 
     _refuse(options.onnx, "--onnx", options.backend)
@@ -93,21 +104,41 @@ def _torch_backend(options: SamplingOptions) -> Backend:
     if options.backend == "torch":
         _refuse(options.scales, "--scales", "torch")
         timesteps = _sequence(options, config)
-        denoiser: Denoiser = TorchDenoiser(network, checkpoint.params, timesteps, device)
+        denoiser: Denoiser
+        if options.dtype == "fp32" and not options.compile:
+            denoiser = TorchDenoiser(network, checkpoint.params, timesteps, device)
+        elif options.dtype == "fp16" and device == "cuda":
+            denoiser = CompiledDenoiser(network, checkpoint.params, timesteps, options.compile)
+        else:
+            raise InputError("--compile goes with --dtype fp16, and both with --device cuda")
         return Backend(denoiser, config, manifest | {"timesteps": list(timesteps)})
     if options.scales is None:
-        raise InputError("--backend torch-sim needs --scales FILE; make one with `modiff-trt calibrate`")
+        raise InputError(f"--backend {options.backend} needs --scales FILE; make one with `modiff-trt calibrate`")
     scales = load_scales(options.scales, network, checkpoint.sha256)
     _check_steps(options, config, scales.rows.timesteps, scales.skip_type, options.scales)
     if not options.modulate:
         scales = scales.without_modulation()
-    denoiser = SimDenoiser(network, checkpoint.params, scales, device)
+    if options.backend == "native":
+        denoiser = NativeDenoiser(network, checkpoint.params, scales, native_kernels(device), device)
+    else:
+        denoiser = SimDenoiser(network, checkpoint.params, scales, device)
     manifest |= {
         "scales_sha256": sha256(options.scales),
         "modulate": options.modulate,
         "timesteps": list(scales.rows.timesteps),
     }
     return Backend(denoiser, config, manifest)
+
+
+def native_kernels(device: str) -> Kernels:
+    """The native kernels of a device. Raises InputError where they cannot run."""
+    if device == "cuda":
+        from modiff_trt.runtime.cuda_kernels import CudaKernels
+
+        return CudaKernels()
+    from modiff_trt.runtime.cpu_kernels import CpuKernels
+
+    return CpuKernels()
 
 
 def _onnx_backend(options: SamplingOptions) -> Backend:

@@ -154,6 +154,8 @@ class Study:
             out=work,
         )
         self._rounding: dict[str, Any] = {}
+        params = {key: value.to(device) for key, value in self.checkpoint.params.items()}
+        self._on_device = replace(self.checkpoint, params=params)
         self.ranges = measure(self.network, self.checkpoint, self.trajectories, 64, device)
         self._trials = Trials(self.network, self.checkpoint, self.trajectories.timesteps, images, 0, device)
         self.figures: dict[str, Any] = read_json(out, "study") if out.exists() else {}
@@ -171,7 +173,7 @@ class Study:
         self.figures |= settings | provenance(device)
 
     def scales(self, **recipe: Any) -> Scales:
-        scales = make_scales(self.network, self.checkpoint, self.trajectories, self.ranges, Recipe(**recipe))
+        scales = make_scales(self.network, self._on_device, self.trajectories, self.ranges, Recipe(**recipe))
         layers = {n: replace(layer, **self._rounding.get(n, {})) for n, layer in scales.layers.items()}
         return replace(scales, layers=layers)
 
@@ -250,7 +252,7 @@ class Study:
             self.record("rows", f"min-max A{b}", lambda s=scales: self.decibels(s))  # type: ignore[misc]
             if time.monotonic() > self._ends or f"static by trial A{b}" in self.figures["rows"]:
                 continue
-            parts = (self.network, self.checkpoint, self.trajectories, self.ranges, recipe)
+            parts = (self.network, self._on_device, self.trajectories, self.ranges, recipe)
             static = search_scales(trials, scales, {p: residual_scales(*parts, p) for p in PERCENTILES}, typer.echo)
             self.record("rows", f"static by trial A{b}", lambda s=static: self.decibels(s))  # type: ignore[misc]
             rows = search_rows(trials, static, typer.echo)

@@ -112,7 +112,7 @@ def train(config: Config, images: np.ndarray, out: Path, minutes: float, seed: i
             x0 = torch.where(flip, x0.flip(3), x0).contiguous(memory_format=layout)
             loss = loss_fn(forward, x0, alpha_bar)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
             optimizer.step()
             step += 1

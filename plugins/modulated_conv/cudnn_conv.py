@@ -75,7 +75,7 @@ class PlanResult:
 @functools.cache
 def cudnn_handle(device_index: int) -> int:
     """The process's cuDNN handle of one device (which must be the current one)."""
-    return cudnn.create_handle()
+    return int(cudnn.create_handle())
 
 
 def build_graph(spec: ConvSpec, **context: object) -> cudnn.pygraph:
@@ -120,14 +120,14 @@ def add_plan(graph: cudnn.pygraph, key: PlanKey) -> int:
     if key.split_k > 1:
         knobs[cudnn.knob_type.SPLIT_K_SLC] = key.split_k
     graph.create_execution_plan(key.engine, knobs)
-    return graph.get_execution_plan_count() - 1
+    return int(graph.get_execution_plan_count()) - 1
 
 
 def add_heuristic_plans(graph: cudnn.pygraph) -> list[int]:
-    """Append cuDNN's own suggestions and return the indices of the distinct ones."""
+    """Append cuDNN's own suggestions and return the indices of those whose knobs are named (the others repeat them)."""
     graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.B, cudnn.heur_mode.FALLBACK])
     names = [graph.get_plan_name_at_index(index) for index in range(graph.get_execution_plan_count())]
-    return [index for index, name in enumerate(names) if name not in names[:index]]
+    return [index for index, name in enumerate(names) if "_k" in name and name not in names[:index]]
 
 
 class Int8Conv:
@@ -209,9 +209,12 @@ class Int8Conv:
 def scratch_tensors(spec: ConvSpec) -> tuple[torch.Tensor, ...]:
     """Random (x, weight, scale, addend) and a NaN-filled out, laid out as `Int8Conv.run` takes them."""
     n, k, p, q = spec.out_shape
-    last = {"device": "cuda", "memory_format": torch.channels_last}
-    x = torch.empty(n, spec.in_channels, spec.height, spec.width, dtype=torch.int8, **last).random_(-127, 128)
-    weight = torch.empty(k, spec.in_channels, spec.kernel, spec.kernel, dtype=torch.int8, **last).random_(-127, 128)
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda").contiguous(memory_format=torch.channels_last)
+
+    x = empty(n, spec.in_channels, spec.height, spec.width, dtype=torch.int8).random_(-127, 128)
+    weight = empty(k, spec.in_channels, spec.kernel, spec.kernel, dtype=torch.int8).random_(-127, 128)
     scale = torch.rand(1, k, 1, 1, device="cuda") * 1e-4
-    out = torch.empty(n, k, p, q, dtype=spec.dtype, **last).fill_(float("nan"))
+    out = empty(n, k, p, q, dtype=spec.dtype).fill_(float("nan"))
     return x, weight, scale, torch.randn_like(out if spec.residual else scale), out

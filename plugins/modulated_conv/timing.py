@@ -26,4 +26,4 @@ def graph_time_us(calls: Sequence[Callable[[], object]], repeats: int) -> float:
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times[1:])  # the first replay warms up
+    return float(statistics.median(times[1:]))  # the first replay warms up

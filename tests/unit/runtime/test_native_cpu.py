@@ -1,0 +1,65 @@
+"""The native backend on a CPU, for real: oneDNN's INT8 convolutions."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modiff_trt.export.unet import LayerSpec
+from modiff_trt.plugins.modulated_conv.onednn_conv import OneDnnConv
+from modiff_trt.runtime.cpu_kernels import CpuKernels
+from modiff_trt.runtime.images import psnr
+from modiff_trt.runtime.native_denoiser import NativeDenoiser
+from modiff_trt.runtime.torch_denoiser import SimDenoiser
+from modiff_trt.tools.trials import with_modes
+
+
+@pytest.mark.parametrize(
+    ("shape", "out", "kernel", "stride", "padding"),
+    [
+        ((16, 7, 5), 32, 3, 1, (1, 1, 1, 1)),
+        ((48, 8, 6), 16, 3, 2, (0, 0, 1, 1)),
+        ((32, 5, 9), 96, 1, 1, (0, 0, 0, 0)),
+    ],
+)
+def test_integer_products_are_exact(shape, out, kernel, stride, padding):
+    spec = LayerSpec("layer", ("layer",), shape, (out, shape[1] // stride, shape[2] // stride), kernel, stride, padding)
+    weight = torch.randint(-127, 128, (out, shape[0], kernel, kernel), dtype=torch.int8)
+    q = torch.randint(-128, 128, (3, shape[1] * shape[2], shape[0]))
+    top, left, bottom, right = padding
+    image = q.double().transpose(1, 2).reshape(3, *shape)
+    expected = F.conv2d(F.pad(image, (left, right, top, bottom)), weight.double(), stride=stride)
+    assert expected.abs().max() < 2**24  # so that float32 holds every sum
+    start = torch.randint(-1000, 1000, (3, expected[0, 0].numel(), out)).float()
+    result = start.clone()
+    OneDnnConv(spec, weight).add((q + 128).to(torch.uint8), 1.0, torch.ones(out), result)
+    assert torch.equal(result.double(), start.double() + expected.flatten(2).transpose(1, 2))
+
+
+def native(case, scales):
+    return NativeDenoiser(case.network, case.checkpoint.params, scales, CpuKernels(), "cpu")
+
+
+@pytest.mark.parametrize("recipe", [{"act_bits": 8}, {"act_bits": 6}, {"method": "qdiff"}])
+def test_images_are_those_of_the_simulation(demo, recipe):
+    scales = demo.scales(**recipe)
+    reference = demo.sample(demo.float_denoiser())
+    simulated = demo.sample(SimDenoiser(demo.network, demo.checkpoint.params, scales))
+    deployed = demo.sample(native(demo, scales))
+    assert psnr(deployed, simulated) > 40
+    assert abs(psnr(deployed, reference) - psnr(simulated, reference)) < 0.5
+
+
+def test_modes_can_be_mixed(tiny):
+    scales = with_modes(
+        tiny.scales(split=True), {"conv_in": "float", "up.0.block.0.conv2": "int8", "up.1.upsample.conv": "float"}
+    )
+    simulated = tiny.sample(SimDenoiser(tiny.network, tiny.checkpoint.params, scales))
+    assert psnr(tiny.sample(native(tiny, scales)), simulated) > 20
+
+
+def test_state_is_reset_between_trajectories_and_batches_do_not_mix(demo):
+    denoiser = native(demo, demo.scales())
+    first = demo.sample(denoiser, images=3)
+    np.testing.assert_array_equal(demo.sample(denoiser, images=3), first)
+    assert psnr(demo.sample(denoiser, images=1), first[:1]) > 40
