@@ -32,7 +32,8 @@ class Recipe:
 
     `split` gives the skip half of a concatenated input its own grid. `residuals` says whether residual ranges are those of
     the float network or of the quantized one (see `export.residuals`). `edge_bits` raises the bits of the first and last
-    convolution (Q-Diffusion keeps them at 8); None leaves them.
+    convolution (Q-Diffusion keeps them at 8); None leaves them. Layers below `min_intensity` multiply-accumulates for each
+    element of input and output stay in float: there, moving the state takes longer than INT8 saves.
     """
 
     method: str = "modiff"
@@ -46,6 +47,7 @@ class Recipe:
     split: bool = False
     residuals: str = "float"
     percentile: float = 0.9999
+    min_intensity: float = 0.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -187,7 +189,8 @@ def make_scales(
 ) -> Scales:
     """Turns measured ranges into a scales file's content, by the recipe.
 
-    A layer is modulated only where its residual range is smaller than its activation range.
+    A layer is modulated only where its residual range is smaller than its activation range, and quantized only where it
+    has the recipe's intensity.
     """
     layers: dict[str, LayerScales] = {}
     full_range, bits = [], []
@@ -196,6 +199,8 @@ def make_scales(
         weight_bits, act_bits = recipe.bits(spec.name)
         shrinks = 0 < measured.residual.absmax < measured.activation.absmax
         mode = "modiff" if recipe.method == "modiff" and shrinks else "int8"
+        if spec.intensity < recipe.min_intensity:
+            mode = "float"
         grid = _grid(measured, mode, recipe, act_bits)
         weight = fold_skip(spec, layer_weight(spec, checkpoint.params), grid.skip_ratio)
         weight_scale = (mse_weight_scale if recipe.scale_method == "mse" else minmax_weight_scale)(weight, weight_bits)

@@ -9,6 +9,7 @@ block read the same input, so they are one layer with one MoDiff state.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol, TypeVar
 
 from modiff_trt.export.config import Config
@@ -37,6 +38,11 @@ class LayerSpec:
     padding: tuple[int, int, int, int]
     split: int = 0
     upsampled: bool = False
+
+    @property
+    def intensity(self) -> float:
+        """Multiply-accumulates for each element of input and output: what tells arithmetic from moving data."""
+        return self.macs / (prod(self.in_shape) + prod(self.out_shape))
 
     @property
     def macs(self) -> int:

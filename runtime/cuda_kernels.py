@@ -52,7 +52,7 @@ class CudaKernels:
         image = x.view(len(x), height, width, channels).permute(0, 3, 1, 2)
         image = F.pad(image, (left, right, top, bottom)) if (top, left) != (bottom, right) else image
         padding = (top, left) if (top, left) == (bottom, right) else 0
-        y = F.conv2d(image, layer.weight.to(x.dtype), layer.bias.to(x.dtype), spec.stride, padding)
+        y = F.conv2d(image, layer.weight, layer.bias, spec.stride, padding)
         return y.permute(0, 2, 3, 1).reshape(len(x), -1, y.shape[1])
 
 

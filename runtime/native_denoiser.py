@@ -24,7 +24,7 @@ class NativeDenoiser(GraphedDenoiser):
     batch runs as the next power of two."""
 
     def __init__(self, network: Network, params: Params, scales: Scales, kernels: Kernels, device: str) -> None:
-        self._model = _to_device(build(network, params, scales), device)
+        self._model = _to_device(build(network, params, scales), device, kernels.real)
         super().__init__(network.config, scales.rows, self._model.table, self._model.update_at, device)
         self._kernels = kernels
         self._shared = shared_accumulators(self._model.layers)
@@ -92,7 +92,7 @@ class NativeDenoiser(GraphedDenoiser):
         self._buffers = Buffers(state, o_hat, padded, self._row)
 
 
-def _to_device(model: NativeModel, device: str) -> NativeModel:
+def _to_device(model: NativeModel, device: str, real: torch.dtype) -> NativeModel:
     shared = shared_accumulators(model.layers)
     layers = {}
     for name, layer in model.layers.items():
@@ -103,6 +103,8 @@ def _to_device(model: NativeModel, device: str) -> NativeModel:
                 bias = bias + model.layers[shortcut].bias
         factors = layer.factors.to(device) if layer.factors is not None else None
         weight = layer.weight.to(device).contiguous(memory_format=torch.channels_last)
+        if layer.mode == "float":
+            weight, bias = weight.to(real), bias.to(real)
         layers[name] = replace(layer, weight=weight, bias=bias.to(device), factors=factors)
     norms = {key: value.to(device) for key, value in model.norms.items()}
     return replace(model, layers=layers, norms=norms)

@@ -7,7 +7,7 @@ once, by the first kernel that reads it. Arrays are channels-last, [N, H*W, C].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -55,8 +55,17 @@ class Kernels(Protocol):
         ...
 
     def float_conv(self, layer: NativeLayer, x: Tensor) -> Tensor:
-        """The unquantized convolution of x [N, H*W, C]: [N, P*Q, K]."""
+        """The unquantized convolution of x [N, H*W, C], kernel 3: [N, P*Q, K]."""
         ...
+
+
+def pointwise(layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
+    """The unquantized 1x1 convolution of the concatenation of `sources` [N, H*W, C_i]: [N, H*W, K], without copying them."""
+    weights = layer.weight.flatten(1).split([s.shape[2] for s in sources], dim=1)
+    out = F.linear(sources[0], weights[0], layer.bias)
+    for source, weight in zip(sources[1:], weights[1:], strict=True):
+        out.view(-1, out.shape[2]).addmm_(source.flatten(0, 1), weight.T)
+    return out
 
 
 class Stream:
@@ -141,7 +150,12 @@ class NativeOps:
         layer, row = self._layers[name], self._buffers.row
         channels, height, width = layer.spec.out_shape
         if layer.mode == "float":
-            out = self._kernels.float_conv(layer, self._input(x, layer, None))
+            if kernel > 1:
+                out = self._kernels.float_conv(layer, self._input(x, layer, None))
+            elif x.norm is not None:
+                out = pointwise(layer, [self._input(x, layer, None)])
+            else:
+                out = pointwise(layer, [x.main.tensor()] + ([x.skip.tensor()] if x.skip is not None else []))
             return Value(Stream(out), channels, height, width)
         q = self._input(x, layer, row[layer.grid_at : layer.grid_at + 4])
         scale = row[layer.scale_at : layer.scale_at + layer.out_channels]

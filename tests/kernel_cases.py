@@ -1,6 +1,6 @@
 """Inputs of the quantize kernel, with odd shapes and every option, and the check against the float64 reference."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -22,7 +22,6 @@ class KernelCase:
     quantize: bool = True
     bits: int = 8
     q_channels: int = 0
-    tile: int = field(default=0)
 
 
 CASES = {
@@ -37,7 +36,9 @@ CASES = {
         InputShape(256, 128, 4, 4), groups=32, silu=True, add=True, write=True, batch=2
     ),
     "norm with skip factors": KernelCase(InputShape(32, 64, 5, 5), groups=32, silu=True, factors=True),
-    "norm in several tiles": KernelCase(InputShape(64, 32, 24, 24), groups=32, silu=True, add=True, write=True, tile=512),
+    "norm in several slabs": KernelCase(InputShape(64, 32, 24, 24), groups=32, silu=True, add=True, write=True),
+    "norm in slabs across the seam, time": KernelCase(InputShape(256, 128, 9, 11), groups=32, silu=True, time=True, batch=2),
+    "norm of a sum that is not needed again": KernelCase(InputShape(64, 0, 10, 10), groups=32, add=True),
     "norm, stateless": KernelCase(InputShape(64, 0, 8, 8), groups=32, state=False),
     "norm to float": KernelCase(InputShape(64, 0, 8, 8), groups=32, silu=True, quantize=False, state=False),
     "concatenation, raw": KernelCase(InputShape(64, 32, 7, 5), factors=True),
@@ -71,25 +72,21 @@ def check(case: KernelCase, device: str) -> None:
     else:
         out = torch.full((n, shape.pixels, shape.total), float("nan"), dtype=real, device=device)
     before = state.clone() if state is not None else None
-    previous, kernel.TILE = kernel.TILE, case.tile or kernel.TILE
-    try:
-        kernel.quantize_input(
-            shape,
-            a,
-            out,
-            b=b,
-            total=total,
-            skip=skip,
-            time=time,
-            norm=kernel.Norm(*norm) if norm else None,
-            silu=case.silu,
-            factors=factors,
-            grid=torch.tensor([1 / grid.step, grid.unit, grid.multiple], device=device) if case.quantize else None,
-            bits=case.bits,
-            state=state,
-        )
-    finally:
-        kernel.TILE = previous
+    kernel.quantize_input(
+        shape,
+        a,
+        out,
+        b=b,
+        total=total,
+        skip=skip,
+        time=time,
+        norm=kernel.Norm(*norm) if norm else None,
+        silu=case.silu,
+        factors=factors,
+        grid=torch.tensor([1 / grid.step, grid.unit, grid.multiple], device=device) if case.quantize else None,
+        bits=case.bits,
+        state=state,
+    )
 
     def wide(x):
         return None if x is None else x.double()

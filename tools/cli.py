@@ -87,6 +87,9 @@ def calibrate(
     iterations: Annotated[int, typer.Option(help="adaround: training steps per block")] = 1000,
     search: Annotated[str, typer.Option(help="by trial: none, scales (static grids), rows (then one a row)")] = "none",
     percentile: Annotated[float, typer.Option(help="percentile: the share of values that a grid holds")] = 0.9999,
+    min_intensity: Annotated[
+        float, typer.Option(help="leave layers in float that do fewer multiply-accumulates per element moved; 256: 1x1 ones")
+    ] = 0.0,
     auto: Annotated[bool, typer.Option("--auto", help="take the state from layers that do not need it")] = False,
     max_loss: Annotated[float, typer.Option(help="auto: PSNR that may be lost, dB")] = 0.3,
     trial_images: Annotated[int, typer.Option(help="images of the trial trajectories of --search and --auto")] = 4,
@@ -114,7 +117,18 @@ def calibrate(
         raise InputError("--iterations and --batch-size must be at least 1")
     check_seed(seed)
     recipe = Recipe(
-        method, weight_bit, act_bit, scale_method, start, edge_bit, granularity, dither, split, residuals, percentile
+        method,
+        weight_bit,
+        act_bit,
+        scale_method,
+        start,
+        edge_bit,
+        granularity,
+        dither,
+        split,
+        residuals,
+        percentile,
+        min_intensity,
     )
     part = out.with_name(out.name + ".part")
     network, checkpoint = load_model(config, ckpt)

@@ -1,22 +1,26 @@
-"""Triton: one launch from a layer's sources to its int8 input, with `a_hat` updated in place.
+"""Triton: from a layer's sources to its int8 input, with `a_hat` updated in place. See `reference` for what is computed.
 
-A program holds whole normalization groups of one image, so that statistics, normalization, SiLU, the residual and its
-rounding need one pass over memory. See `reference` for what is computed.
+Small images take one launch, in which a program holds whole normalization groups of one image. Larger ones take two: the
+first sums the groups (and writes a pending residual sum), the second does everything else in one pass. Tilings do not depend
+on the batch, so that the batch cannot change an image.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
 
-# Elements that one program keeps in registers, and channels that it covers at least.
-TILE = 8192
-WIDTH = 32
+# Images of at most so many pixels are normalized in one launch.
+SMALL = 64
+# Pixels whose sums one program of the first launch takes, and pixels that one of the second covers.
+SLAB = 64
+ROWS = 32
 # 1.5 * 2^23: adding and subtracting it rounds a float32 of small magnitude to the nearest integer, half to even.
 ROUND = tl.constexpr(12582912.0)
 LIMIT = tl.constexpr(float(STATE_MAX))
@@ -90,104 +94,109 @@ def _emit(
 
 
 @triton.jit
+def _membership(CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
+    """[BLOCK_G, BLOCK_C]: whether a channel of the tile belongs to a group of the tile."""
+    lane = tl.arange(0, BLOCK_C)[None, :]
+    return (lane // PER_GROUP == tl.arange(0, BLOCK_G)[:, None]) & (lane < CHANNELS)
+
+
+@triton.jit
+def sums_kernel(
+    a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, partial_ptr,
+    C1: tl.constexpr, C2: tl.constexpr, PIXELS: tl.constexpr,
+    HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
+    PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, SLABS: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Program (n, j, s): sums and sums of squares of the j-th CHANNELS channels' groups over the s-th slab of image n."""
+    image = tl.program_id(0).to(tl.int64)
+    slab = tl.program_id(2)
+    lane = tl.arange(0, BLOCK_C)[None, :]
+    channel = tl.program_id(1) * CHANNELS + lane
+    pixel = slab * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    mask = (lane < CHANNELS) & (channel < C1 + C2) & (pixel < PIXELS)
+    value = _source(
+        a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
+        C1, C2, PIXELS, HAS_B, WRITE_SUM, HAS_TIME,
+    )  # fmt: skip
+    member = _membership(CHANNELS, BLOCK_C, PER_GROUP, BLOCK_G)
+    sums = tl.sum(value, axis=0)
+    squares = tl.sum(value * value, axis=0)
+    group = tl.arange(0, BLOCK_G)
+    at = partial_ptr + (image * SLABS + slab) * (2 * GROUPS) + tl.program_id(1) * (CHANNELS // PER_GROUP) + group
+    known = group < CHANNELS // PER_GROUP
+    tl.store(at, tl.sum(tl.where(member, sums[None, :], 0.0), axis=1), mask=known)
+    tl.store(at + GROUPS, tl.sum(tl.where(member, squares[None, :], 0.0), axis=1), mask=known)
+
+
+@triton.jit
 def quantize_kernel(
-    a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, gain_ptr, shift_ptr, factor_ptr, grid_ptr, state_ptr, q_ptr, eps,
+    a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, partial_ptr, gain_ptr, shift_ptr, factor_ptr, grid_ptr, state_ptr, q_ptr, eps,
     C1: tl.constexpr, C2: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, Q_CHANNELS: tl.constexpr,
     UPSAMPLE: tl.constexpr, HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
-    NORM: tl.constexpr, SILU: tl.constexpr, PER_GROUP: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    NORM: tl.constexpr, SILU: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    SLABS: tl.constexpr, BLOCK_S: tl.constexpr, HAS_FACTOR: tl.constexpr,
     QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Program (n, j) covers image n and CHANNELS channels from j * CHANNELS, in BLOCK_P pixels at a time.
+    """Program (n, j, k) covers CHANNELS channels from j * CHANNELS of the k-th BLOCK_P pixels of image n.
 
-    Without NORM there is nothing to reduce, and program (n, j, k) covers the k-th BLOCK_P pixels only.
+    NORM is 0 (none), 1 (the groups' sums are in `partial_ptr`) or 2 (the program holds whole groups and sums them itself).
     """
     image = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_C)[None, :]
     channel = tl.program_id(1) * CHANNELS + lane
+    pixel = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     inside = (lane < CHANNELS) & (channel < C1 + C2)
-    C: tl.constexpr = C1 + C2
-    if not NORM:
-        pixel = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-        mask = inside & (pixel < PIXELS)
-        value = _source(
-            a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
-            C1, C2, PIXELS, HAS_B, WRITE_SUM, HAS_TIME,
-        )  # fmt: skip
-        if SILU:
-            value *= tl.sigmoid(value)
-        _emit(
-            value, factor_ptr, grid_ptr, state_ptr, q_ptr, image, pixel, channel, mask,
-            C, PIXELS, WIDTH, UPSAMPLE, Q_CHANNELS, HAS_FACTOR, QUANTIZE, MODULATED, LOW, HIGH,
-        )  # fmt: skip
-    else:
+    mask = inside & (pixel < PIXELS)
+    value = _source(
+        a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
+        C1, C2, PIXELS, HAS_B, WRITE_SUM, HAS_TIME,
+    )  # fmt: skip
+    if NORM > 0:
+        member = _membership(CHANNELS, BLOCK_C, PER_GROUP, BLOCK_G)
         count = PIXELS * PER_GROUP
-        same = (tl.arange(0, BLOCK_C)[:, None] // PER_GROUP) == (lane // PER_GROUP)
-        gain = tl.load(gain_ptr + channel, mask=inside, other=0.0)
-        shift = tl.load(shift_ptr + channel, mask=inside, other=0.0)
-        if BLOCK_P >= PIXELS:
-            pixel = tl.arange(0, BLOCK_P)[:, None]
-            mask = inside & (pixel < PIXELS)
-            value = _source(
-                a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
-                C1, C2, PIXELS, HAS_B, WRITE_SUM, HAS_TIME,
-            )  # fmt: skip
-            sums = tl.sum(value, axis=0)
-            mean = tl.sum(tl.where(same, sums[:, None], 0.0), axis=0)[None, :] / count
-            value = tl.where(mask, value - mean, 0.0)
-            squares = tl.sum(value * value, axis=0)
-            variance = tl.sum(tl.where(same, squares[:, None], 0.0), axis=0)[None, :] / count
-            value = value * (tl.rsqrt(variance + eps) * gain) + shift
-            if SILU:
-                value *= tl.sigmoid(value)
-            _emit(
-                value, factor_ptr, grid_ptr, state_ptr, q_ptr, image, pixel, channel, mask,
-                C, PIXELS, WIDTH, UPSAMPLE, Q_CHANNELS, HAS_FACTOR, QUANTIZE, MODULATED, LOW, HIGH,
-            )  # fmt: skip
+        if NORM == 1:
+            slab = tl.arange(0, BLOCK_S)[:, None]
+            group = tl.arange(0, BLOCK_G)[None, :]
+            at = partial_ptr + (image * SLABS + slab) * (2 * GROUPS) + tl.program_id(1) * (CHANNELS // PER_GROUP) + group
+            known = (slab < SLABS) & (group < CHANNELS // PER_GROUP)
+            mean = tl.sum(tl.load(at, mask=known, other=0.0), axis=0) / count
+            power = tl.sum(tl.load(at + GROUPS, mask=known, other=0.0), axis=0) / count
+            spread = tl.rsqrt(tl.maximum(power - mean * mean, 0.0) + eps)
+            value -= tl.sum(tl.where(member, mean[:, None], 0.0), axis=0)[None, :]
         else:
-            partial = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-            partial_squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-            for start in range(0, PIXELS, BLOCK_P):
-                pixel = start + tl.arange(0, BLOCK_P)[:, None]
-                mask = inside & (pixel < PIXELS)
-                value = _source(
-                    a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
-                    C1, C2, PIXELS, HAS_B, False, HAS_TIME,
-                )  # fmt: skip
-                partial += value
-                partial_squares += value * value
-            sums = tl.sum(partial, axis=0)
-            squares = tl.sum(partial_squares, axis=0)
-            mean = tl.sum(tl.where(same, sums[:, None], 0.0), axis=0)[None, :] / count
-            power = tl.sum(tl.where(same, squares[:, None], 0.0), axis=0)[None, :] / count
-            factor = tl.rsqrt(tl.maximum(power - mean * mean, 0.0) + eps) * gain
-            for start in range(0, PIXELS, BLOCK_P):
-                pixel = start + tl.arange(0, BLOCK_P)[:, None]
-                mask = inside & (pixel < PIXELS)
-                value = _source(
-                    a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
-                    C1, C2, PIXELS, HAS_B, WRITE_SUM, HAS_TIME,
-                )  # fmt: skip
-                value = (value - mean) * factor + shift
-                if SILU:
-                    value *= tl.sigmoid(value)
-                _emit(
-                    value, factor_ptr, grid_ptr, state_ptr, q_ptr, image, pixel, channel, mask,
-                    C, PIXELS, WIDTH, UPSAMPLE, Q_CHANNELS, HAS_FACTOR, QUANTIZE, MODULATED, LOW, HIGH,
-                )  # fmt: skip
+            sums = tl.sum(value, axis=0)
+            mean = tl.sum(tl.where(member, sums[None, :], 0.0), axis=1) / count
+            value = tl.where(mask, value - tl.sum(tl.where(member, mean[:, None], 0.0), axis=0)[None, :], 0.0)
+            squares = tl.sum(value * value, axis=0)
+            spread = tl.rsqrt(tl.sum(tl.where(member, squares[None, :], 0.0), axis=1) / count + eps)
+        factor = tl.sum(tl.where(member, spread[:, None], 0.0), axis=0)[None, :]
+        factor *= tl.load(gain_ptr + channel, mask=inside, other=0.0)
+        value = value * factor + tl.load(shift_ptr + channel, mask=inside, other=0.0)
+    if SILU:
+        value *= tl.sigmoid(value)
+    _emit(
+        value, factor_ptr, grid_ptr, state_ptr, q_ptr, image, pixel, channel, mask,
+        C1 + C2, PIXELS, WIDTH, UPSAMPLE, Q_CHANNELS, HAS_FACTOR, QUANTIZE, MODULATED, LOW, HIGH,
+    )  # fmt: skip
+
+
+def group_channels(shape: InputShape, groups: int, least: int, most: int) -> int:
+    """Channels of a program: whole groups, at least `least` channels if the layer has them, at most `most`."""
+    per_group = shape.total // groups
+    fitting = [g * per_group for g in range(1, groups + 1) if groups % g == 0 and g * per_group <= most]
+    return next((c for c in fitting if c >= least), max(fitting, default=per_group))
 
 
 def tiling(shape: InputShape, groups: int) -> tuple[int, int, int]:
-    """(channels of a program, pixels at a time, warps); with normalization (groups > 0) whole groups, of one image."""
+    """(channels, pixels, warps) of a program of the quantizing launch."""
     if not groups:
         channels = min(triton.next_power_of_2(shape.total), 128)
-        return channels, min(triton.next_power_of_2(shape.pixels), max(1, 4096 // channels)), 8
-    per_group = shape.total // groups
-    # 64 bytes of float16 in a row are what DRAM and L2 move at full speed.
-    count = next(g for g in range(1, groups + 1) if groups % g == 0 and (g * per_group >= WIDTH or g == groups))
-    channels = count * per_group
-    rows = max(1, TILE // triton.next_power_of_2(channels))
-    return channels, min(triton.next_power_of_2(shape.pixels), rows), 8
+        return channels, min(triton.next_power_of_2(shape.pixels), max(1, 2048 // channels)), 8
+    if shape.pixels <= SMALL:
+        return group_channels(shape, groups, 32, 64), triton.next_power_of_2(shape.pixels), 4
+    return group_channels(shape, groups, 96, 128), ROWS, 8
 
 
 def quantize_input(
@@ -206,7 +215,7 @@ def quantize_input(
     bits: int = 8,
     state: Tensor | None = None,
 ) -> None:
-    """Launches the kernel on torch's current stream.
+    """Launches the kernels on torch's current stream.
 
     a, b [N, pixels, channels] and skip [N, pixels, skip_channels] float16 or float32, `total` receives a + b;
     time float32 [C]; factors float32 [C]; grid float32 [>=3] on the device: 1/step, unit, multiple. `out` int8
@@ -215,15 +224,48 @@ def quantize_input(
     """
     c, pixels = shape.total, shape.pixels
     top = 2 ** (bits - 1) - 1
-    channels, block_p, warps = tiling(shape, norm.groups if norm is not None else 0)
-    slices = 1 if norm is not None else triton.cdiv(pixels, block_p)
-    launch = (len(a), triton.cdiv(c, channels), slices)
-    quantize_kernel[launch](
+    groups = norm.groups if norm is not None else 0
+    per_group = c // groups if groups else 1
+    channels, block_p, warps = tiling(shape, groups)
+    slabs = triton.cdiv(pixels, SLAB)
+    two_launches = groups > 0 and pixels > SMALL
+    tile = {
+        "C1": shape.channels,
+        "C2": shape.skip_channels,
+        "PIXELS": pixels,
+        "PER_GROUP": per_group,
+        "GROUPS": groups,
+        "SLABS": slabs,
+        "CHANNELS": channels,
+        "BLOCK_C": triton.next_power_of_2(channels),
+        "BLOCK_G": triton.next_power_of_2(max(channels // per_group, 1)) if groups else 1,
+    }
+    partial = a
+    if two_launches:
+        partial = torch.empty(len(a), slabs, 2, groups, device=a.device)
+        sums_kernel[(len(a), c // channels, slabs)](
+            a,
+            b if b is not None else a,
+            skip if skip is not None else a,
+            time if time is not None else a,
+            total if total is not None else a,
+            partial,
+            HAS_B=b is not None,
+            WRITE_SUM=total is not None,
+            HAS_TIME=time is not None,
+            BLOCK_P=SLAB,
+            num_warps=8,
+            **tile,
+        )
+        if total is not None:
+            a, b, total = total, None, None
+    quantize_kernel[(len(a), triton.cdiv(c, channels), triton.cdiv(pixels, block_p))](
         a,
         b if b is not None else a,
         skip if skip is not None else a,
         time if time is not None else a,
         total if total is not None else a,
+        partial,
         norm.gain if norm is not None else a,
         norm.shift if norm is not None else a,
         factors if factors is not None else a,
@@ -231,25 +273,21 @@ def quantize_input(
         state if state is not None else a,
         out,
         norm.eps if norm is not None else 0.0,
-        C1=shape.channels,
-        C2=shape.skip_channels,
-        PIXELS=pixels,
         WIDTH=shape.width,
         Q_CHANNELS=out.shape[2],
         UPSAMPLE=shape.upsample,
         HAS_B=b is not None,
         WRITE_SUM=total is not None,
         HAS_TIME=time is not None,
-        NORM=norm is not None,
+        NORM=0 if norm is None else (1 if two_launches else 2),
         SILU=silu,
-        PER_GROUP=c // norm.groups if norm is not None else 1,
+        BLOCK_S=triton.next_power_of_2(slabs),
         HAS_FACTOR=factors is not None,
         QUANTIZE=grid is not None,
         MODULATED=state is not None,
         LOW=float(-top - 1),
         HIGH=float(top),
-        CHANNELS=channels,
-        BLOCK_C=triton.next_power_of_2(channels),
         BLOCK_P=block_p,
         num_warps=warps,
+        **tile,
     )
