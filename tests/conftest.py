@@ -32,6 +32,9 @@ def full_checkpoint_file() -> Path | None:
     return next(iter(sorted(ROOT.parent.glob("*/checkpoints/cifar10*.safetensors"))), None)
 
 
+# Without a GPU Triton kernels run in its interpreter, which must be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
 
 

@@ -179,6 +179,51 @@ def export(
 
 
 @app.command()
+def bench(
+    config: Config,
+    ckpt: Ckpt,
+    scales: Annotated[Path, typer.Option(help="scales file of the integer backends")],
+    out: Annotated[Path, typer.Option(help="JSON file to write")],
+    backends: Annotated[
+        str, typer.Option(help="comma-separated: torch-fp32, torch-fp16-compiled, torch-sim, native-int8, native-modiff")
+    ] = "torch-fp32,native-int8,native-modiff",
+    batch_sizes: Annotated[str, typer.Option(help="comma-separated")] = "1,4",
+    num_warmup: Annotated[int, typer.Option(help="passes before the measurement")] = 2,
+    num_runs: Annotated[int, typer.Option(help="measurements; their median counts")] = 7,
+    num_passes: Annotated[int, typer.Option(help="passes of one measurement")] = 10,
+    device: Device = "cpu",
+) -> None:
+    """Time the backends against each other, interleaved in one run."""
+    from modiff_trt.export.scales import load_scales
+    from modiff_trt.tools.bench import candidates, print_bench, run_bench
+    from modiff_trt.tools.load import check_device, load_model
+
+    network, checkpoint = load_model(config, ckpt)
+    loaded = load_scales(scales, network, checkpoint.sha256)
+    try:
+        sizes = [int(size) for size in batch_sizes.split(",")]
+    except ValueError:
+        raise InputError(f"--batch-sizes must be numbers separated by commas, found '{batch_sizes}'") from None
+    if min(sizes) < 1 or num_runs < 1 or num_passes < 1:
+        raise InputError("--batch-sizes, --num-runs and --num-passes must be at least 1")
+    makes = candidates(network, checkpoint, loaded, check_device(device), backends.split(","))
+    settings = {"config": str(config), "checkpoint_sha256": checkpoint.sha256, "scales": str(scales)}
+    print_bench(
+        run_bench(
+            network,
+            makes,
+            sizes,
+            warmup=num_warmup,
+            runs=num_runs,
+            passes=num_passes,
+            device=device,
+            out=out,
+            settings=settings,
+        )
+    )
+
+
+@app.command()
 def sample(
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="FILE.npz, or a folder for PNG files")],
     backend: Annotated[str, typer.Option(help="torch, torch-sim, onnx or native")] = "torch",

@@ -5,5 +5,5 @@ from kernel_cases import CASES, check
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kernel_equals_the_reference(name, monkeypatch):
+def test_kernel_equals_the_reference(name):
     check(CASES[name], "cpu")

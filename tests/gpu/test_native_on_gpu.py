@@ -1,0 +1,81 @@
+"""The native backend on an NVIDIA GPU: kernels against float64, integer products exactly, images against the simulation."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import CASES, check
+
+from modiff_trt.runtime.images import psnr
+from modiff_trt.runtime.noise import ImageNoise
+from modiff_trt.runtime.torch_denoiser import SimDenoiser
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    from modiff_trt.runtime.cuda_kernels import CudaKernels
+
+    return CudaKernels()
+
+
+def native(case, scales, kernels):
+    from modiff_trt.runtime.native_denoiser import NativeDenoiser
+
+    return NativeDenoiser(case.network, case.checkpoint.params, scales, kernels, "cuda")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_equals_the_reference(name):
+    check(CASES[name], "cuda")
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "out", "kernel", "stride", "padding"),
+    [
+        (128, (32, 32), 128, 3, 1, (1, 1, 1, 1)),
+        (48, (9, 7), 16, 3, 1, (1, 1, 1, 1)),
+        (256, (8, 8), 256, 3, 2, (0, 0, 1, 1)),
+        (16, (5, 5), 96, 1, 1, (0, 0, 0, 0)),
+    ],
+)
+def test_integer_products_are_exact(channels, size, out, kernel, stride, padding):
+    """With scale 1 and a float32 accumulator every sum is an integer that float32 holds."""
+    from modiff_trt.plugins.modulated_conv.cudnn_conv import ConvSpec, Int8Conv
+
+    spec = ConvSpec(3, channels, *size, out, kernel, stride, padding, torch.float32)
+    conv = Int8Conv(spec)
+    q = torch.randint(-128, 128, (3, *size, channels), dtype=torch.int8, device="cuda")
+    weight = torch.randint(-50, 51, (out, channels, kernel, kernel), dtype=torch.int8, device="cuda")
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    top, left, bottom, right = padding
+    image = F.pad(q.cpu().double().permute(0, 3, 1, 2), (left, right, top, bottom))
+    expected = F.conv2d(image, weight.cpu().double(), stride=stride)
+    assert expected.abs().max() < 2**24
+    start = torch.randint(-1000, 1000, expected.shape, device="cuda").float().contiguous(memory_format=torch.channels_last)
+    result = start.clone()
+    workspace = torch.empty(max(conv.workspace_size, 1), dtype=torch.uint8, device="cuda")
+    conv.run(q, weight, torch.ones(out, device="cuda"), result, result, workspace)
+    assert torch.equal(result.cpu().double(), start.cpu().double() + expected)
+
+
+@pytest.mark.parametrize(
+    "recipe", [{"act_bits": 8}, {"act_bits": 6}, {"act_bits": 8, "min_intensity": 256.0}, {"method": "qdiff"}]
+)
+def test_images_are_those_of_the_simulation(demo, kernels, recipe):
+    scales = demo.scales(**recipe)
+    reference = demo.sample(demo.float_denoiser())
+    simulated = demo.sample(SimDenoiser(demo.network, demo.checkpoint.params, scales, "cuda"))
+    deployed = demo.sample(native(demo, scales, kernels))
+    assert abs(psnr(deployed, reference) - psnr(simulated, reference)) < 0.5
+    assert psnr(deployed, simulated) > 38
+
+
+def test_replays_follow_rows_and_batches_do_not_change_an_image(demo, kernels):
+    denoiser = native(demo, demo.scales(), kernels)
+    x = ImageNoise(0, range(5), demo.network.config.input_shape).draw()
+    together = denoiser.trajectory(x)
+    np.testing.assert_array_equal(denoiser.trajectory(x), together)
+    np.testing.assert_array_equal(denoiser.trajectory(x[:1]), together[:1])
+    assert np.isfinite(together).all()
