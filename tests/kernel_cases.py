@@ -96,6 +96,8 @@ def check(case: KernelCase, device: str) -> None:
         # the sum is stored in the network's type, and that is what the layer sees
         torch.testing.assert_close(total, (a64 + b64).to(real), rtol=1e-3, atol=1e-3)
         a64, b64 = total.double(), None
+    elif case.add:
+        a64, b64 = (a64 + b64).to(real).double(), None
     norm64 = (wide(norm[0]), wide(norm[1]), norm[2], norm[3]) if norm else None
     x = reference.layer_input(a64, b64, wide(skip), wide(time), norm64, case.silu, wide(factors))
     if not case.quantize:

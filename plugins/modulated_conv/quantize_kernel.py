@@ -19,11 +19,13 @@ from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
 # Images of at most so many pixels are normalized in one launch.
 SMALL = 64
 # Pixels whose sums one program of the first launch takes, and pixels that one of the second covers.
-SLAB = 64
-ROWS = 32
-# 1.5 * 2^23: adding and subtracting it rounds a float32 of small magnitude to the nearest integer, half to even.
-ROUND = tl.constexpr(12582912.0)
-LIMIT = tl.constexpr(float(STATE_MAX))
+SLAB, SUM_WARPS = 64, 8
+ROWS, WARPS = 32, 8
+# 1.5 * 2^23, and its bits: a float32 of small magnitude plus this number is rounded to the nearest integer, half to even,
+# which stands in the low bits. Conversion instructions run at a quarter of the rate of additions.
+MAGIC = tl.constexpr(12582912.0)
+MAGIC_BITS = tl.constexpr(0x4B400000)
+LIMIT = tl.constexpr(STATE_MAX)
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,19 @@ def _emit(
         value *= tl.load(factor_ptr + channel, mask=channel < C, other=0.0)
     if QUANTIZE:
         inverse_step = tl.load(grid_ptr)
+        cells = value * inverse_step
         if MODULATED:
             at = state_ptr + (image * PIXELS + pixel) * C + channel
-            state = tl.load(at, mask=mask, other=0).to(tl.float32)
-            value -= state * tl.load(grid_ptr + 1)
-        value = tl.minimum(tl.maximum(value * inverse_step, LOW), HIGH)
-        value = (value + ROUND) - ROUND
+            state = tl.load(at, mask=mask, other=0).to(tl.int32)
+            cells -= ((state + MAGIC_BITS).to(tl.float32, bitcast=True) - MAGIC) * (tl.load(grid_ptr + 1) * inverse_step)
+        cells = tl.minimum(tl.maximum(cells, LOW), HIGH) + MAGIC
+        integers = cells.to(tl.int32, bitcast=True) - MAGIC_BITS
+        narrow = integers.to(tl.int8)
         if MODULATED:
-            state += value * tl.load(grid_ptr + 2)
+            state += integers * tl.load(grid_ptr + 2).to(tl.int32)
             tl.store(at, tl.minimum(tl.maximum(state, -LIMIT), LIMIT).to(tl.int16), mask=mask)
-    narrow = value.to(q_ptr.dtype.element_ty)
+    else:
+        narrow = value.to(q_ptr.dtype.element_ty)
     if UPSAMPLE:
         corner = image * (4 * PIXELS) + (pixel // WIDTH) * (4 * WIDTH) + (pixel % WIDTH) * 2
         for down in tl.static_range(2):
@@ -94,10 +99,40 @@ def _emit(
 
 
 @triton.jit
-def _membership(CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
-    """[BLOCK_G, BLOCK_C]: whether a channel of the tile belongs to a group of the tile."""
-    lane = tl.arange(0, BLOCK_C)[None, :]
-    return (lane // PER_GROUP == tl.arange(0, BLOCK_G)[:, None]) & (lane < CHANNELS)
+def _silu(value, FAST: tl.constexpr):
+    """x sigmoid(x); FAST with the GPU's approximate exponential and reciprocal (2^-22 relative)."""
+    if FAST:
+        beyond = 1.0 + tl.math.exp2(value * -1.4426950408889634)
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [beyond], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return value * inverse
+    return value * tl.sigmoid(value)
+
+
+@triton.jit
+def _channels(
+    start, C: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_G: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """(channel, whether it exists), [1, BLOCK_G * LANES]: BLOCK_G groups from channel `start`, each padded to LANES lanes."""
+    lane = tl.arange(0, BLOCK_G * LANES)[None, :]
+    if LANES == PER_GROUP:
+        channel = start + lane
+        return channel, channel < C
+    channel = start + (lane // LANES) * PER_GROUP + lane % LANES
+    return channel, (lane % LANES < PER_GROUP) & (channel < C)
+
+
+@triton.jit
+def _over_groups(by_channel, BLOCK_G: tl.constexpr, LANES: tl.constexpr):
+    """[BLOCK_G * LANES] -> sums over each group [BLOCK_G]."""
+    return tl.sum(tl.reshape(by_channel, [BLOCK_G, LANES]), axis=1)
+
+
+@triton.jit
+def _to_channels(by_group, BLOCK_G: tl.constexpr, LANES: tl.constexpr):
+    """[BLOCK_G] -> each group's value on its lanes [1, BLOCK_G * LANES]."""
+    return tl.reshape(tl.broadcast_to(by_group[:, None], [BLOCK_G, LANES]), [BLOCK_G * LANES])[None, :]
 
 
 @triton.jit
@@ -106,27 +141,27 @@ def sums_kernel(
     C1: tl.constexpr, C2: tl.constexpr, PIXELS: tl.constexpr,
     HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
     PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, SLABS: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Program (n, j, s): sums and sums of squares of the j-th CHANNELS channels' groups over the s-th slab of image n."""
+    """Program (n, j, s): sums and sums of squares of the j-th BLOCK_G groups over the s-th slab of image n."""
     image = tl.program_id(0).to(tl.int64)
     slab = tl.program_id(2)
-    lane = tl.arange(0, BLOCK_C)[None, :]
-    channel = tl.program_id(1) * CHANNELS + lane
+    channel, exists = _channels(tl.program_id(1) * (BLOCK_G * PER_GROUP), C1 + C2, PER_GROUP, BLOCK_G, LANES)
     pixel = slab * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    mask = (lane < CHANNELS) & (channel < C1 + C2) & (pixel < PIXELS)
     value = _source(
-        a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
-        C1, C2, PIXELS, HAS_B, WRITE_SUM, HAS_TIME,
+        a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, exists & (pixel < PIXELS),
+        C1, C2, PIXELS, HAS_B, WRITE_SUM, False,
     )  # fmt: skip
-    member = _membership(CHANNELS, BLOCK_C, PER_GROUP, BLOCK_G)
-    sums = tl.sum(value, axis=0)
-    squares = tl.sum(value * value, axis=0)
-    group = tl.arange(0, BLOCK_G)
-    at = partial_ptr + (image * SLABS + slab) * (2 * GROUPS) + tl.program_id(1) * (CHANNELS // PER_GROUP) + group
-    known = group < CHANNELS // PER_GROUP
-    tl.store(at, tl.sum(tl.where(member, sums[None, :], 0.0), axis=1), mask=known)
-    tl.store(at + GROUPS, tl.sum(tl.where(member, squares[None, :], 0.0), axis=1), mask=known)
+    sums, squares = tl.sum(value, axis=0)[None, :], tl.sum(value * value, axis=0)[None, :]
+    if HAS_TIME:
+        count = tl.minimum(PIXELS - slab * BLOCK_P, BLOCK_P).to(tl.float32)
+        time = tl.load(time_ptr + channel, mask=exists, other=0.0)
+        squares += time * (2 * sums + count * time)
+        sums += count * time
+    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    at = partial_ptr + (image * SLABS + slab) * (2 * GROUPS) + group
+    tl.store(at, _over_groups(sums, BLOCK_G, LANES), mask=group < GROUPS)
+    tl.store(at + GROUPS, _over_groups(squares, BLOCK_G, LANES), mask=group < GROUPS)
 
 
 @triton.jit
@@ -134,69 +169,72 @@ def quantize_kernel(
     a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, partial_ptr, gain_ptr, shift_ptr, factor_ptr, grid_ptr, state_ptr, q_ptr, eps,
     C1: tl.constexpr, C2: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, Q_CHANNELS: tl.constexpr,
     UPSAMPLE: tl.constexpr, HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
-    NORM: tl.constexpr, SILU: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    NORM: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr,
     SLABS: tl.constexpr, BLOCK_S: tl.constexpr, HAS_FACTOR: tl.constexpr,
     QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Program (n, j, k) covers CHANNELS channels from j * CHANNELS of the k-th BLOCK_P pixels of image n.
+    """Program (n, j, k) covers the j-th BLOCK_G groups of channels (without NORM, simply channels) and the k-th BLOCK_P
+    pixels of image n.
 
-    NORM is 0 (none), 1 (the groups' sums are in `partial_ptr`) or 2 (the program holds whole groups and sums them itself).
+    NORM is 0 (none), 1 (the groups' sums are in `partial_ptr`) or 2 (the program has all pixels and sums them itself).
     """
     image = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BLOCK_C)[None, :]
-    channel = tl.program_id(1) * CHANNELS + lane
+    channel, exists = _channels(tl.program_id(1) * (BLOCK_G * PER_GROUP), C1 + C2, PER_GROUP, BLOCK_G, LANES)
     pixel = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    inside = (lane < CHANNELS) & (channel < C1 + C2)
-    mask = inside & (pixel < PIXELS)
+    mask = exists & (pixel < PIXELS)
+    # With sums from the first launch the time bias is part of the offset of each channel.
     value = _source(
         a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
-        C1, C2, PIXELS, HAS_B, WRITE_SUM, HAS_TIME,
+        C1, C2, PIXELS, HAS_B, WRITE_SUM, HAS_TIME and NORM != 1,
     )  # fmt: skip
     if NORM > 0:
-        member = _membership(CHANNELS, BLOCK_C, PER_GROUP, BLOCK_G)
         count = PIXELS * PER_GROUP
         if NORM == 1:
             slab = tl.arange(0, BLOCK_S)[:, None]
-            group = tl.arange(0, BLOCK_G)[None, :]
-            at = partial_ptr + (image * SLABS + slab) * (2 * GROUPS) + tl.program_id(1) * (CHANNELS // PER_GROUP) + group
-            known = (slab < SLABS) & (group < CHANNELS // PER_GROUP)
+            group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]
+            at = partial_ptr + (image * SLABS + slab) * (2 * GROUPS) + group
+            known = (slab < SLABS) & (group < GROUPS)
             mean = tl.sum(tl.load(at, mask=known, other=0.0), axis=0) / count
             power = tl.sum(tl.load(at + GROUPS, mask=known, other=0.0), axis=0) / count
-            spread = tl.rsqrt(tl.maximum(power - mean * mean, 0.0) + eps)
-            value -= tl.sum(tl.where(member, mean[:, None], 0.0), axis=0)[None, :]
+            variance = tl.maximum(power - mean * mean, 0.0)
         else:
-            sums = tl.sum(value, axis=0)
-            mean = tl.sum(tl.where(member, sums[None, :], 0.0), axis=1) / count
-            value = tl.where(mask, value - tl.sum(tl.where(member, mean[:, None], 0.0), axis=0)[None, :], 0.0)
-            squares = tl.sum(value * value, axis=0)
-            spread = tl.rsqrt(tl.sum(tl.where(member, squares[None, :], 0.0), axis=1) / count + eps)
-        factor = tl.sum(tl.where(member, spread[:, None], 0.0), axis=0)[None, :]
-        factor *= tl.load(gain_ptr + channel, mask=inside, other=0.0)
-        value = value * factor + tl.load(shift_ptr + channel, mask=inside, other=0.0)
+            mean = _over_groups(tl.sum(value, axis=0), BLOCK_G, LANES) / count
+            centered = tl.where(mask, value - _to_channels(mean, BLOCK_G, LANES), 0.0)
+            variance = _over_groups(tl.sum(centered * centered, axis=0), BLOCK_G, LANES) / count
+        factor = _to_channels(tl.rsqrt(variance + eps), BLOCK_G, LANES)
+        factor *= tl.load(gain_ptr + channel, mask=exists, other=0.0)
+        center = _to_channels(mean, BLOCK_G, LANES)
+        if HAS_TIME and NORM == 1:
+            center -= tl.load(time_ptr + channel, mask=exists, other=0.0)
+        value = value * factor + (tl.load(shift_ptr + channel, mask=exists, other=0.0) - center * factor)
     if SILU:
-        value *= tl.sigmoid(value)
+        value = _silu(value, FAST)
     _emit(
         value, factor_ptr, grid_ptr, state_ptr, q_ptr, image, pixel, channel, mask,
         C1 + C2, PIXELS, WIDTH, UPSAMPLE, Q_CHANNELS, HAS_FACTOR, QUANTIZE, MODULATED, LOW, HIGH,
     )  # fmt: skip
 
 
-def group_channels(shape: InputShape, groups: int, least: int, most: int) -> int:
-    """Channels of a program: whole groups, at least `least` channels if the layer has them, at most `most`."""
-    per_group = shape.total // groups
-    fitting = [g * per_group for g in range(1, groups + 1) if groups % g == 0 and g * per_group <= most]
-    return next((c for c in fitting if c >= least), max(fitting, default=per_group))
+@dataclass(frozen=True)
+class Tiling:
+    """A program's tile: `groups` of `lanes` channels, `pixels` at a time, run by `warps`."""
+
+    groups: int
+    lanes: int
+    pixels: int
+    warps: int
 
 
-def tiling(shape: InputShape, groups: int) -> tuple[int, int, int]:
-    """(channels, pixels, warps) of a program of the quantizing launch."""
+def tiling(shape: InputShape, groups: int) -> Tiling:
+    """The tile of the quantizing launch; `groups` 0 is no normalization."""
     if not groups:
-        channels = min(triton.next_power_of_2(shape.total), 128)
-        return channels, min(triton.next_power_of_2(shape.pixels), max(1, 2048 // channels)), 8
+        lanes = min(triton.next_power_of_2(shape.total), 128)
+        return Tiling(lanes, 1, min(triton.next_power_of_2(shape.pixels), max(1, 2048 // lanes)), 8)
+    lanes = triton.next_power_of_2(shape.total // groups)
     if shape.pixels <= SMALL:
-        return group_channels(shape, groups, 32, 64), triton.next_power_of_2(shape.pixels), 4
-    return group_channels(shape, groups, 96, 128), ROWS, 8
+        return Tiling(max(1, 32 // lanes), lanes, triton.next_power_of_2(shape.pixels), 4)
+    return Tiling(max(1, 128 // lanes), lanes, ROWS, WARPS)
 
 
 def quantize_input(
@@ -226,24 +264,24 @@ def quantize_input(
     top = 2 ** (bits - 1) - 1
     groups = norm.groups if norm is not None else 0
     per_group = c // groups if groups else 1
-    channels, block_p, warps = tiling(shape, groups)
+    tile = tiling(shape, groups)
+    columns = triton.cdiv(c, tile.groups * per_group)
     slabs = triton.cdiv(pixels, SLAB)
     two_launches = groups > 0 and pixels > SMALL
-    tile = {
+    common = {
         "C1": shape.channels,
         "C2": shape.skip_channels,
         "PIXELS": pixels,
         "PER_GROUP": per_group,
         "GROUPS": groups,
         "SLABS": slabs,
-        "CHANNELS": channels,
-        "BLOCK_C": triton.next_power_of_2(channels),
-        "BLOCK_G": triton.next_power_of_2(max(channels // per_group, 1)) if groups else 1,
+        "BLOCK_G": tile.groups,
+        "LANES": tile.lanes,
     }
     partial = a
     if two_launches:
         partial = torch.empty(len(a), slabs, 2, groups, device=a.device)
-        sums_kernel[(len(a), c // channels, slabs)](
+        sums_kernel[(len(a), columns, slabs)](
             a,
             b if b is not None else a,
             skip if skip is not None else a,
@@ -254,12 +292,12 @@ def quantize_input(
             WRITE_SUM=total is not None,
             HAS_TIME=time is not None,
             BLOCK_P=SLAB,
-            num_warps=8,
-            **tile,
+            num_warps=SUM_WARPS,
+            **common,
         )
         if total is not None:
             a, b, total = total, None, None
-    quantize_kernel[(len(a), triton.cdiv(c, channels), triton.cdiv(pixels, block_p))](
+    quantize_kernel[(len(a), columns, triton.cdiv(pixels, tile.pixels))](
         a,
         b if b is not None else a,
         skip if skip is not None else a,
@@ -281,13 +319,14 @@ def quantize_input(
         HAS_TIME=time is not None,
         NORM=0 if norm is None else (1 if two_launches else 2),
         SILU=silu,
+        FAST=a.is_cuda,
         BLOCK_S=triton.next_power_of_2(slabs),
         HAS_FACTOR=factors is not None,
         QUANTIZE=grid is not None,
         MODULATED=state is not None,
         LOW=float(-top - 1),
         HIGH=float(top),
-        BLOCK_P=block_p,
-        num_warps=warps,
-        **tile,
+        BLOCK_P=tile.pixels,
+        num_warps=tile.warps,
+        **common,
     )
