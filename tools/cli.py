@@ -194,6 +194,7 @@ def bench(
     device: Device = "cpu",
 ) -> None:
     """Time the backends against each other, interleaved in one run."""
+    from modiff_trt.export.files import sha256
     from modiff_trt.export.scales import load_scales
     from modiff_trt.tools.bench import candidates, print_bench, run_bench
     from modiff_trt.tools.load import check_device, load_model
@@ -207,7 +208,7 @@ def bench(
     if min(sizes) < 1 or num_runs < 1 or num_passes < 1:
         raise InputError("--batch-sizes, --num-runs and --num-passes must be at least 1")
     makes = candidates(network, checkpoint, loaded, check_device(device), backends.split(","))
-    settings = {"config": str(config), "checkpoint_sha256": checkpoint.sha256, "scales": str(scales)}
+    settings = {"config": config.name, "checkpoint_sha256": checkpoint.sha256, "scales_sha256": sha256(scales)}
     print_bench(
         run_bench(
             network,

@@ -69,6 +69,35 @@ def rows(data: dict[str, Any]) -> str:
     return "\n".join([*_by_bits(data["rows"], "MoDiff grids"), _source(data, "Warm-up down to the running grid")])
 
 
+def trials(data: dict[str, Any]) -> str:
+    """What a search for the static residual scale saw: PSNR by the share of the residuals that the grid holds."""
+    note = (
+        f"\nThe search of `calibrate --search scales` for the table above: PSNR in dB of {data['trial images']} trial images "
+        f"(other noise), {data['timesteps']} quad steps."
+    )
+    return "\n".join([*_by_bits(data["trials"], "residual scale"), note])
+
+
+def bench(data: dict[str, Any]) -> str:
+    """One line for each backend, one column for each batch size: microseconds an image and pass, and the ratio to the first."""
+    batches = sorted(data["batches"], key=int)
+    names = list(next(iter(data["batches"].values())))
+    lines = ["| us an image and pass (ratio) | " + " | ".join(f"batch {b}" for b in batches) + " | state, MB an image |"]
+    lines.append("|---|" + "---|" * (len(batches) + 1))
+    for name in names:
+        cells = []
+        for b in batches:
+            row, first = data["batches"][b][name], data["batches"][b][names[0]]
+            ratio = first["microseconds"] / row["microseconds"]
+            cells.append(f"{row['microseconds_an_image']:,.1f} ({ratio:.2f}x)")
+        state = next(iter(data["batches"].values()))[name]["state_bytes_an_image"] / 1e6
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {state:.1f} |")
+    machine = data["machine"].get("gpu") or f"{data['machine']['cores']} cores ({data['machine']['processor']})"
+    how = f"Median of {data['runs']} interleaved runs of {data['passes']} passes"
+    lines.append(f"\n{how}, {machine}, torch {data['versions']['torch']}.")
+    return "\n".join(lines)
+
+
 def weights(data: dict[str, Any]) -> str:
     """Rounding of weights alone."""
     part = data["weights"]
@@ -89,6 +118,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "starts_adaround": ("study50_adaround", starts),
     "rows_adaround": ("rows50_adaround", rows),
     "rows_adaround_100": ("rows100_adaround", rows),
+    "trials_50": ("rows50_adaround", trials),
+    "bench_cpu_cifar10": ("bench_cpu_cifar10", bench),
+    "bench_cpu_demo": ("bench_cpu_demo", bench),
 }
 
 

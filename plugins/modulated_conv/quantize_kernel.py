@@ -19,8 +19,8 @@ from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
 # Images of at most so many pixels are normalized in one launch.
 SMALL = 64
 # Pixels whose sums one program of the first launch takes, and pixels that one of the second covers.
-SLAB, SUM_WARPS = 64, 8
-ROWS, WARPS = 32, 8
+SLAB, SUM_WARPS = 64, 4
+ROWS, WARPS = 32, 4
 # 1.5 * 2^23, and its bits: a float32 of small magnitude plus this number is rounded to the nearest integer, half to even,
 # which stands in the low bits. Conversion instructions run at a quarter of the rate of additions.
 MAGIC = tl.constexpr(12582912.0)

@@ -56,7 +56,7 @@ def test_layers_in_float_and_stateless_pairs(tiny):
 
 def test_a_whole_trajectory_is_the_sampler_s(tiny):
     denoiser = native(tiny, tiny.scales())
-    x = np.random.default_rng(0).standard_normal((3, *tiny.network.config.input_shape), np.float32)
+    x = np.random.default_rng(0).standard_normal((1, *tiny.network.config.input_shape), np.float32)
     from modiff_trt.runtime.sampler import ddim_sample
     from modiff_trt.runtime.schedule import alphas_cumprod
 
@@ -66,7 +66,7 @@ def test_a_whole_trajectory_is_the_sampler_s(tiny):
 
 def test_batch_size_does_not_change_an_image(tiny):
     denoiser = native(tiny, tiny.scales())
-    together = tiny.sample(denoiser, images=3)
+    together = tiny.sample(denoiser, images=2)
     alone = tiny.sample(denoiser, images=1)
     assert psnr(together[:1], alone) > 60
 
