@@ -18,6 +18,13 @@ DTYPE ?= fp32
 NUM_SAMPLES ?= 16
 SEED ?= 0
 OUT ?= out/$(NAME)
+RUNTIME ?= auto
+TARGET ?=
+MIN_BATCH ?= 1
+OPT_BATCH ?= 4
+MAX_BATCH ?= 16
+BACKENDS ?= torch-fp32,native-int8,native-modiff
+BATCH_SIZES ?= 1,4
 
 RUN := $(VENV)/bin/modiff-trt
 MODEL := --config $(CONFIG) --ckpt $(CKPT)
@@ -67,7 +74,15 @@ $(ONNX): $(SCALES)
 sample: setup $(ONNX) ## images from the ONNX file
 	$(RUN) sample --backend onnx --onnx $(ONNX) $(MODEL) --num-samples $(NUM_SAMPLES) --seed $(SEED) --device $(DEVICE) --out $(OUT)
 
-engine fid bench compare verify report sampler: ## not built so far; each says so and fails
+engine: setup ## a TensorRT plan from the ONNX file; RUNTIME=rtx TARGET=sm89 needs no GPU
+	$(MAKE) export DTYPE=fp16
+	$(RUN) build --onnx $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-fp16.onnx --runtime $(RUNTIME) $(if $(TARGET),--target $(TARGET)) \
+		--min-batch $(MIN_BATCH) --opt-batch $(OPT_BATCH) --max-batch $(MAX_BATCH) --name $(NAME)-$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)
+
+bench: setup $(SCALES) ## native INT8 against PyTorch FP32 (on a GPU: DEVICE=cuda BACKENDS=torch-fp16-compiled,native-int8,native-modiff)
+	$(RUN) bench $(MODEL) --scales $(SCALES) --device $(DEVICE) --backends $(BACKENDS) --batch-sizes $(BATCH_SIZES) --out $(OUT)/bench.json
+
+fid compare verify report sampler: ## not built so far; each says so and fails
 	@echo "make $@: this stage does not exist in this version; see 'What works today' in README.md" >&2; exit 2
 
 results-tables: setup ## the tables of README.md, from results/

@@ -7,6 +7,7 @@ sequence, and as base64 float32 the row table [R, L] and the start of every o_ha
 from __future__ import annotations
 
 import base64
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,18 @@ FUNCTION = "ModulatedConv"
 CONV_ATTRIBUTES = ("kernel_shape", "pads", "strides")
 
 MANIFEST_KEY = "modiff.manifest"
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 2
+
+
+def graph_digest(graph: Any) -> str:
+    """SHA-256 over the constants and nodes of an ONNX graph: what the manifest says of the file it travels in."""
+    digest = hashlib.sha256()
+    for tensor in graph.initializer:
+        digest.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)} ".encode())
+        digest.update(tensor.raw_data)
+    for node in graph.node:
+        digest.update(f"{node.op_type} {node.name} {list(node.input)} {list(node.output)} ".encode())
+    return digest.hexdigest()
 
 
 def encode_array(array: np.ndarray[Any, Any]) -> str:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
 from modiff_trt.export.config import Config, config_from_dict
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.manifest import MANIFEST_KEY, MANIFEST_SCHEMA, decode_array
+from modiff_trt.export.manifest import MANIFEST_KEY, MANIFEST_SCHEMA, decode_array, graph_digest
 from modiff_trt.export.rows import RowTable, plain_rows
 from modiff_trt.runtime.denoiser import StateInfo
 from modiff_trt.runtime.start_state import start_state
@@ -64,6 +65,8 @@ def load_onnx(path: Path, device: str = "cpu", threads: int = 0) -> OnnxModel:
         schema = manifest["schema"]
         if schema != MANIFEST_SCHEMA:
             raise InputError(f"ONNX file {path} has manifest schema {schema}, not {MANIFEST_SCHEMA}; export again")
+        if graph_digest(onnx.load(path).graph) != manifest["graph_sha256"]:
+            raise InputError(f"ONNX file {path} was altered after it was written; export again")
         config = config_from_dict(manifest["config"], str(path))
         model = OnnxModel(path, session, config, manifest)
         _ = model.calibrated_rows

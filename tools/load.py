@@ -76,12 +76,12 @@ def check_seed(seed: int) -> None:
 
 def load_backend(options: SamplingOptions) -> Backend:
     """Builds the denoiser that the options describe. Raises InputError for options that contradict each other or files."""
-    if options.backend == "onnx":
-        return _onnx_backend(options)
     if options.dtype not in ("fp32", "fp16"):
         raise InputError(f"--dtype must be fp32 or fp16, found '{options.dtype}'")
     if options.backend != "torch" and (options.dtype != "fp32" or options.compile):
         raise InputError(f"--dtype and --compile are for --backend torch; leave them out with {options.backend}")
+    if options.backend == "onnx":
+        return _onnx_backend(options)
     if options.backend in ("torch", "torch-sim", "native"):
         return _torch_backend(options)
     raise InputError(f"--backend must be one of {', '.join(BACKENDS)}, found '{options.backend}'")

@@ -61,10 +61,12 @@ def test_backends_agree_from_given_noise(files, tmp_path):
     sim = ["--backend", "torch-sim", *MODEL, "--scales", files["scales.safetensors"], "--out", tmp_path / "sim.npz"]
     assert run("sample", *sim, *common) == 0
     assert run("sample", "--backend", "onnx", "--onnx", files["m.onnx"], *common, "--out", tmp_path / "onnx.npz") == 0
+    native = ["--backend", "native", *MODEL, "--scales", files["scales.safetensors"], "--out", tmp_path / "native.npz"]
+    assert run("sample", *native, *common) == 0
     plain = ["--onnx", files["float.onnx"], "--timesteps", 8, "--skip-type", "quad"]
     assert run("sample", "--backend", "onnx", *plain, *common, "--out", tmp_path / "float.npz") == 0
     samples = {}
-    for name in ("torch", "sim", "onnx", "float"):
+    for name in ("torch", "sim", "onnx", "native", "float"):
         with np.load(tmp_path / f"{name}.npz") as archive:
             samples[name] = archive["samples"]
             assert archive["samples"].dtype == np.float32 and archive["samples"].shape == (2, 3, 32, 32)
@@ -73,6 +75,7 @@ def test_backends_agree_from_given_noise(files, tmp_path):
     np.testing.assert_allclose(samples["float"], samples["torch"], atol=1e-4)
     # Eight steps at 6 bits: a rounding on an edge that falls the other way is seen in the image.
     assert np.abs(samples["onnx"] - samples["sim"]).mean() < 0.06
+    assert np.abs(samples["native"] - samples["sim"]).mean() < 0.06
     assert 0 < np.abs(samples["sim"] - samples["torch"]).mean() < 0.3
 
 
@@ -89,6 +92,19 @@ def test_png_folder_resumes_and_keeps_what_is_there(files, tmp_path, capsys):
     again = np.asarray(Image.open(out / "00001.png")).astype(int)
     assert again.shape == (32, 32, 3)
     assert "another run" in refusal(capsys, *job[:-2], "--seed", 4, "--out", out)
+
+
+def test_bench_times_every_backend_at_every_size(files, tmp_path):
+    out = tmp_path / "bench.json"
+    few = ("--num-runs", 1, "--num-passes", 1, "--num-warmup", 1, "--batch-sizes", "1,2")
+    backends = "torch-fp32,torch-sim,native-int8,native-modiff"
+    job = (*MODEL, "--scales", files["scales.safetensors"], "--backends", backends, "--out", out)
+    assert run("bench", *job, *few) == 0
+    result = json.loads(out.read_text())
+    assert list(result["batches"]) == ["1", "2"]
+    for rows in result["batches"].values():
+        assert list(rows) == backends.split(",") and all(row["microseconds"] > 0 for row in rows.values())
+        assert rows["native-int8"]["state_bytes_an_image"] == 0 < rows["native-modiff"]["state_bytes_an_image"]
 
 
 def test_no_modulate_is_plain_qdiff(files, tmp_path):
@@ -164,6 +180,28 @@ REFUSED = {
     ),
     "scales missing": (["export", *MODEL, "--scales", "none", "--out", "OUT"], "none does not exist"),
     "dtype": (["export", *MODEL, "--dtype", "int4", "--out", "OUT"], "--dtype must be one of"),
+    "percentile": (["calibrate", *MODEL, "--trajectories", "TRAJ", "--percentile", "2", "--out", "OUT"], "between 0.5 and 1"),
+    "search": (["calibrate", *MODEL, "--trajectories", "TRAJ", "--search", "all", "--out", "OUT"], "--search must be none"),
+    "residuals": (
+        ["calibrate", *MODEL, "--trajectories", "TRAJ", "--residuals", "both", "--out", "OUT"],
+        "--residuals must be",
+    ),
+    "native without scales": (["sample", "--backend", "native", *MODEL, "--out", "OUT"], "--backend native needs --scales"),
+    "fp16 on a cpu": (["sample", *MODEL, "--dtype", "fp16", "--out", "OUT"], "--device cuda"),
+    "fp16 elsewhere": (
+        ["sample", "--backend", "onnx", "--onnx", "ONNX", "--dtype", "fp16", "--out", "OUT"],
+        "for --backend torch",
+    ),
+    "bench of what": (
+        ["bench", *MODEL, "--scales", "SCALES", "--backends", "tpu", "--out", "OUT"],
+        "--backends: unknown 'tpu'",
+    ),
+    "bench of no size": (
+        ["bench", *MODEL, "--scales", "SCALES", "--batch-sizes", "a", "--out", "OUT"],
+        "--batch-sizes must be",
+    ),
+    "build of what": (["build", "--onnx", "none.onnx", "--out", "OUT"], "none.onnx does not exist"),
+    "build for whom": (["build", "--onnx", "ONNX", "--runtime", "onnx", "--out", "OUT"], "--runtime must be one of"),
     "unknown option": (["export", *MODEL, "--colour", "red", "--out", "OUT"], "--colour"),
     "missing option": (["export", *MODEL], "--out"),
     "not a number": (["sample", *MODEL, "--num-samples", "many", "--out", "OUT"], "--num-samples"),
@@ -197,7 +235,7 @@ def test_damaged_files_are_refused(files, tmp_path, capsys, name, damage):
     if damage == "truncated":
         content = content[: len(content) // 2]
     elif name == "m.onnx":
-        content = content.replace(b'"schema": 1', b'"schema": 7')
+        content[len(content) // 2] ^= 0xFF  # somewhere among the constants
     else:
         content[-9] ^= 0xFF
     broken.write_bytes(content)

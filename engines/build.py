@@ -1,0 +1,118 @@
+"""ONNX to a plan, in small steps: parse, profile, configure, build. No GPU is needed where `target` names one for RTX."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modiff_trt.engines.library import Library
+from modiff_trt.engines.onnx_network import OnnxNetwork
+from modiff_trt.export.errors import InputError
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Batch sizes of the optimization profile, the target GPU, and how hard the builder tries.
+
+    `target` is `sm80`, `sm86`, `sm89`, `sm120`, ... for TensorRT-RTX; None is the GPU of this machine. `level` is the builder's
+    optimization level, None its own default.
+    """
+
+    min_batch: int = 1
+    opt_batch: int = 4
+    max_batch: int = 16
+    target: str | None = None
+    level: int | None = None
+    version_compatible: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
+            raise InputError(
+                f"--min-batch, --opt-batch and --max-batch must ascend from 1, found {self.min_batch}, {self.opt_batch}, "
+                f"{self.max_batch}"
+            )
+
+
+@dataclass(frozen=True)
+class Built:
+    """A serialized plan and the builder's log, from which `report` reads the layers."""
+
+    plan: bytes
+    log: tuple[str, ...]
+
+
+def build_plan(library: Library, network: OnnxNetwork, options: BuildOptions, timing_cache: Path | None = None) -> Built:
+    """Builds a strongly typed network. Raises InputError with the builder's own words when it cannot.
+
+    `timing_cache` is read if it is there and written afterwards; TensorRT-RTX, which compiles at load time, has none.
+    """
+    trt = library.trt
+    logger = _collector(trt)
+    builder = trt.Builder(logger)
+    parsed = builder.create_network(0)
+    parser = trt.OnnxParser(parsed, logger)
+    if not parser.parse(network.data):
+        raise InputError(f"TensorRT cannot parse the network: {parser.get_error(0).desc()}")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.add_optimization_profile(_profile(builder, network, options))
+    _set_target(library, config, options.target)
+    if options.level is not None:
+        config.builder_optimization_level = options.level
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    cache = None if library.is_rtx else _use_timing_cache(config, timing_cache)
+    plan = builder.build_serialized_network(parsed, config)
+    if plan is None:
+        said = [text for severity, text in logger.lines if severity <= trt.ILogger.ERROR]
+        raise InputError(f"TensorRT cannot build the network: {said[-1] if said else 'it gives no reason'}")
+    if cache is not None and timing_cache is not None:
+        timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+    return Built(bytes(plan), tuple(text for _, text in logger.lines))
+
+
+def _collector(trt: Any) -> Any:
+    class Collector(trt.ILogger):  # type: ignore[misc]
+        """Keeps everything: the final layers are only told in the verbose log."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: list[tuple[Any, str]] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            self.lines.append((severity, text))
+
+    return Collector()
+
+
+def _profile(builder: Any, network: OnnxNetwork, options: BuildOptions) -> Any:
+    profile = builder.create_optimization_profile()
+    for name, shape in network.inputs.items():
+        if shape and shape[0] == -1:
+            sizes = (options.min_batch, options.opt_batch, options.max_batch)
+            profile.set_shape(name, *((size, *shape[1:]) for size in sizes))
+    return profile
+
+
+def _set_target(library: Library, config: Any, target: str | None) -> None:
+    if target is None:
+        return
+    if not library.is_rtx:
+        raise InputError("--target is for TensorRT-RTX; stock TensorRT builds for the GPU of the machine it runs on")
+    capability = getattr(library.trt.ComputeCapability, target.upper(), None)
+    if capability is None or not target.lower().startswith("sm"):
+        known = [name.lower() for name in dir(library.trt.ComputeCapability) if name.startswith("SM")]
+        raise InputError(f"--target must be one of {', '.join(known)}, found '{target}'")
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(capability, 0)
+
+
+def _use_timing_cache(config: Any, path: Path | None) -> Any:
+    if path is None:
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() and os.path.getsize(path) else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        return None
+    return cache

@@ -1,0 +1,117 @@
+"""Real engines, built by TensorRT-RTX for GPUs that need not be there."""
+
+import json
+
+import onnx
+import pytest
+from conftest import ROOT, random_checkpoint
+
+from modiff_trt.engines.build import BuildOptions, build_plan
+from modiff_trt.engines.library import open_library
+from modiff_trt.engines.onnx_network import load_network
+from modiff_trt.engines.plan_files import build_into, plan_path
+from modiff_trt.engines.report import read_layers, summarize
+from modiff_trt.export.calibrate import Recipe, make_scales, measure_ranges
+from modiff_trt.export.config import load_config
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.onnx_export import build_onnx, save_onnx
+from modiff_trt.export.unet import trace
+from modiff_trt.tools.trials import with_modes
+
+
+@pytest.fixture(scope="module")
+def rtx():
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'modiff-trt[rtx]'")
+    return open_library("rtx")
+
+
+def exported(case, scales, path, dtype="fp16"):
+    save_onnx(path, build_onnx(case.network, case.checkpoint, scales, dtype, "x"))
+    return load_network(path)
+
+
+def report_of(rtx, network, options):
+    built = build_plan(rtx, network, options)
+    quantized = [name for name, entry in network.manifest["layers"].items() if entry["mode"] != "float"]
+    return built, summarize(read_layers(built.log), quantized)
+
+
+@pytest.mark.parametrize("target", ["sm80", "sm86", "sm89", "sm120"])
+def test_every_modulated_convolution_is_int8_on_every_target(rtx, tiny, tmp_path, target):
+    network = exported(tiny, tiny.scales(), tmp_path / "m.onnx")
+    built, report = report_of(rtx, network, BuildOptions(target=target))
+    assert len(built.plan) > 100_000
+    assert report["quantized_layers"] == len(tiny.network.layers)
+    assert report["fell_back"] == [] and report["int8_convolutions"] == report["convolutions"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [({"split": True}, "fp16"), ({"granularity": "tensor"}, "fp16"), ({"method": "qdiff"}, "fp16"), ({}, "fp32")],
+)
+def test_every_method_that_is_exported_builds_in_int8(rtx, tiny, tmp_path, recipe, dtype):
+    network = exported(tiny, tiny.scales(**recipe), tmp_path / "m.onnx", dtype)
+    _, report = report_of(rtx, network, BuildOptions(target="sm89", max_batch=64))
+    assert report["fell_back"] == []
+
+
+def test_layers_in_float_are_told_from_those_that_fell_back(rtx, tiny, tmp_path):
+    scales = with_modes(tiny.scales(), {"conv_in": "float", "mid.attn_1.qkv": "float"})
+    _, report = report_of(rtx, exported(tiny, scales, tmp_path / "m.onnx"), BuildOptions(target="sm89"))
+    assert report["quantized_layers"] == len(tiny.network.layers) - 2
+    assert report["fell_back"] == [] and report["int8_convolutions"] == report["quantized_layers"]
+
+
+@pytest.mark.slow
+def test_a_static_batch_and_the_full_cifar10_network(rtx, tmp_path):
+    """Random weights, one calibration image: enough to build every shape of the published configuration."""
+    network = trace(load_config(ROOT / "configs/cifar10.yml"))
+    from conftest import Case, make_case
+
+    case: Case = make_case(network, random_checkpoint(network.config), 2, 1, 2)
+    ranges = measure_ranges(network, case.checkpoint.params, case.trajectories, 1)
+    scales = make_scales(network, case.checkpoint, case.trajectories, ranges, Recipe())
+    path, manifest = build_into(
+        tmp_path, "cifar10", rtx, exported(case, scales, tmp_path / "m.onnx"), BuildOptions(8, 8, 8, target="sm120")
+    )
+    assert path == plan_path(tmp_path, "cifar10", rtx, "sm120") and path.stat().st_size > 40_000_000
+    report = json.loads(path.with_suffix(".json").read_text())["report"]
+    assert report["fell_back"] == [] and report["int8_convolutions"] == 77
+    assert json.loads(json.dumps(manifest["report"])) == report and 1 < report["generated_kernels_a_quantized_layer"] < 4
+
+
+def test_a_plan_is_written_whole_with_what_it_was_made_from(rtx, tiny, tmp_path):
+    network = exported(tiny, tiny.scales(), tmp_path / "m.onnx")
+    path, manifest = build_into(tmp_path / "plans", "tiny", rtx, network, BuildOptions(target="sm89"))
+    assert {p.suffix for p in path.parent.iterdir()} == {".plan", ".json"}
+    assert manifest["onnx_sha256"] == network.sha256 and manifest["version"] == rtx.version
+    assert manifest["network"]["checkpoint_sha256"] == tiny.checkpoint.sha256
+
+
+def test_bad_input_is_refused_in_one_line(rtx, tiny, tmp_path):
+    file = tmp_path / "m.onnx"
+    network = exported(tiny, tiny.scales(), file)
+    with pytest.raises(InputError, match="--target must be one of"):
+        build_plan(rtx, network, BuildOptions(target="sm90"))
+    with pytest.raises(InputError, match="must ascend"):
+        BuildOptions(4, 2, 8)
+    with pytest.raises(InputError, match="--runtime must be"):
+        open_library("cuda")
+    with pytest.raises(InputError, match="does not exist"):
+        load_network(tmp_path / "missing.onnx")
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"cannot be read|has no manifest"):
+        load_network(cut)
+    model = onnx.load(file)
+    del model.metadata_props[:]
+    onnx.save(model, cut)
+    with pytest.raises(InputError, match="not written by"):
+        load_network(cut)
+
+
+def test_stock_tensorrt_that_is_not_there_is_named():
+    if __import__("importlib.util").util.find_spec("tensorrt") is not None:
+        pytest.skip("stock TensorRT is installed")
+    with pytest.raises(InputError, match=r"modiff-trt\[trt\]"):
+        open_library("tensorrt")
