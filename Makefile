@@ -82,7 +82,10 @@ engine: setup ## a TensorRT plan from the ONNX file; RUNTIME=rtx TARGET=sm89 nee
 bench: setup $(SCALES) ## native INT8 against PyTorch FP32 (on a GPU: DEVICE=cuda BACKENDS=torch-fp16-compiled,native-int8,native-modiff)
 	$(RUN) bench $(MODEL) --scales $(SCALES) --device $(DEVICE) --backends $(BACKENDS) --batch-sizes $(BATCH_SIZES) --out $(OUT)/bench.json
 
-fid compare verify report sampler: ## not built so far; each says so and fails
+sampler: setup $(ONNX) ## a folder that samples by itself, without torch: out/NAME-sampler/modiff-sampler
+	$(RUN) package --onnx $(ONNX) --out out/$(NAME)-sampler
+
+fid compare verify report: ## not built so far; each says so and fails
 	@echo "make $@: this stage does not exist in this version; see 'What works today' in README.md" >&2; exit 2
 
 results-tables: setup ## the tables of README.md, from results/

@@ -104,7 +104,8 @@ def calibrate(
     from modiff_trt.export.scales import save_scales
     from modiff_trt.export.trajectories import load_trajectories
     from modiff_trt.tools.calibrating import TRIAL_SEED, improve, learn_weights, measure, refit_residuals, residual_scales
-    from modiff_trt.tools.load import check_device, check_seed, load_model
+    from modiff_trt.tools.load import check_device, load_model
+    from modiff_trt.tools.sampling import check_seed
     from modiff_trt.tools.trials import PERCENTILES, Trials
 
     if rounding not in ("nearest", "adaround"):
@@ -207,6 +208,23 @@ def build(
     typer.echo(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, {library.name} {library.version}, batch {min_batch} to {max_batch}"
     )
+
+
+@app.command()
+def package(
+    onnx: Annotated[Path, typer.Option(help="file written by `export`")],
+    out: Annotated[Path, typer.Option("--out", "--output-dir", help="new folder for the sampler")],
+    timesteps: Annotated[int, typer.Option(help="DDIM steps, for float networks; quantized ones carry theirs")] = 100,
+    skip_type: Annotated[str, typer.Option(help="uniform or quad, for float networks")] = "quad",
+) -> None:
+    """Write a folder that samples by itself: the network, and a launcher that needs neither torch nor this project."""
+    from modiff_trt.tools.packing import LAUNCHER, REQUIREMENTS
+    from modiff_trt.tools.packing import package as pack
+
+    written = pack(onnx, out, timesteps, skip_type)
+    size = sum(path.stat().st_size for path in written) / 1e6
+    typer.echo(f"{out}: {size:.1f} MB; pip install -r {out}/requirements.txt ({len(REQUIREMENTS)} packages), then")
+    typer.echo(f"  {out}/{LAUNCHER} -n 64 --seed 0 -o images/")
 
 
 @app.command()

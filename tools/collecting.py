@@ -16,8 +16,8 @@ from modiff_trt.runtime.noise import ImageNoise
 from modiff_trt.runtime.sampler import ddim_sample
 from modiff_trt.runtime.schedule import alphas_cumprod, timestep_sequence
 from modiff_trt.runtime.torch_denoiser import TorchDenoiser
-from modiff_trt.tools.load import check_seed
 from modiff_trt.tools.progress import progress_bar
+from modiff_trt.tools.sampling import check_seed
 
 
 def collect(

@@ -23,9 +23,8 @@ from modiff_trt.runtime.images import psnr
 from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.tools.assets import config_path, demo_path
 from modiff_trt.tools.grid import save_grid
-from modiff_trt.tools.load import Backend, check_seed
 from modiff_trt.tools.provenance import provenance
-from modiff_trt.tools.sampling import sample_batches
+from modiff_trt.tools.sampling import Backend, check_seed, sample_batches
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from modiff_trt.export.scales import load_scales
 from modiff_trt.export.unet import Network, trace
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.schedule import timestep_sequence
+from modiff_trt.tools.sampling import Backend
 
 if TYPE_CHECKING:
     from modiff_trt.runtime.native_ops import Kernels
@@ -40,15 +41,6 @@ class SamplingOptions:
     compile: bool = False
 
 
-@dataclass(frozen=True)
-class Backend:
-    """A denoiser, the configuration it runs, and the manifest of what it was made from."""
-
-    denoiser: Denoiser
-    config: Config
-    manifest: dict[str, Any]
-
-
 def load_model(config: Path | None, ckpt: Path | None) -> tuple[Network, Checkpoint]:
     if config is None:
         raise InputError("--config is missing; pass a DDIM configuration, for example configs/cifar10.yml")
@@ -67,11 +59,6 @@ def check_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no NVIDIA GPU; pass --device cpu or install a CUDA build of torch")
     return device
-
-
-def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise InputError(f"--seed must lie between 0 and 2^63 - 1, found {seed}")
 
 
 def load_backend(options: SamplingOptions) -> Backend:

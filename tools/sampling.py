@@ -1,20 +1,36 @@
-"""The sampling job: batches of images with one generator each, to an .npz or to a PNG folder that can be resumed."""
+"""The sampling job: batches of images with one generator each, to an .npz or to a PNG folder that can be resumed. No torch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from modiff_trt.export.config import Config
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import sha256
+from modiff_trt.runtime.denoiser import Denoiser, WholeTrajectory
 from modiff_trt.runtime.images import ImageFolder, save_npz
 from modiff_trt.runtime.noise import ImageNoise, load_noise
 from modiff_trt.runtime.sampler import ddim_sample
 from modiff_trt.runtime.schedule import alphas_cumprod
-from modiff_trt.tools.load import Backend, check_seed
 from modiff_trt.tools.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A denoiser, the configuration it runs, and the manifest of what it was made from."""
+
+    denoiser: Denoiser
+    config: Config
+    manifest: dict[str, Any]
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed must lie between 0 and 2^63 - 1, found {seed}")
 
 
 def sample_batches(
@@ -36,14 +52,17 @@ def sample_batches(
             if noise is not None:
                 start = noise[batch]
             size = len(batch)
+
+            def on_pass(row: int, x: Any, eps: Any, n: int = size) -> None:
+                bar.advance(task, n)
+
+            # A backend that runs a whole trajectory on its device must not be stopped at every pass to draw a bar.
+            whole = eta == 0.0 and isinstance(denoiser, WholeTrajectory)
             samples = ddim_sample(
-                denoiser,
-                alpha_bar,
-                start,
-                eta=eta,
-                draw_noise=source.draw,
-                on_pass=lambda row, x, eps, n=size: bar.advance(task, n),  # type: ignore[misc]
+                denoiser, alpha_bar, start, eta=eta, draw_noise=source.draw, on_pass=None if whole else on_pass
             )
+            if whole:
+                bar.advance(task, size * len(denoiser.rows))
             yield batch, samples
 
 

@@ -202,6 +202,7 @@ REFUSED = {
     ),
     "build of what": (["build", "--onnx", "none.onnx", "--out", "OUT"], "none.onnx does not exist"),
     "build for whom": (["build", "--onnx", "ONNX", "--runtime", "onnx", "--out", "OUT"], "--runtime must be one of"),
+    "package of what": (["package", "--onnx", "none.onnx", "--out", "OUT"], "none.onnx does not exist"),
     "unknown option": (["export", *MODEL, "--colour", "red", "--out", "OUT"], "--colour"),
     "missing option": (["export", *MODEL], "--out"),
     "not a number": (["sample", *MODEL, "--num-samples", "many", "--out", "OUT"], "--num-samples"),

@@ -22,6 +22,7 @@ TORCH_FREE = [
     "modiff_trt.export." + m
     for m in ("config", "errors", "files", "grid", "manifest", "rows", "scales", "unet", "trajectories")
 ] + ["modiff_trt.runtime." + m for m in ("denoiser", "images", "noise", "onnx_denoiser", "sampler", "schedule")]
+TORCH_FREE += ["modiff_trt.tools.deployed", "modiff_trt.tools.packing", "modiff_trt.tools.sampling"]
 
 
 def without(blocked: tuple[str, ...], modules: list[str]) -> None:

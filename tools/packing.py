@@ -1,0 +1,60 @@
+"""`modiff-trt package`: one folder that samples by itself, with a launcher that runs like a binary."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import zipapp
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import sha256, write_json
+from modiff_trt.runtime.onnx_denoiser import load_onnx
+from modiff_trt.runtime.schedule import timestep_sequence
+from modiff_trt.tools.deployed import ABOUT, NETWORK
+
+LAUNCHER = "modiff-sampler"
+# Everything the launcher needs of this project; none of it imports torch.
+MODULES = {
+    "export": ("__init__", "config", "dither", "errors", "files", "grid", "manifest", "rows"),
+    "runtime": ("__init__", "denoiser", "images", "noise", "onnx_denoiser", "sampler", "schedule", "start_state"),
+    "tools": ("__init__", "deployed", "progress", "sampling"),
+}
+REQUIREMENTS = ("numpy>=1.26", "onnx>=1.18", "onnxruntime>=1.22", "pillow>=10", "pyyaml>=6", "rich>=13", "safetensors>=0.5")
+ENTRY = "import sys\n\nfrom modiff_trt.tools.deployed import main\n\nsys.exit(main())\n"
+
+
+def package(onnx: Path, out: Path, timesteps: int, skip_type: str) -> list[Path]:
+    """Writes the folder `out` and returns its files. `timesteps` and `skip_type` are for float networks: quantized ones
+    carry theirs. Raises InputError for a file that was not exported by this program, or a folder that is not empty."""
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty; choose a new folder")
+    model = load_onnx(onnx)
+    rows = model.calibrated_rows
+    steps = rows.timesteps if rows is not None else timestep_sequence(model.config.diffusion, timesteps, skip_type)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        folder, source = Path(temporary) / "folder", Path(temporary) / "source"
+        folder.mkdir()
+        shutil.copyfile(onnx, folder / NETWORK)
+        _copy_modules(source)
+        zipapp.create_archive(source, folder / LAUNCHER, interpreter="/usr/bin/env python3", compressed=True)
+        (folder / LAUNCHER).chmod(0o755)
+        (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
+        about = {"onnx_sha256": sha256(folder / NETWORK), "timesteps": list(steps), "network": model.manifest}
+        write_json(folder / ABOUT, about)
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    return sorted(out.iterdir())
+
+
+def _copy_modules(source: Path) -> None:
+    for part, names in MODULES.items():
+        folder = source / "modiff_trt" / part
+        folder.mkdir(parents=True)
+        for name in names:
+            with as_file(files(f"modiff_trt.{part}").joinpath(f"{name}.py")) as path:
+                shutil.copyfile(path, folder / f"{name}.py")
+    (source / "__main__.py").write_text(ENTRY, encoding="utf-8")
