@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.grid import grid_max
+from modiff_trt.export.unet import LayerSpec
 from modiff_trt.plugins.modulated_conv.onednn_conv import ZERO_POINT, OneDnnConv
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.native_layers import NativeLayer
@@ -25,7 +26,12 @@ class CpuKernels:
     def __init__(self) -> None:
         if not hasattr(torch.ops.onednn, "qconv2d_pointwise") or not torch.backends.mkldnn.is_available():
             raise InputError("this torch has no oneDNN, which --backend native needs on a CPU; use --backend onnx")
-        self._convs: dict[str, OneDnnConv] = {}
+        if not _sums_are_exact():
+            raise InputError(
+                "this CPU has no INT8 dot product (VNNI), and oneDNN's sums of 8-bit products saturate without it; "
+                "use --backend onnx"
+            )
+        self._convs: dict[tuple[str, int], OneDnnConv] = {}
 
     def start(self, state: Tensor, unit: float) -> Tensor:
         return state.float() * unit
@@ -74,9 +80,10 @@ class CpuKernels:
         out[:, :, : shape.total].copy_(cells)
 
     def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor) -> None:
-        conv = self._convs.get(layer.spec.name)
+        key = (layer.spec.name, layer.weight.data_ptr())
+        conv = self._convs.get(key)
         if conv is None:
-            conv = self._convs[layer.spec.name] = OneDnnConv(layer.spec, layer.weight)
+            conv = self._convs[key] = OneDnnConv(layer.spec, layer.weight)
         if addend.ndim == 1:
             out.copy_(addend)
         conv.add(q, 1.0, scale, out)
@@ -88,6 +95,15 @@ class CpuKernels:
         image = F.pad(image, (left, right, top, bottom)) if (top, left) != (bottom, right) else image
         padding = (top, left) if (top, left) == (bottom, right) else 0
         return _pixels(F.conv2d(image, layer.weight, layer.bias, spec.stride, padding))
+
+
+def _sums_are_exact() -> bool:
+    """Whether the largest 8-bit products add up without saturating."""
+    spec = LayerSpec("probe", ("probe",), (64, 4, 4), (16, 4, 4), 1, 1, (0, 0, 0, 0))
+    out = torch.zeros(1, 16, 16)
+    weight = torch.full((16, 64, 1, 1), 127, dtype=torch.int8)
+    OneDnnConv(spec, weight).add(torch.full((1, 16, 64), 127 + ZERO_POINT, dtype=torch.uint8), 1.0, torch.ones(16), out)
+    return bool((out == 127 * 127 * 64).all())
 
 
 def _image(x: Tensor, shape: InputShape) -> Tensor:

@@ -61,11 +61,13 @@ class GraphedDenoiser(ABC):
         """Begins a trajectory. Allocates only if this batch is larger than every one before it."""
         size = self._padded(batch)
         if size > len(self._x):
+            # What fails here must not leave the old buffers behind with a new size.
             self._graphs.clear()
-            shape = (size, *self._config.input_shape)
-            self._x = torch.zeros(shape, device=self._device).contiguous(memory_format=torch.channels_last)
-            self._eps = torch.zeros_like(self._x)
+            self._x = self._eps = torch.empty(0)
             self._allocate(size)
+            shape = (size, *self._config.input_shape)
+            self._eps = torch.zeros(shape, device=self._device).contiguous(memory_format=torch.channels_last)
+            self._x = torch.zeros_like(self._eps)
         self._batch, self._size = batch, size
         self._begin(size)
         self._counter.zero_()
@@ -86,11 +88,16 @@ class GraphedDenoiser(ABC):
     @torch.no_grad()
     def trajectory(self, x_start: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """x_0 of deterministic DDIM (eta = 0) from x_T, float32 [N, C, H, W]: the passes of all rows, without host work."""
-        self.reset(len(x_start))
-        self._x[: len(x_start)].copy_(self.from_host(x_start))
+        self.begin(x_start)
         for _ in range(len(self.rows)):
             self.step()
         return self.to_host(self._x[: self._batch])
+
+    @torch.no_grad()
+    def begin(self, x_start: np.ndarray[Any, Any]) -> None:
+        """`reset`, with x_T on the device: what `step` goes on from."""
+        self.reset(len(x_start))
+        self._x[: len(x_start)].copy_(self.from_host(x_start))
 
     @torch.no_grad()
     def step(self) -> None:

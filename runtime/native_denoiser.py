@@ -13,10 +13,7 @@ from modiff_trt.export.unet import Network, unet
 from modiff_trt.runtime.denoiser import StateInfo
 from modiff_trt.runtime.graphed_denoiser import GraphedDenoiser
 from modiff_trt.runtime.native_layers import NativeModel, aligned, build
-from modiff_trt.runtime.native_ops import Buffers, Kernels, NativeOps, Stream, Value, shared_accumulators
-
-# Layers whose output leaves the network keep it in full: it is small, and the sampler's.
-WIDE_LAYERS = ("conv_out",)
+from modiff_trt.runtime.native_ops import WIDE_LAYERS, Buffers, Kernels, NativeOps, Stream, Value, shared_accumulators
 
 
 class NativeDenoiser(GraphedDenoiser):
@@ -41,7 +38,8 @@ class NativeDenoiser(GraphedDenoiser):
         return tuple(infos)
 
     def _padded(self, batch: int) -> int:
-        return 1 << (batch - 1).bit_length()
+        # Each size has its own CUDA graph; without graphs there is nothing to share.
+        return 1 << (batch - 1).bit_length() if self._device.type == "cuda" else batch
 
     def _begin(self, size: int) -> None:
         for name, (state, o_hat) in self._start.items():

@@ -23,7 +23,7 @@ ALIGN = 16
 # A layer's grid in the row vector: 1/step, unit, multiple, step.
 GRID = 4
 # a_hat may grow to this many times the largest activation seen in calibration before it saturates.
-HEADROOM = 2.0
+HEADROOM = (2.0, 1.25)
 FINEST_UNIT = 256
 
 
@@ -108,7 +108,9 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
             bias = layer_bias(spec, params).float()
             layers[spec.name] = NativeLayer(spec, "float", 8, layer_weight(spec, params).float(), bias, None, 0.0, 0, 0)
             continue
-        unit, multiples = _grid(scales, layer, float(scales.activation_range[:, names.index(spec.name)].max()))
+        # The skip half of a split input is divided by the ratio, and may come out larger than it was measured.
+        largest = float(scales.activation_range[:, names.index(spec.name)].max()) / min(1.0, layer.skip_ratio)
+        unit, multiples = _grid(scales, layer, largest)
         step = multiples * unit
         grid = np.stack([1 / step, np.full(rows, unit), multiples, step], axis=1)
         padded = np.zeros(aligned(spec.out_shape[0]), np.float64)
@@ -135,12 +137,22 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
 def _grid(scales: Scales, layer: QuantizedLayer, largest: float) -> tuple[float, np.ndarray]:
     """(unit, multiples [rows]): a_hat counts units, and a pass's step is a whole number of them.
 
-    The unit is a power of two finer than the baked scale, as fine as int16 can hold HEADROOM times the largest activation.
+    The unit is a power of two finer than the baked scale, as fine as int16 can hold HEADROOM times the largest activation;
+    where that leaves less than a quarter of the step, the smaller headroom does.
     """
     if layer.mode != "modiff":
         return layer.scale, np.ones(len(scales.rows))
-    finest = np.log2(max(STATE_MAX * layer.scale / (HEADROOM * max(largest, layer.scale)), 1.0))
-    subdivision = float(min(2 ** int(finest), FINEST_UNIT))
+    subdivision = 0.0
+    for headroom in HEADROOM:
+        finest = np.log2(STATE_MAX * layer.scale / (headroom * max(largest, layer.scale)))
+        subdivision = float(min(2.0 ** np.floor(finest), FINEST_UNIT))
+        if subdivision >= 4:
+            break
+    if subdivision < 1:
+        raise InputError(
+            f"layer '{layer.spec.name}' has a grid so fine that int16 cannot count up to its activation; calibrate with a "
+            "coarser --scale-method, or use torch-sim"
+        )
     multipliers = scales.rows.multipliers[:, scales.modulated.index(layer.spec.name)].astype(np.float64)
     return layer.scale / subdivision, np.maximum(np.rint(multipliers * subdivision), 1.0)
 

@@ -19,6 +19,9 @@ from modiff_trt.export.unet import GROUPS, NORM_EPS
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.native_layers import NativeLayer
 
+# Layers whose output leaves the network keep it in full: it is small, and the sampler's.
+WIDE_LAYERS = ("conv_out",)
+
 
 class Kernels(Protocol):
     """The two launches of a layer, on one kind of device: `real` is the type between layers, `integer` that of a layer's
@@ -166,7 +169,8 @@ class NativeOps:
             out = self._outputs[self._shared[name]]
             self._kernels.product(layer, q, scale, out, out)
         else:
-            out = torch.empty(len(q), height * width, layer.out_channels, dtype=self._kernels.real, device=q.device)
+            dtype = torch.float32 if name in WIDE_LAYERS else self._kernels.real
+            out = torch.empty(len(q), height * width, layer.out_channels, dtype=dtype, device=q.device)
             self._kernels.product(layer, q, scale, layer.bias, out)
         self._outputs[name] = out
         return Value(Stream(out), channels, height, width)

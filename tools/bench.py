@@ -1,7 +1,8 @@
 """`modiff-trt bench`: time of one pass and of whole trajectories, every backend in one process, interleaved.
 
-A pass is the network and its DDIM update. Times are taken with CUDA events on a GPU (the clock of the device), and with a
-monotonic clock on a CPU. `microseconds` is the median of `runs` measurements, each over `passes` passes.
+A pass is the network, and with the device backends its DDIM update. Times are taken with CUDA events on a GPU (the clock
+of the device), and with a monotonic clock on a CPU. `microseconds` is the median of `runs` measurements, each over `passes`
+passes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,11 @@ from modiff_trt.tools.provenance import provenance
 Make = Callable[[], Denoiser]
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds a pass, one for each run, and the largest device memory of the backend's passes (0 on a CPU)."""
-
-    seconds: tuple[float, ...]
-    peak_bytes: int
-
-
 def candidates(network: Network, checkpoint: Checkpoint, scales: Scales, device: str, names: Sequence[str]) -> dict[str, Make]:
     """The backends by name, in the order of `names`. Raises InputError for an unknown one."""
     from modiff_trt.runtime.compiled_denoiser import CompiledDenoiser
     from modiff_trt.runtime.native_denoiser import NativeDenoiser
+    from modiff_trt.runtime.native_layers import check_scales
     from modiff_trt.runtime.torch_denoiser import SimDenoiser, TorchDenoiser
     from modiff_trt.tools.load import native_kernels
 
@@ -59,6 +52,10 @@ def candidates(network: Network, checkpoint: Checkpoint, scales: Scales, device:
     for name in names:
         if name not in known:
             raise InputError(f"--backends: unknown '{name}'; known: {', '.join(known)}")
+        if name == "torch-fp16-compiled" and device != "cuda":
+            raise InputError("--backends: torch-fp16-compiled is for --device cuda")
+        if name.startswith("native"):
+            check_scales(scales)
     return {name: known[name] for name in names}
 
 
@@ -82,14 +79,15 @@ def run_bench(
         rows: dict[str, Any] = {}
         for name, make in makes.items():
             before = _memory(device)
-            denoiser = make()
-            _run(denoiser, x, max(warmup, 1), device)
-            ready[name] = (denoiser, _memory(device) - before)
+            ready[name] = (make(), 0)
+            _run(ready[name][0], x, max(warmup, 1), device)
+            ready[name] = (ready[name][0], _memory(device) - before)
         seconds: dict[str, list[float]] = {name: [] for name in makes}
         for _ in range(runs):
             for name, (denoiser, _) in ready.items():
                 seconds[name].append(_run(denoiser, x, passes, device))
-        for name, (denoiser, memory) in ready.items():
+        for name in list(ready):
+            denoiser, memory = ready.pop(name)
             median = statistics.median(seconds[name])
             rows[name] = {
                 "microseconds": median * 1e6,
@@ -100,9 +98,9 @@ def run_bench(
                 "memory_bytes": memory,
                 "state_bytes_an_image": sum(info.nbytes for info in denoiser.state_info),
             }
+            del denoiser
         result["batches"][str(batch)] = rows
         write_json(out, result)
-        del ready
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -110,19 +108,26 @@ def run_bench(
 
 
 def _memory(device: str) -> int:
-    return torch.cuda.memory_reserved() if device == "cuda" else 0
+    """Device memory that is in use once nothing is cached: a backend's own, with its CUDA graph's pool."""
+    if device != "cuda":
+        return 0
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 def _run(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device: str) -> float:
     """Seconds a pass, from the start of a trajectory."""
-    denoiser.reset(len(x))
-    on_device = denoiser.from_host(x)
     passes = min(passes, len(denoiser.rows))
     if isinstance(denoiser, GraphedDenoiser):
         steps: Callable[[int], Any] = lambda row: denoiser.step()  # noqa: E731
+        denoiser.begin(x)
         denoiser.step()  # captures where it has not been
-        denoiser.reset(len(x))
+        denoiser.begin(x)
     else:
+        denoiser.reset(len(x))
+        on_device = denoiser.from_host(x)
         steps = lambda row: denoiser(on_device, row)  # noqa: E731
     if device == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

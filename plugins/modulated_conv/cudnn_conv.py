@@ -184,6 +184,8 @@ class Int8Conv:
                 self._graph.build_plan_at_index(index)  # also makes it the current plan
                 result.build_s = time.perf_counter() - start
                 result.time_us = self._measure(self._graph.get_workspace_size_plan_at_index(index))
+            except torch.OutOfMemoryError:
+                raise
             except PLAN_ERRORS as error:
                 result.error = f"{type(error).__name__}: {error}"
             if result.time_us < best_us:

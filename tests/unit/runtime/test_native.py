@@ -5,15 +5,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import make_case, random_checkpoint, tiny_config
 from native_reference import ReferenceKernels
 
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.modulated import LayerState
+from modiff_trt.export.unet import trace
 from modiff_trt.runtime.images import psnr
 from modiff_trt.runtime.native_denoiser import NativeDenoiser
 from modiff_trt.runtime.native_layers import build
 from modiff_trt.runtime.torch_denoiser import SimDenoiser
 from modiff_trt.tools.trials import with_modes
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Triton's interpreter takes seconds where a GPU takes microseconds: two levels, three steps."""
+    config = tiny_config(size=8, ch_mult=(1, 2), attn=(4,))
+    return make_case(trace(config), random_checkpoint(config), 3, 2, 3)
 
 
 class Snapped(SimDenoiser):
@@ -44,30 +53,30 @@ def native(case, scales):
 
 
 @pytest.mark.parametrize("recipe", [{"act_bits": 8}, {"act_bits": 4, "split": True}, {"method": "qdiff"}])
-def test_images_are_those_of_the_simulation(tiny, recipe):
-    scales = tiny.scales(**recipe)
-    assert psnr(tiny.sample(native(tiny, scales), 2), tiny.sample(Snapped(tiny, scales), 2)) > 25
+def test_images_are_those_of_the_simulation(small, recipe):
+    scales = small.scales(**recipe)
+    assert psnr(small.sample(native(small, scales), 2), small.sample(Snapped(small, scales), 2)) > 25
 
 
-def test_layers_in_float_and_stateless_pairs(tiny):
-    scales = with_modes(tiny.scales(), {"conv_in": "float", "up.0.block.0.conv2": "int8", "up.0.block.1.conv1": "int8"})
-    assert psnr(tiny.sample(native(tiny, scales), 2), tiny.sample(Snapped(tiny, scales), 2)) > 25
+def test_layers_in_float_and_stateless_pairs(small):
+    scales = with_modes(small.scales(), {"conv_in": "float", "up.0.block.0.conv2": "int8", "up.0.block.1.conv1": "int8"})
+    assert psnr(small.sample(native(small, scales), 2), small.sample(Snapped(small, scales), 2)) > 25
 
 
-def test_a_whole_trajectory_is_the_sampler_s(tiny):
-    denoiser = native(tiny, tiny.scales())
-    x = np.random.default_rng(0).standard_normal((1, *tiny.network.config.input_shape), np.float32)
+def test_a_whole_trajectory_is_the_sampler_s(small):
+    denoiser = native(small, small.scales())
+    x = np.random.default_rng(0).standard_normal((1, *small.network.config.input_shape), np.float32)
     from modiff_trt.runtime.sampler import ddim_sample
     from modiff_trt.runtime.schedule import alphas_cumprod
 
-    stepwise = ddim_sample(denoiser, alphas_cumprod(tiny.network.config.diffusion), x, on_pass=lambda *_: None)
+    stepwise = ddim_sample(denoiser, alphas_cumprod(small.network.config.diffusion), x, on_pass=lambda *_: None)
     np.testing.assert_allclose(denoiser.trajectory(x), stepwise, rtol=1e-4, atol=1e-4)
 
 
-def test_batch_size_does_not_change_an_image(tiny):
-    denoiser = native(tiny, tiny.scales())
-    together = tiny.sample(denoiser, images=2)
-    alone = tiny.sample(denoiser, images=1)
+def test_batch_size_does_not_change_an_image(small):
+    denoiser = native(small, small.scales())
+    together = small.sample(denoiser, images=2)
+    alone = small.sample(denoiser, images=1)
     assert psnr(together[:1], alone) > 60
 
 
@@ -80,7 +89,7 @@ def test_state_is_exact_multiples_and_shared_accumulators_are_counted_once(tiny)
     assert all(t.dtype == torch.int16 for t in denoiser._buffers.state.values())
 
 
-def test_what_only_the_simulation_can_run_is_refused(tiny):
+def test_what_only_the_simulation_can_run_is_refused(small):
     for recipe in ({"start": "exact"}, {"granularity": "tensor"}):
         with pytest.raises(InputError):
-            native(tiny, tiny.scales(**recipe))
+            native(small, small.scales(**recipe))
