@@ -82,8 +82,9 @@ engine: setup ## a TensorRT plan from the ONNX file; RUNTIME=rtx TARGET=sm89 nee
 bench: setup $(SCALES) ## native INT8 against PyTorch FP32 (on a GPU: DEVICE=cuda BACKENDS=torch-fp16-compiled,native-int8,native-modiff)
 	$(RUN) bench $(MODEL) --scales $(SCALES) --device $(DEVICE) --backends $(BACKENDS) --batch-sizes $(BATCH_SIZES) --out $(OUT)/bench.json
 
-sampler: setup $(ONNX) ## a folder that samples by itself, without torch: out/NAME-sampler/modiff-sampler
-	$(RUN) package --onnx $(ONNX) --out out/$(NAME)-sampler
+sampler: setup $(ONNX) ## a folder that samples by itself, without torch: out/NAME-METHOD-wXaY-sampler/modiff-sampler
+	rm -rf out/$(NAME)-$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-sampler
+	$(RUN) package --onnx $(ONNX) --out out/$(NAME)-$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-sampler
 
 fid compare verify report: ## not built so far; each says so and fails
 	@echo "make $@: this stage does not exist in this version; see 'What works today' in README.md" >&2; exit 2
@@ -106,5 +107,5 @@ lint: setup ## ruff, mypy, import-linter
 	$(VENV)/bin/lint-imports
 
 clean: ## remove outputs, caches and built plans (not calib_cache)
-	rm -rf out build dist .typing .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf out engines/plans build dist .typing .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

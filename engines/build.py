@@ -33,6 +33,8 @@ class BuildOptions:
                 f"--min-batch, --opt-batch and --max-batch must ascend from 1, found {self.min_batch}, {self.opt_batch}, "
                 f"{self.max_batch}"
             )
+        if self.level is not None and not 0 <= self.level <= 5:
+            raise InputError(f"--level must lie between 0 and 5, found {self.level}")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def build_plan(library: Library, network: OnnxNetwork, options: BuildOptions, ti
         raise InputError(f"TensorRT cannot parse the network: {parser.get_error(0).desc()}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if library.is_rtx and (options.level is not None or options.version_compatible):
+        raise InputError("--level and --version-compatible are for stock TensorRT; TensorRT-RTX compiles when it loads")
     config.add_optimization_profile(_profile(builder, network, options))
     _set_target(library, config, options.target)
     if options.level is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import importlib
 import importlib.util
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +67,7 @@ def _load_rtx_libraries() -> None:
     if found is None or found.origin is None or "tensorrt_rtx_bindings" in _loaded():
         return
     links = Path(tempfile.mkdtemp(prefix="modiff-trt-rtx-"))
+    atexit.register(shutil.rmtree, links, ignore_errors=True)
     # The core library first: the parser depends on it.
     libraries = sorted(Path(found.origin).parent.glob("*.so.*"), key=lambda path: len(path.name))
     for library in libraries:

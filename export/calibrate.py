@@ -14,7 +14,7 @@ from modiff_trt.export.checkpoint import Checkpoint
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.grid import MAX_BITS, MIN_BITS, grid_max
 from modiff_trt.export.quantizers import SCALE_METHODS, RangeHistogram, minmax_weight_scale, mse_weight_scale
-from modiff_trt.export.rows import RowTable, modulated_rows, plain_rows
+from modiff_trt.export.rows import STARTS, RowTable, modulated_rows, plain_rows
 from modiff_trt.export.scales import GRANULARITIES, METHODS, LayerScales, Scales
 from modiff_trt.export.split import fold_skip
 from modiff_trt.export.torch_ops import Params, float_layer, layer_weight, run_unet, time_table
@@ -54,6 +54,15 @@ class Recipe:
             raise InputError(f"--method must be one of {', '.join(METHODS)}, found '{self.method}'")
         if self.scale_method not in SCALE_METHODS:
             raise InputError(f"--scale-method must be one of {', '.join(SCALE_METHODS)}, found '{self.scale_method}'")
+        if self.start not in STARTS:
+            raise InputError(f"--start must be one of {', '.join(STARTS)}, found '{self.start}'")
+        if not self.min_intensity >= 0:
+            raise InputError(f"--min-intensity must not be negative, found {self.min_intensity}")
+        refits = self.residuals == "quantized" or self.scale_method == "learned"
+        if refits and (self.method != "modiff" or self.granularity != "static"):
+            raise InputError(
+                "--residuals quantized and --scale-method learned are for --method modiff with --granularity static"
+            )
         if self.residuals not in RESIDUALS:
             raise InputError(f"--residuals must be one of {', '.join(RESIDUALS)}, found '{self.residuals}'")
         if not 0.5 <= self.percentile <= 1:
@@ -192,6 +201,8 @@ def make_scales(
     A layer is modulated only where its residual range is smaller than its activation range, and quantized only where it
     has the recipe's intensity.
     """
+    if recipe.method == "modiff" and not any(step > 0 for step in trajectories.chosen):
+        raise InputError("the trajectories hold no step after the first, so no residuals; collect with more --calib-steps")
     layers: dict[str, LayerScales] = {}
     full_range, bits = [], []
     for spec in network.layers:

@@ -31,7 +31,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
     os.close(handle)
     temporary = Path(name)
     try:
@@ -43,16 +43,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
     except SafetensorError as error:
         if "No space left" in str(error):
-            raise _unwritable(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from None
+            raise unwritable(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from None
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
+def unwritable(path: Path, error: OSError) -> InputError:
     if error.errno == errno.ENOSPC:
         return InputError(f"{path} was not written: the disk is full; free some space or choose another --output-dir")
     return InputError(f"{path} cannot be written: {error.strerror or error}; choose a folder that you may write to")

@@ -121,7 +121,7 @@ def reconstruct(
     forward_batch: int = 64,
     progress: Callable[[Iterator[Unit], int], Iterator[Unit]] = lambda units, total: units,
 ) -> dict[str, Tensor]:
-    """AdaRound's decisions for every layer: booleans in the weight's shape, by layer name.
+    """AdaRound's decisions for every layer of `grids`: booleans in the weight's shape, by layer name. Others stay in float.
 
     `done` holds the decisions of units finished earlier, which are taken as they are; `on_unit` receives each new unit's
     decisions and final loss, so that a caller can save them. The result depends on `seed` alone, not on interruptions.
@@ -131,22 +131,27 @@ def reconstruct(
     decisions = dict(done)
 
     def quantized(spec: LayerSpec, x: Tensor) -> Tensor:
+        if spec.name not in grids:
+            return unquantized(spec, x)
         x = divide_skip(spec, x, grids[spec.name].skip_ratio)
         return convolve(spec, x, rounded.get(spec.name, folded[spec.name]), layer_bias(spec, params))
 
-    folded = {s.name: fold_skip(s, layer_weight(s, params), grids[s.name].skip_ratio) for s in network.layers}
+    folded = {
+        s.name: fold_skip(s, layer_weight(s, params), grids[s.name].skip_ratio) for s in network.layers if s.name in grids
+    }
     unquantized = float_layer(params)
     todo = units(network)
     for index, unit in enumerate(progress(iter(todo), len(todo))):
-        if not all(spec.name in decisions for spec in unit.layers):
-            soft = {s.name: SoftRounding(folded[s.name], grids[s.name].scale, grids[s.name].bits) for s in unit.layers}
+        trained = [spec for spec in unit.layers if spec.name in grids]
+        if not all(spec.name in decisions for spec in trained):
+            soft = {s.name: SoftRounding(folded[s.name], grids[s.name].scale, grids[s.name].bits) for s in trained}
             loss = _train_unit(
                 network, params, table, quantized, unquantized, grids, unit, soft, samples, options, seed + index, forward_batch
             )
             found = {name: layer.round_up() for name, layer in soft.items()}
             decisions |= found
             on_unit(unit, found, loss)
-        for spec in unit.layers:
+        for spec in trained:
             grid, up = grids[spec.name], decisions[spec.name]
             integers = quantize_weight(folded[spec.name], grid.scale, grid.bits, up)
             rounded[spec.name] = integers * grid.scale.reshape(-1, 1, 1, 1)
@@ -185,6 +190,8 @@ def _train_unit(
     del inputs, targets
 
     def layer(spec: LayerSpec, x: Tensor) -> Tensor:
+        if spec.name not in soft:
+            return unquantized(spec, x)
         x = divide_skip(spec, x, grids[spec.name].skip_ratio)
         return convolve(spec, x, soft[spec.name].weight(), layer_bias(spec, params))
 

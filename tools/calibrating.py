@@ -71,6 +71,7 @@ def learn_weights(
     grids = {
         name: WeightGrid(torch.from_numpy(layer.weight_scale).to(device), layer.weight_bits, layer.skip_ratio)
         for name, layer in scales.layers.items()
+        if layer.mode != "float"
     }
     weights = {spec.name: layer_weight(spec, params) for spec in network.layers}
     header = {
@@ -78,7 +79,7 @@ def learn_weights(
         "schema": ROUNDING_SCHEMA,
         "checkpoint_sha256": checkpoint.sha256,
         "trajectories": [trajectories.seed, list(trajectories.x.shape), list(trajectories.timesteps)],
-        "weight_bits": {name: layer.weight_bits for name, layer in scales.layers.items()},
+        "weight_bits": {name: scales.layers[name].weight_bits for name in grids},
         "scale_method": scales.scale_method,
         "skip_ratios": {name: layer.skip_ratio for name, layer in scales.layers.items() if layer.skip_ratio != 1.0},
         "options": asdict(options),
@@ -97,7 +98,7 @@ def learn_weights(
             return iter(bar.track(items, total=total, description="adaround"))
 
         reconstruct(network, params, grids, _samples(trajectories), options, seed, done, keep, progress=blocks)
-    return replace(scales, layers={n: replace(layer, round_up=packed[n]) for n, layer in scales.layers.items()})
+    return replace(scales, layers={n: replace(layer, round_up=packed.get(n)) for n, layer in scales.layers.items()})
 
 
 def refit_residuals(
@@ -119,10 +120,12 @@ def refit_residuals(
     histograms = {name: RangeHistogram() for name in scales.modulated}
     kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in scales.modulated}
     chosen = {int(step) + scales.rows.warmup for step in trajectories.chosen if step > 0}
+    # An exact start meets the whole activation in its first row.
+    first = scales.rows.warmup + int(scales.rows.exact_start)
     row = 0
 
     def watch(layer: QuantizedLayer, x: Tensor, state: LayerState) -> None:
-        if row >= scales.rows.warmup:
+        if row >= first:
             histograms[layer.spec.name].update(x - state.a_hat)
         if method == "learned" and row in chosen:
             kept[layer.spec.name].append((x[row % len(x)].cpu(), state.a_hat[row % len(x)].cpu()))

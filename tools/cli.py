@@ -112,7 +112,9 @@ def calibrate(
         raise InputError(f"--rounding must be nearest or adaround, found '{rounding}'")
     if search not in ("none", "scales", "rows"):
         raise InputError(f"--search must be none, scales or rows, found '{search}'")
-    if trial_images < 1 or max_loss < 0:
+    if search != "none" and (method != "modiff" or granularity != "static"):
+        raise InputError("--search is for --method modiff with --granularity static")
+    if trial_images < 1 or not max_loss >= 0:
         raise InputError("--trial-images must be at least 1 and --max-loss not negative")
     if iterations < 1 or batch_size < 1:
         raise InputError("--iterations and --batch-size must be at least 1")

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def _backend(folder: Path, device: str) -> Backend:
     network = folder / NETWORK
     about = read_json(folder / ABOUT, "deployed sampler")
-    if not network.is_file() or sha256(network) != about.get("onnx_sha256"):
+    if not isinstance(about, dict) or not network.is_file() or sha256(network) != about.get("onnx_sha256"):
         raise InputError(f"{network} is missing or is not the network of this sampler; deploy it again")
     model = load_onnx(network, device)
     rows = model.calibrated_rows

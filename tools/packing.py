@@ -7,9 +7,10 @@ import tempfile
 import zipapp
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import sha256, write_json
+from modiff_trt.export.files import sha256, unwritable, write_json
 from modiff_trt.runtime.onnx_denoiser import load_onnx
 from modiff_trt.runtime.schedule import timestep_sequence
 from modiff_trt.tools.deployed import ABOUT, NETWORK
@@ -22,17 +23,33 @@ MODULES = {
     "tools": ("__init__", "deployed", "progress", "sampling"),
 }
 REQUIREMENTS = ("numpy>=1.26", "onnx>=1.18", "onnxruntime>=1.22", "pillow>=10", "pyyaml>=6", "rich>=13", "safetensors>=0.5")
-ENTRY = "import sys\n\nfrom modiff_trt.tools.deployed import main\n\nsys.exit(main())\n"
+ENTRY = """import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("error: modiff-sampler needs Python 3.11 or later")
+try:
+    from modiff_trt.tools.deployed import main
+except ModuleNotFoundError as error:
+    sys.exit(f"error: the package {error.name} is missing; pip install -r requirements.txt (beside this program)")
+sys.exit(main())
+"""
 
 
 def package(onnx: Path, out: Path, timesteps: int, skip_type: str) -> list[Path]:
     """Writes the folder `out` and returns its files. `timesteps` and `skip_type` are for float networks: quantized ones
     carry theirs. Raises InputError for a file that was not exported by this program, or a folder that is not empty."""
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty; choose a new folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not an empty folder; choose a new one")
     model = load_onnx(onnx)
     rows = model.calibrated_rows
     steps = rows.timesteps if rows is not None else timestep_sequence(model.config.diffusion, timesteps, skip_type)
+    try:
+        return _write(onnx, out, {"timesteps": list(steps), "network": model.manifest})
+    except OSError as error:
+        raise unwritable(out, error) from None
+
+
+def _write(onnx: Path, out: Path, about: dict[str, Any]) -> list[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder, source = Path(temporary) / "folder", Path(temporary) / "source"
@@ -42,8 +59,7 @@ def package(onnx: Path, out: Path, timesteps: int, skip_type: str) -> list[Path]
         zipapp.create_archive(source, folder / LAUNCHER, interpreter="/usr/bin/env python3", compressed=True)
         (folder / LAUNCHER).chmod(0o755)
         (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
-        about = {"onnx_sha256": sha256(folder / NETWORK), "timesteps": list(steps), "network": model.manifest}
-        write_json(folder / ABOUT, about)
+        write_json(folder / ABOUT, {"onnx_sha256": sha256(folder / NETWORK)} | about)
         if out.exists():
             out.rmdir()
         folder.rename(out)

@@ -250,7 +250,7 @@ class Study:
             recipe = Recipe(act_bits=b)
             scales = self.scales(act_bits=b)
             self.record("rows", f"min-max A{b}", lambda s=scales: self.decibels(s))  # type: ignore[misc]
-            if time.monotonic() > self._ends or f"static by trial A{b}" in self.figures["rows"]:
+            if time.monotonic() > self._ends or f"rows by trial A{b}" in self.figures["rows"]:
                 continue
             parts = (self.network, self._on_device, self.trajectories, self.ranges, recipe)
             static = search_scales(trials, scales, {p: residual_scales(*parts, p) for p in PERCENTILES}, typer.echo)

@@ -133,3 +133,13 @@ def test_command_resumes_and_the_file_keeps_the_decisions(tiny, tmp_path, monkey
     loaded = load_scales(tmp_path / "s.safetensors")
     for name, layer in whole.layers.items():
         np.testing.assert_array_equal(loaded.layers[name].round_up, layer.round_up)
+
+
+def test_layers_in_float_are_not_rounded(tiny, tmp_path):
+    scales = tiny.scales(min_intensity=100.0)
+    options = AdaRoundOptions(iterations=2, batch_size=2)
+    learned = calibrating.learn_weights(
+        tiny.network, tiny.checkpoint, tiny.trajectories, scales, options, 0, "cpu", tmp_path / "part"
+    )
+    for layer in learned.layers.values():
+        assert (layer.round_up is None) == (layer.mode == "float")

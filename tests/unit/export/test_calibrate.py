@@ -74,6 +74,28 @@ def test_a_layer_whose_residual_is_not_smaller_is_not_modulated(tiny):
     assert scales.rows.multipliers.shape[1] == len(before) - 1
 
 
+def test_layers_that_only_move_data_stay_in_float(tiny):
+    scales = tiny.scales(min_intensity=100.0)
+    for spec in tiny.network.layers:
+        assert (scales.layers[spec.name].mode == "float") == (spec.intensity < 100)
+    assert 0 < len(scales.modulated) < len(tiny.network.layers)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"start": "soon"},
+        {"min_intensity": -1.0},
+        {"percentile": 2.0},
+        {"method": "qdiff", "residuals": "quantized"},
+        {"granularity": "tensor", "scale_method": "learned"},
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(recipe):
+    with pytest.raises(InputError):
+        Recipe(**recipe)
+
+
 def test_warmup_rows_come_down_from_the_full_range_to_the_running_grid():
     full, bits = np.array([0.5, 8.0, 30.0]), np.array([4, 4, 4])
     rows = modulated_rows((800, 400, 0), full, bits, "warmup")

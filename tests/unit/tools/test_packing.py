@@ -72,7 +72,7 @@ def test_it_refuses_in_one_line(folder, tmp_path):
 
 
 def test_an_existing_folder_is_not_overwritten(folder, tmp_path):
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match="not an empty folder"):
         package(folder / "network.onnx", folder, 10, "quad")
     with pytest.raises(InputError, match="does not exist"):
         package(tmp_path / "none.onnx", tmp_path / "out", 10, "quad")
