@@ -107,12 +107,12 @@ def refit_residuals(
     trajectories: Trajectories,
     scales: Scales,
     recipe: Recipe,
-    images: int,
+    batch_size: int,
     device: str,
 ) -> Scales:
     """Residual scales again, from whole trajectories of the network that these scales quantize.
 
-    The recipe's scale method `learned` trains them on layer outputs at the chosen steps, of at most `images` images.
+    The recipe's scale method `learned` trains them on layer outputs at the chosen steps, of the first `batch_size` images.
     """
     use_full_precision()
     method = recipe.scale_method
@@ -122,12 +122,12 @@ def refit_residuals(
     chosen = {int(step) + scales.rows.warmup for step in trajectories.chosen if step > 0}
     # An exact start meets the whole activation in its first row.
     first = scales.rows.warmup + int(scales.rows.exact_start)
-    row = 0
+    row, keep = 0, True
 
     def watch(layer: QuantizedLayer, x: Tensor, state: LayerState) -> None:
         if row >= first:
             histograms[layer.spec.name].update(x - state.a_hat)
-        if method == "learned" and row in chosen:
+        if method == "learned" and keep and row in chosen:
             kept[layer.spec.name].append((x[row % len(x)].cpu(), state.a_hat[row % len(x)].cpu()))
 
     def on_pass(done: int, x: Tensor, eps: Tensor) -> None:
@@ -135,7 +135,11 @@ def refit_residuals(
         row = done + 1
 
     denoiser.on_layer = watch
-    ddim_sample(denoiser, alphas_cumprod(network.config.diffusion), trajectories.x[0][:images], on_pass=on_pass)
+    start = trajectories.x[0]
+    for begin in range(0, len(start), batch_size):
+        row, keep = 0, begin == 0
+        x_start = start[begin : begin + batch_size]
+        ddim_sample(denoiser, alphas_cumprod(network.config.diffusion), x_start, on_pass=on_pass)
     found = {name: h.scale(method, scales.layers[name].act_bits, recipe.percentile) for name, h in histograms.items()}
     if method == "learned":
         with progress_bar() as bar:
