@@ -8,6 +8,7 @@ import ctypes
 import importlib
 import importlib.util
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def _load_rtx_libraries() -> None:
     left as they are. Without the wheel's libraries there is nothing to do.
     """
     found = importlib.util.find_spec("tensorrt_rtx_libs")
-    if found is None or found.origin is None or "tensorrt_rtx_bindings" in _loaded():
+    if found is None or found.origin is None or "tensorrt_rtx_bindings" in sys.modules:
         return
     links = Path(tempfile.mkdtemp(prefix="modiff-trt-rtx-"))
     atexit.register(shutil.rmtree, links, ignore_errors=True)
@@ -76,9 +77,3 @@ def _load_rtx_libraries() -> None:
     for library in libraries:
         with contextlib.suppress(OSError):  # what cannot be loaded is reported by the import that follows
             ctypes.CDLL(str(links / library.name), mode=ctypes.RTLD_GLOBAL)
-
-
-def _loaded() -> set[str]:
-    import sys
-
-    return set(sys.modules)

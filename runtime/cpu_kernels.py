@@ -88,14 +88,6 @@ class CpuKernels:
             out.copy_(addend)
         conv.add(q, 1.0, scale, out)
 
-    def float_conv(self, layer: NativeLayer, x: Tensor) -> Tensor:
-        spec = layer.spec
-        top, left, bottom, right = spec.padding
-        image = x.view(len(x), *spec.in_shape[1:], spec.in_shape[0]).permute(0, 3, 1, 2)
-        image = F.pad(image, (left, right, top, bottom)) if (top, left) != (bottom, right) else image
-        padding = (top, left) if (top, left) == (bottom, right) else 0
-        return _pixels(F.conv2d(image, layer.weight, layer.bias, spec.stride, padding))
-
 
 def _sums_are_exact() -> bool:
     """Whether the largest 8-bit products add up without saturating."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from modiff_trt.export.errors import InputError
@@ -44,16 +43,6 @@ class CudaKernels:
 
     def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor) -> None:
         self._plans.run(layer.spec, q, layer.weight, scale, addend, out)
-
-    def float_conv(self, layer: NativeLayer, x: Tensor) -> Tensor:
-        spec = layer.spec
-        top, left, bottom, right = spec.padding
-        channels, height, width = spec.in_shape
-        image = x.view(len(x), height, width, channels).permute(0, 3, 1, 2)
-        image = F.pad(image, (left, right, top, bottom)) if (top, left) != (bottom, right) else image
-        padding = (top, left) if (top, left) == (bottom, right) else 0
-        y = F.conv2d(image, layer.weight, layer.bias, spec.stride, padding)
-        return y.permute(0, 2, 3, 1).reshape(len(x), -1, y.shape[1])
 
 
 def check_gpu() -> None:

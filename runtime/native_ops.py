@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modiff_trt.export.torch_ops import convolve
 from modiff_trt.export.unet import GROUPS, NORM_EPS
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.native_layers import NativeLayer
@@ -57,9 +58,13 @@ class Kernels(Protocol):
         """out [N, P*Q, K'] = addend (same shape, may be `out` itself; or a bias [K']) + scale[k] (weight * q)."""
         ...
 
-    def float_conv(self, layer: NativeLayer, x: Tensor) -> Tensor:
-        """The unquantized convolution of x [N, H*W, C], kernel 3: [N, P*Q, K]."""
-        ...
+
+def spatial(layer: NativeLayer, x: Tensor) -> Tensor:
+    """The unquantized convolution of x [N, H*W, C] with a kernel larger than 1: [N, P*Q, K]."""
+    channels, height, width = layer.spec.in_shape
+    image = x.view(len(x), height, width, channels).permute(0, 3, 1, 2)
+    y = convolve(layer.spec, image, layer.weight, layer.bias)
+    return y.permute(0, 2, 3, 1).reshape(len(x), -1, y.shape[1])
 
 
 def pointwise(layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
@@ -154,7 +159,7 @@ class NativeOps:
         channels, height, width = layer.spec.out_shape
         if layer.mode == "float":
             if kernel > 1:
-                out = self._kernels.float_conv(layer, self._input(x, layer, None))
+                out = spatial(layer, self._input(x, layer, None))
             elif x.norm is not None:
                 out = pointwise(layer, [self._input(x, layer, None)])
             else:

@@ -23,8 +23,3 @@ class ReferenceKernels:
         weight = layer.weight.float()[:, : q.shape[2]]
         y = reference.accumulate(q.float(), weight, scale, addend.float(), size, spec.stride, spec.padding)
         out.copy_(y)
-
-    def float_conv(self, layer, x):
-        spec = layer.spec
-        one = torch.ones(())
-        return reference.accumulate(x, layer.weight, one, layer.bias, spec.in_shape[1:], spec.stride, spec.padding)

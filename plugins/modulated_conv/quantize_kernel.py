@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from modiff_trt.export.grid import grid_max
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
 
 # Images of at most so many pixels are normalized in one launch.
@@ -261,7 +262,7 @@ def quantize_input(
     [N, pixels, C] is updated in place; without it the layer is stateless.
     """
     c, pixels = shape.total, shape.pixels
-    top = 2 ** (bits - 1) - 1
+    top = grid_max(bits)
     groups = norm.groups if norm is not None else 0
     per_group = c // groups if groups else 1
     tile = tiling(shape, groups)
