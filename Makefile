@@ -86,7 +86,10 @@ sampler: setup $(ONNX) ## a folder that samples by itself, without torch: out/NA
 	rm -rf out/$(NAME)-$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-sampler
 	$(RUN) package --onnx $(ONNX) --out out/$(NAME)-$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-sampler
 
-fid compare verify report: ## not built so far; each says so and fails
+verify: setup ## a plan against onnxruntime, pass by pass, on this machine's GPU: ONNX=FILE PLAN=FILE
+	$(RUN) verify --onnx $(ONNX) --plan $(PLAN)
+
+fid compare report: ## not built so far; each says so and fails
 	@echo "make $@: this stage does not exist in this version; see 'What works today' in README.md" >&2; exit 2
 
 results-tables: setup ## the tables of README.md, from results/

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modiff_trt.engines.library import Library
 from modiff_trt.engines.onnx_network import OnnxNetwork
 from modiff_trt.export.errors import InputError
+from modiff_trt.plugins.modulated_conv import trt_plugin
+from modiff_trt.plugins.tensorrt_library import Library
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,17 @@ def build_plan(library: Library, network: OnnxNetwork, options: BuildOptions, ti
     trt = library.trt
     logger = _collector(trt)
     builder = trt.Builder(logger)
+    if network.plugin:
+        digits = target_of(options).removeprefix("sm")
+        trt_plugin.register(trt, int(digits) if digits.isdigit() else 0)
     parsed = builder.create_network(0)
     parser = trt.OnnxParser(parsed, logger)
     if not parser.parse(network.data):
         raise InputError(f"TensorRT cannot parse the network: {parser.get_error(0).desc()}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if network.plugin:
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if library.is_rtx and (options.level is not None or options.version_compatible):
         raise InputError("--level and --version-compatible are for stock TensorRT; TensorRT-RTX compiles when it loads")
     config.add_optimization_profile(_profile(builder, network, options))
@@ -120,3 +126,16 @@ def _use_timing_cache(config: Any, path: Path | None) -> Any:
     if cache is None or not config.set_timing_cache(cache, False):
         return None
     return cache
+
+
+def target_of(options: BuildOptions) -> str:
+    """`sm89`, ...: the target named, or the GPU of this machine. Raises InputError where there is none."""
+    if options.target is not None:
+        return options.target.lower()
+    from modiff_trt.plugins.modulated_conv.device_code import current_capability
+
+    try:
+        return f"sm{current_capability()}"
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(f"no NVIDIA GPU is here to build for ({reason}); name one with --target, for TensorRT-RTX") from None

@@ -1,4 +1,4 @@
-"""An exported file as TensorRT takes it: its functions inlined, and its convolutions named after their layers."""
+"""An exported file as TensorRT takes it: each modulated layer a plugin, or inlined with its convolution named after it."""
 
 from __future__ import annotations
 
@@ -7,26 +7,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx.inliner
+from onnx import numpy_helper
 
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import sha256
+from modiff_trt.export.grid import grid_max
 from modiff_trt.export.manifest import FUNCTION, MANIFEST_KEY, MANIFEST_SCHEMA, graph_digest
+from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 
 
 @dataclass(frozen=True)
 class OnnxNetwork:
-    """Bytes for the parser, the file's manifest and digest, and input shapes without the batch; -1 is no fixed size."""
+    """The file, bytes for the parser, the file's manifest and digest, input shapes (-1 is no fixed size), and whether its
+    modulated layers are plugins."""
 
+    path: Path
     data: bytes
     manifest: dict[str, Any]
     sha256: str
     inputs: dict[str, tuple[int, ...]]
+    plugin: bool
 
 
-def load_network(path: Path) -> OnnxNetwork:
-    """Reads a file that `modiff-trt export` wrote. Raises InputError for anything else."""
+def load_network(path: Path, plugin: bool = False) -> OnnxNetwork:
+    """Reads a file that `modiff-trt export` wrote; `plugin` leaves its modulated layers to the plugin. Raises InputError for
+    anything else."""
     if not path.is_file():
         raise InputError(f"ONNX file {path} does not exist; write one with `modiff-trt export`")
     try:
@@ -44,11 +52,14 @@ def load_network(path: Path) -> OnnxNetwork:
     if graph_digest(model.graph) != manifest["graph_sha256"]:
         raise InputError(f"ONNX file {path} was altered after it was written; export again")
     modulated = [node.name for node in model.graph.node if node.op_type == FUNCTION]
-    # The parser cannot read a convolution whose attributes are those of a function around it.
-    model = onnx.inliner.inline_local_functions(model)
-    _name_convolutions(model, modulated, list(manifest["layers"]))
+    if plugin:
+        _to_plugins(model, path, manifest)
+    else:
+        # The parser cannot read a convolution whose attributes are those of a function around it.
+        model = onnx.inliner.inline_local_functions(model)
+    _name_convolutions(model, [] if plugin else modulated, list(manifest["layers"]))
     inputs = {value.name: tuple(d.dim_value or -1 for d in value.type.tensor_type.shape.dim) for value in model.graph.input}
-    return OnnxNetwork(model.SerializeToString(), manifest, sha256(path), inputs)
+    return OnnxNetwork(path, model.SerializeToString(), manifest, sha256(path), inputs, plugin)
 
 
 def _name_convolutions(model: onnx.ModelProto, modulated: list[str], layers: list[str]) -> None:
@@ -63,3 +74,29 @@ def _name_convolutions(model: onnx.ModelProto, modulated: list[str], layers: lis
         while node.op_type != "Conv":
             node = producer[next(name for name in node.input if name in producer)]
         node.name = layer
+
+
+def _to_plugins(model: onnx.ModelProto, path: Path, manifest: dict[str, Any]) -> None:
+    """Makes each modulated layer the plugin's node: the grid's ends become attributes, and the weight stands as the plugin
+    reads it, [K, R, R, C'] with C' = C padded to CHANNELS."""
+    if all(value.name != "row_scale" for value in model.graph.input):
+        raise InputError(
+            f"{path} has no modulated layer with a static grid, which is what the plugin computes; build with --no-plugin"
+        )
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != FUNCTION:
+            continue
+        x, a_hat, o_hat, multiplier, _, _, scale, _, weight, weight_scale, _ = node.input
+        del node.input[:]
+        node.input.extend([x, a_hat, o_hat, multiplier, scale, weight, weight_scale])
+        top = grid_max(manifest["layers"][node.name]["act_bits"])
+        node.attribute.append(onnx.helper.make_attribute("grid", [-top - 1, top]))
+        weights[weight].CopyFrom(numpy_helper.from_array(_packed(numpy_helper.to_array(weights[weight])), weight))
+    del model.functions[:]
+
+
+def _packed(weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """int8 [K, C, R, R] to [K, R, R, C']."""
+    padding = -weight.shape[1] % CHANNELS
+    return np.ascontiguousarray(np.pad(weight.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, 0), (0, padding))))

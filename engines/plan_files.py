@@ -1,4 +1,5 @@
-"""Plans on disk: `<name>.<runtime><version>.<target>.plan`, a JSON that says what it was made from, and a timing cache."""
+"""Plans on disk: `<name>.<runtime><version>.<target>.plan`, beside it a JSON that says what it was made from, the state that a
+trajectory begins from, and a timing cache."""
 
 from __future__ import annotations
 
@@ -7,26 +8,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from modiff_trt.engines.build import BuildOptions, build_plan
-from modiff_trt.engines.library import Library
+import numpy as np
+
+from modiff_trt.engines.build import BuildOptions, build_plan, target_of
 from modiff_trt.engines.onnx_network import OnnxNetwork
 from modiff_trt.engines.report import read_layers, summarize
-from modiff_trt.export.files import atomic_path, unwritable, write_json
+from modiff_trt.export.files import atomic_path, save_arrays, unwritable, write_json
+from modiff_trt.export.manifest import PLAN_SCHEMA, START_KIND, START_SCHEMA
+from modiff_trt.export.start_state import start_state
+from modiff_trt.plugins.tensorrt_library import Library
 
-PLAN_SCHEMA = 1
 QUANTIZED = ("modiff", "int8")
 
 
-def plan_path(folder: Path, name: str, library: Library, target: str | None) -> Path:
-    """Where a plan of this name goes; `target` None is the GPU of this machine."""
-    return folder / f"{name}.{library.name}{library.version}.{(target or 'local').lower()}.plan"
+def plan_path(folder: Path, name: str, library: Library, target: str) -> Path:
+    """Where a plan of this name goes."""
+    return folder / f"{name}.{library.name}{library.version}.{target}.plan"
 
 
 def build_into(
     folder: Path, name: str, library: Library, network: OnnxNetwork, options: BuildOptions
 ) -> tuple[Path, dict[str, Any]]:
     """Builds a plan and writes it with its manifest; returns its path and the manifest. Nothing is left half-written."""
-    path = plan_path(folder, name, library, options.target)
+    target = target_of(options)
+    path = plan_path(folder, name, library, target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -39,12 +44,19 @@ def build_into(
         "onnx_sha256": network.sha256,
         "runtime": library.name,
         "version": library.version,
+        "target": target,
+        "plugin": network.plugin,
         "options": asdict(options),
         "network": network.manifest,
         "report": summarize(read_layers(built.log), quantized),
     }
     # A plan never stands beside the manifest of another one.
     path.unlink(missing_ok=True)
+    shapes = {input: shape[1:] for input, shape in network.inputs.items()}
+    start = start_state(network.path, network.manifest, shapes)
+    real = np.float16 if network.manifest["dtype"] == "fp16" else np.float32
+    header = {"kind": START_KIND, "schema": START_SCHEMA, "onnx_sha256": network.sha256}
+    save_arrays(path.with_suffix(".start.safetensors"), header, {key: array.astype(real) for key, array in start.items()})
     write_json(path.with_suffix(".json"), manifest)
     with atomic_path(path) as temporary:
         temporary.write_bytes(built.plan)

@@ -8,12 +8,16 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-TENSOR = re.compile(r"Name: (?P<name>[^,]+),.*?Datatype: (?P<type>\w+), Format: \((?P<format>\w+)\)")
+TENSOR = re.compile(r"Name: (?P<name>[^,]+),.*?Datatype: (?P<type>\w+), Format: (?:\((?P<format>\w+)\))?")
 ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-# The fields of a layer's line, in this order; a field ends where the next begins.
-FIELDS = ("Name: ", ", LayerType: ", ", Inputs: [", ", Constants: [", ", Outputs: [", ", TacticName: ", ", StreamId: ")
+HEAD = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), (?P<rest>Inputs: .*)")
+TACTIC = re.compile(r", TacticName: ([^,]*),")
+# Lists of tensors in a layer's line; kernels that the builder generates have constants besides.
+LISTS = ("Inputs: [", "Constants: [", "Outputs: [")
 CONVOLUTION = "correlation"
 GENERATED = "kgen"
+PLUGIN = "PluginV3"
+NO_WORK = ("shape_call", "Constant")
 
 
 @dataclass(frozen=True)
@@ -35,27 +39,34 @@ def read_layers(log: Iterable[str]) -> list[EngineLayer]:
     starts = [i for i, line in enumerate(lines) if line.strip() == "Layers:"]
     found = []
     for line in lines[starts[-1] + 1 :] if starts else []:
-        fields = _fields(line)
-        if fields is None:
+        head = HEAD.match(line)
+        if head is None:
             break
-        name, kind, *tensors, tactic = fields
-        inputs, constants, outputs = (tuple(f"{t['type']} {t['format']}" for t in TENSOR.finditer(text)) for text in tensors)
-        found.append(EngineLayer(name, kind, inputs, constants, outputs, tactic.strip(), tuple(ONNX_NODE.findall(line))))
-    return found
+        inputs, constants, outputs = (_tensors(head["rest"], name) for name in LISTS)
+        tactic, nodes = TACTIC.search(line), tuple(ONNX_NODE.findall(line))
+        found.append(
+            EngineLayer(head["name"], head["kind"], inputs, constants, outputs, tactic[1].strip() if tactic else "", nodes)
+        )
+    return [layer for layer in found if layer.kind not in NO_WORK]
 
 
-def _fields(line: str) -> list[str] | None:
-    at = [line.find(field) for field in FIELDS]
-    if at[0] != 0 or min(at) < 0 or at != sorted(at):
-        return None
-    return [line[begin + len(field) : end] for begin, field, end in zip(at, FIELDS, at[1:], strict=False)]
+def _tensors(text: str, name: str) -> tuple[str, ...]:
+    """Types and formats of the list `name`, which ends where the next begins."""
+    at = text.find(name)
+    if at < 0:
+        return ()
+    ends = [text.find(other, at + len(name)) for other in (*LISTS, ", TacticName: ", ", PluginType: ")]
+    part = text[at : min((end for end in ends if end > 0), default=len(text))]
+    return tuple(f"{t['type']} {t['format'] or 'chosen at run time'}" for t in TENSOR.finditer(part))
 
 
 def summarize(layers: list[EngineLayer], quantized: Iterable[str]) -> dict[str, Any]:
-    """Counts by kind, the convolutions in INT8, and those of the `quantized` layers that fell back to another type."""
+    """Counts by kind, the convolutions in INT8, the layers that are plugins, and those of the `quantized` layers that are
+    neither and so fell back to another type."""
     convolutions = {node: layer for layer in layers if layer.kind == CONVOLUTION for node in layer.nodes}
     names = list(quantized)
     int8 = [n for n in names if n in convolutions and is_int8(convolutions[n])]
+    plugins = [layer.name for layer in layers if layer.kind == PLUGIN]
     kinds = Counter(layer.kind for layer in layers)
     return {
         "layers": len(layers),
@@ -64,7 +75,8 @@ def summarize(layers: list[EngineLayer], quantized: Iterable[str]) -> dict[str, 
         "int8_convolutions": sum(is_int8(layer) for layer in layers if layer.kind == CONVOLUTION),
         "quantized_layers": len(names),
         "quantized_layers_in_int8": len(int8),
-        "fell_back": [n for n in names if n not in int8],
+        "plugin_layers": len(plugins),
+        "fell_back": [n for n in names if n not in int8 and n not in plugins],
         "generated_kernels_a_quantized_layer": round(kinds[GENERATED] / max(len(names), 1), 2),
         "table": [asdict(layer) for layer in layers],
     }

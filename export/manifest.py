@@ -18,6 +18,9 @@ CONV_ATTRIBUTES = ("kernel_shape", "pads", "strides")
 
 MANIFEST_KEY = "modiff.manifest"
 MANIFEST_SCHEMA = 2
+# The manifest beside a plan, and the arrays that a trajectory begins from.
+PLAN_SCHEMA = 2
+START_KIND, START_SCHEMA = "start state", 1
 
 
 def graph_digest(graph: Any) -> str:

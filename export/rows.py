@@ -13,6 +13,7 @@ import numpy as np
 
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.grid import grid_max
+from modiff_trt.export.manifest import decode_array
 
 STARTS = ("warmup", "exact")
 LONGEST_WARMUP = 4
@@ -34,6 +35,15 @@ class RowTable:
 
     def __len__(self) -> int:
         return len(self.t)
+
+
+def rows_of_manifest(manifest: dict[str, Any]) -> RowTable | None:
+    """The row table that an exported network was calibrated with; None for a float network, which takes any timesteps."""
+    if "timesteps" not in manifest:
+        return None
+    warmup, steps = manifest["warmup"], manifest["timesteps"]
+    t = np.asarray([steps[0]] * warmup + steps, np.int64)
+    return RowTable(t, decode_array(manifest["multipliers"]).reshape(len(t), -1), warmup)
 
 
 def plain_rows(timesteps: tuple[int, ...]) -> RowTable:

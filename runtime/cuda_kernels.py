@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.plugins.modulated_conv.cudnn_plans import ConvPlans
+from modiff_trt.plugins.modulated_conv.conv_plans import ConvPlans
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.native_layers import NativeLayer
 
 OLDEST = (8, 0)
+# From here on a launch may begin while the one before it ends (programmatic dependent launch).
+OVERLAPPING = (9, 0)
 
 
 class CudaKernels:
@@ -21,9 +23,14 @@ class CudaKernels:
     real = torch.float16
     integer = torch.int8
 
-    def __init__(self) -> None:
+    def __init__(self, plans: ConvPlans | None = None) -> None:
         check_gpu()
-        self._plans = ConvPlans()
+        self._overlap = torch.cuda.get_device_capability() >= OVERLAPPING
+        self._plans = plans if plans is not None else ConvPlans(self._overlap)
+
+    def twin(self) -> CudaKernels:
+        """The same kernels with scratch memory of their own, for launches on a second stream."""
+        return CudaKernels(self._plans.twin())
 
     def start(self, state: Tensor, unit: float) -> Tensor:
         return state
@@ -38,6 +45,7 @@ class CudaKernels:
             norm=Norm(*norm) if norm is not None else None,
             factors=layer.factors,
             bits=layer.bits,
+            overlap=self._overlap,
             **sources,
         )
 

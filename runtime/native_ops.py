@@ -31,6 +31,10 @@ class Kernels(Protocol):
     real: torch.dtype
     integer: torch.dtype
 
+    def twin(self) -> Kernels:
+        """The same kernels for launches at the same time as these."""
+        ...
+
     def start(self, state: Tensor, unit: float) -> Tensor:
         """A state given in units (int16 [H*W, C]) as these kernels keep it."""
         ...
@@ -112,9 +116,9 @@ class Buffers:
     padded: Mapping[str, Tensor]
     row: Tensor
 
-    def first(self, n: int) -> Buffers:
-        """The same buffers for the first n images."""
-        state, o_hat, padded = ({k: t[:n] for k, t in part.items()} for part in (self.state, self.o_hat, self.padded))
+    def part(self, begin: int, end: int) -> Buffers:
+        """The same buffers for some of the images."""
+        state, o_hat, padded = ({k: t[begin:end] for k, t in part.items()} for part in (self.state, self.o_hat, self.padded))
         return Buffers(state, o_hat, padded, self.row)
 
 

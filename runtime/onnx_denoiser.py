@@ -13,10 +13,10 @@ import onnxruntime as ort
 
 from modiff_trt.export.config import Config, config_from_dict
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.manifest import MANIFEST_KEY, MANIFEST_SCHEMA, decode_array, graph_digest
-from modiff_trt.export.rows import RowTable, plain_rows
+from modiff_trt.export.manifest import MANIFEST_KEY, MANIFEST_SCHEMA, graph_digest
+from modiff_trt.export.rows import RowTable, plain_rows, rows_of_manifest
+from modiff_trt.export.start_state import start_state
 from modiff_trt.runtime.denoiser import StateInfo
-from modiff_trt.runtime.start_state import start_state
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -33,12 +33,7 @@ class OnnxModel:
     @property
     def calibrated_rows(self) -> RowTable | None:
         """The row table that the file was calibrated with; None for a float network, which takes any timesteps."""
-        if "timesteps" not in self.manifest:
-            return None
-        warmup, steps = self.manifest["warmup"], self.manifest["timesteps"]
-        t = np.asarray([steps[0]] * warmup + steps, np.int64)
-        multipliers = decode_array(self.manifest["multipliers"]).reshape(len(t), -1)
-        return RowTable(t, multipliers, warmup)
+        return rows_of_manifest(self.manifest)
 
 
 def load_onnx(path: Path, device: str = "cpu", threads: int = 0) -> OnnxModel:

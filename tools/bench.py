@@ -144,6 +144,19 @@ def _run(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device: str) 
     return (time.perf_counter() - start) / passes
 
 
+def add_profiles(
+    network: Network, scales: Scales, make: Make, batch_sizes: Sequence[int], result: dict[str, Any], out: Path
+) -> None:
+    """Adds the native backend's time by class of kernel to a result, and writes it again."""
+    from modiff_trt.runtime.native_denoiser import NativeDenoiser
+    from modiff_trt.tools.profiling import profile
+
+    denoiser = make()
+    assert isinstance(denoiser, NativeDenoiser)
+    result["profiles"] = {str(batch): profile(denoiser, network, scales, batch) for batch in batch_sizes}
+    write_json(out, result)
+
+
 def print_bench(result: dict[str, Any]) -> None:
     """One line for each batch size and backend, with its ratio to the first backend."""
     table = Table(title=f"{result['machine'].get('gpu') or result['machine']['processor']}, one pass")

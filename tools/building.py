@@ -31,8 +31,8 @@ def print_report(report: dict[str, Any], layers: bool) -> None:
         f"{report['layers']} layers: {kinds}; {report['generated_kernels_a_quantized_layer']} generated a quantized layer"
     )
     console.print(
-        f"INT8: {report['quantized_layers_in_int8']} of {report['quantized_layers']} quantized layers, "
-        f"{report['int8_convolutions']} of {report['convolutions']} convolutions"
+        f"INT8: {report['plugin_layers']} plugins and {report['quantized_layers_in_int8']} convolutions, together of "
+        f"{report['quantized_layers']} quantized layers; {report['convolutions'] - report['int8_convolutions']} in float"
     )
     if report["fell_back"]:
         console.print(f"not in INT8: {', '.join(report['fell_back'])}")

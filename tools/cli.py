@@ -193,23 +193,61 @@ def build(
     max_batch: Annotated[int, typer.Option(help="largest batch of the profile")] = 16,
     level: Annotated[int | None, typer.Option(help="builder optimization level, 0 to 5")] = None,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="run on later versions too")] = False,
+    plugin: Annotated[
+        bool, typer.Option("--plugin/--no-plugin", help="modulated layers by our plugin, or inlined, by TensorRT's own kernels")
+    ] = True,
     layers: Annotated[bool, typer.Option("--layers", help="print every layer of the engine")] = False,
 ) -> None:
     """Build a TensorRT plan from an exported file, and say what became of its layers."""
     from modiff_trt.engines.build import BuildOptions
-    from modiff_trt.engines.library import open_library
     from modiff_trt.engines.onnx_network import load_network
     from modiff_trt.engines.plan_files import build_into
+    from modiff_trt.plugins.tensorrt_library import open_library
     from modiff_trt.tools.building import print_report
 
     options = BuildOptions(min_batch, opt_batch, max_batch, target, level, version_compatible)
-    network = load_network(onnx)
+    network = load_network(onnx, plugin)
     library = open_library(runtime)
     path, manifest = build_into(out, name or onnx.stem, library, network, options)
     print_report(manifest["report"], layers)
     typer.echo(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, {library.name} {library.version}, batch {min_batch} to {max_batch}"
     )
+
+
+@app.command()
+def verify(
+    onnx: Annotated[Path, typer.Option(help="the file that the plan was built from")],
+    plan: Annotated[Path, typer.Option(help="the plan")],
+    passes: Annotated[int, typer.Option(help="passes compared")] = 8,
+    batch_size: Annotated[int, typer.Option(help="images at a time")] = 2,
+    tolerance: Annotated[float, typer.Option(help="mean difference allowed, relative to an output's size")] = 0.02,
+    seed: Seed = 0,
+) -> int:
+    """Compare an engine with onnxruntime, pass by pass, and name the first layer that differs (exit code 1)."""
+    from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
+    from modiff_trt.runtime.plan import load_plan
+    from modiff_trt.runtime.trt_denoiser import TrtDenoiser
+    from modiff_trt.tools.progress import progress_bar
+    from modiff_trt.tools.verifying import check_pair, print_verdict
+    from modiff_trt.tools.verifying import verify as compare
+
+    loaded, model = load_plan(plan), load_onnx(onnx)
+    check_pair(loaded, onnx)
+    engine, reference = TrtDenoiser(loaded, (0,)), OnnxDenoiser(model, (0,))
+    with progress_bar() as bar:
+        task = bar.add_task("verify", total=min(passes, len(reference.rows)), unit="passes")
+        verdict = compare(
+            reference,
+            engine,
+            model.config.input_shape,
+            batch=batch_size,
+            passes=passes,
+            tolerance=tolerance,
+            seed=seed,
+            on_pass=lambda: bar.advance(task),
+        )
+    return print_verdict(verdict, tolerance)
 
 
 @app.command()
@@ -242,12 +280,13 @@ def bench(
     num_warmup: Annotated[int, typer.Option(help="passes before the measurement")] = 2,
     num_runs: Annotated[int, typer.Option(help="measurements; their median counts")] = 7,
     num_passes: Annotated[int, typer.Option(help="passes of one measurement")] = 10,
+    profile: Annotated[bool, typer.Option("--profile", help="cuda: time by class of kernel, beside the floor")] = False,
     device: Device = "cpu",
 ) -> None:
     """Time the backends against each other, interleaved in one run."""
     from modiff_trt.export.files import sha256
     from modiff_trt.export.scales import load_scales
-    from modiff_trt.tools.bench import candidates, print_bench, run_bench
+    from modiff_trt.tools.bench import add_profiles, candidates, print_bench, run_bench
     from modiff_trt.tools.load import check_device, load_model
 
     network, checkpoint = load_model(config, ckpt)
@@ -258,31 +297,35 @@ def bench(
         raise InputError(f"--batch-sizes must be numbers separated by commas, found '{batch_sizes}'") from None
     if min(sizes) < 1 or num_runs < 1 or num_passes < 1:
         raise InputError("--batch-sizes, --num-runs and --num-passes must be at least 1")
+    if profile and (device != "cuda" or "native-modiff" not in backends.split(",")):
+        raise InputError("--profile is for --device cuda and the backend native-modiff")
     makes = candidates(network, checkpoint, loaded, check_device(device), backends.split(","))
     settings = {"config": config.name, "checkpoint_sha256": checkpoint.sha256, "scales_sha256": sha256(scales)}
-    print_bench(
-        run_bench(
-            network,
-            makes,
-            sizes,
-            warmup=num_warmup,
-            runs=num_runs,
-            passes=num_passes,
-            device=device,
-            out=out,
-            settings=settings,
-        )
+    result = run_bench(
+        network,
+        makes,
+        sizes,
+        warmup=num_warmup,
+        runs=num_runs,
+        passes=num_passes,
+        device=device,
+        out=out,
+        settings=settings,
     )
+    print_bench(result)
+    if profile:
+        add_profiles(network, loaded, makes["native-modiff"], sizes, result, out)
 
 
 @app.command()
 def sample(
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="FILE.npz, or a folder for PNG files")],
-    backend: Annotated[str, typer.Option(help="torch, torch-sim, onnx or native")] = "torch",
+    backend: Annotated[str, typer.Option(help="torch, torch-sim, onnx, native or trt")] = "torch",
     config: Annotated[Path | None, typer.Option(help="DDIM configuration (.yml)")] = None,
     ckpt: Annotated[Path | None, typer.Option(help="trained weights")] = None,
     scales: Annotated[Path | None, typer.Option(help="scales file, for torch-sim and native")] = None,
     onnx: Annotated[Path | None, typer.Option(help="exported file, for onnx")] = None,
+    plan: Annotated[Path | None, typer.Option(help="built plan, for trt")] = None,
     timesteps: Annotated[int | None, typer.Option(help="DDIM steps (100, or what the scales were made for)")] = None,
     skip_type: Annotated[str | None, typer.Option(help="uniform or quad (quad)")] = None,
     eta: Annotated[float, typer.Option(help="0: deterministic, 1: as noisy as DDPM")] = 0.0,
@@ -300,7 +343,7 @@ def sample(
     from modiff_trt.tools.sampling import run_sampling
 
     options = SamplingOptions(
-        backend, config, ckpt, scales, onnx, timesteps, skip_type, modulate, device, dtype, compile_network
+        backend, config, ckpt, scales, onnx, timesteps, skip_type, modulate, device, dtype, compile_network, plan
     )
     loaded = load_backend(options)
     done = run_sampling(loaded, num_samples=num_samples, seed=seed, batch_size=batch_size, eta=eta, noise_file=noise, out=out)
@@ -353,12 +396,15 @@ def _run(arguments: list[str] | None) -> int:
         errors.print("interrupted; run the same command again to go on")
         return INTERRUPTED
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; this file does not import it
+            message = "the GPU's memory is full; pass a smaller --batch-size, or free the memory that other programs hold"
         # Usage errors of the command-line library; its base class has no stable public name.
-        if not hasattr(error, "format_message"):
+        elif not hasattr(error, "format_message"):
             raise
-        if not error.format_message():  # no arguments at all: the help has been printed
+        elif not error.format_message():  # no arguments at all: the help has been printed
             return 2
-        message = f"{error.format_message()}; see --help"
+        else:
+            message = f"{error.format_message()}; see --help"
     errors.print(f"error: {' '.join(message.split())}", markup=False)
     return 2
 

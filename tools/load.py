@@ -19,7 +19,7 @@ from modiff_trt.tools.sampling import Backend
 if TYPE_CHECKING:
     from modiff_trt.runtime.native_ops import Kernels
 
-BACKENDS = ("torch", "torch-sim", "onnx", "native")
+BACKENDS = ("torch", "torch-sim", "onnx", "native", "trt")
 DEFAULT_TIMESTEPS = 100
 DEFAULT_SKIP_TYPE = "quad"
 
@@ -39,6 +39,7 @@ class SamplingOptions:
     device: str = "cpu"
     dtype: str = "fp32"
     compile: bool = False
+    plan: Path | None = None
 
 
 def load_model(config: Path | None, ckpt: Path | None) -> tuple[Network, Checkpoint]:
@@ -67,8 +68,12 @@ def load_backend(options: SamplingOptions) -> Backend:
         raise InputError(f"--dtype must be fp32 or fp16, found '{options.dtype}'")
     if options.backend != "torch" and (options.dtype != "fp32" or options.compile):
         raise InputError(f"--dtype and --compile are for --backend torch; leave them out with {options.backend}")
+    if options.backend != "trt":
+        _refuse(options.plan, "--plan", options.backend)
     if options.backend == "onnx":
         return _onnx_backend(options)
+    if options.backend == "trt":
+        return _trt_backend(options)
     if options.backend in ("torch", "torch-sim", "native"):
         return _torch_backend(options)
     raise InputError(f"--backend must be one of {', '.join(BACKENDS)}, found '{options.backend}'")
@@ -149,6 +154,32 @@ def _onnx_backend(options: SamplingOptions) -> Backend:
         _check_steps(options, model.config, timesteps, model.manifest["skip_type"], options.onnx)
     manifest = {"backend": "onnx", "onnx_sha256": sha256(options.onnx), "timesteps": list(timesteps)}
     return Backend(OnnxDenoiser(model, timesteps, options.device), model.config, manifest)
+
+
+def _trt_backend(options: SamplingOptions) -> Backend:
+    from modiff_trt.runtime.plan import load_plan
+    from modiff_trt.runtime.trt_denoiser import TrtDenoiser
+
+    if options.plan is None:
+        raise InputError("--backend trt needs --plan FILE; build one with `modiff-trt build`")
+    for value, option in (
+        (options.scales, "--scales"),
+        (options.onnx, "--onnx"),
+        (options.config, "--config"),
+        (options.ckpt, "--ckpt"),
+    ):
+        _refuse(value, option, "trt, whose plan carries it")
+    plan = load_plan(options.plan)
+    network, rows = plan.manifest["network"], plan.calibrated_rows
+    if not options.modulate and network["method"] == "modiff":
+        raise InputError("--no-modulate is decided at export; run `modiff-trt export --no-modulate` and build from that file")
+    if rows is None:
+        timesteps = _sequence(options, plan.config)
+    else:
+        timesteps = rows.timesteps
+        _check_steps(options, plan.config, timesteps, network["skip_type"], options.plan)
+    manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"], "timesteps": list(timesteps)}
+    return Backend(TrtDenoiser(plan, timesteps), plan.config, manifest)
 
 
 def _refuse(value: Path | None, option: str, backend: str) -> None:

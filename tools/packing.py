@@ -18,8 +18,8 @@ from modiff_trt.tools.deployed import ABOUT, NETWORK
 LAUNCHER = "modiff-sampler"
 # Everything the launcher needs of this project; none of it imports torch.
 MODULES = {
-    "export": ("__init__", "config", "dither", "errors", "files", "grid", "manifest", "rows"),
-    "runtime": ("__init__", "denoiser", "images", "noise", "onnx_denoiser", "sampler", "schedule", "start_state"),
+    "export": ("__init__", "config", "dither", "errors", "files", "grid", "manifest", "rows", "start_state"),
+    "runtime": ("__init__", "denoiser", "images", "noise", "onnx_denoiser", "sampler", "schedule"),
     "tools": ("__init__", "deployed", "progress", "sampling"),
 }
 REQUIREMENTS = ("numpy>=1.26", "onnx>=1.18", "onnxruntime>=1.22", "pillow>=10", "pyyaml>=6", "rich>=13", "safetensors>=0.5")

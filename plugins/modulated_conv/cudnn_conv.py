@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import cudnn
@@ -51,15 +50,6 @@ class ConvSpec:
         p = (self.height + self.padding[0] + self.padding[2] - self.kernel) // self.stride + 1
         q = (self.width + self.padding[1] + self.padding[3] - self.kernel) // self.stride + 1
         return self.batch, self.out_channels, p, q
-
-
-@dataclass(frozen=True)
-class PlanKey:
-    """What names a cuDNN execution plan on one GPU model and one cuDNN version."""
-
-    engine: int
-    kernel_cfg: int
-    split_k: int = 1
 
 
 @dataclass
@@ -114,15 +104,6 @@ def build_graph(spec: ConvSpec, **context: object) -> cudnn.pygraph:
     return graph
 
 
-def add_plan(graph: cudnn.pygraph, key: PlanKey) -> int:
-    """Append the plan `key` to the graph's candidates and return its index; raises if cuDNN does not support it."""
-    knobs = {cudnn.knob_type.KERNEL_CFG: key.kernel_cfg}
-    if key.split_k > 1:
-        knobs[cudnn.knob_type.SPLIT_K_SLC] = key.split_k
-    graph.create_execution_plan(key.engine, knobs)
-    return int(graph.get_execution_plan_count()) - 1
-
-
 def add_heuristic_plans(graph: cudnn.pygraph) -> list[int]:
     """Append cuDNN's own suggestions and return the indices of those whose knobs are named (the others repeat them)."""
     graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.B, cudnn.heur_mode.FALLBACK])
@@ -133,10 +114,8 @@ def add_heuristic_plans(graph: cudnn.pygraph) -> list[int]:
 class Int8Conv:
     """A convolution bound to one plan. Construction allocates scratch tensors and synchronizes; `run` does neither."""
 
-    def __init__(
-        self, spec: ConvSpec, candidates: Iterable[PlanKey] = (), plan: PlanKey | None = None, blob: bytes | None = None
-    ) -> None:
-        """Keep the fastest of cuDNN's suggestions and `candidates`, unless `plan` or a serialized `blob` is given."""
+    def __init__(self, spec: ConvSpec, blob: bytes | None = None) -> None:
+        """Keep the fastest of cuDNN's suggestions, unless a serialized `blob` is given."""
         self.spec = spec
         self.results: list[PlanResult] = []
         self._handle = cudnn_handle(torch.cuda.current_device())
@@ -146,13 +125,7 @@ class Int8Conv:
             self.results.append(PlanResult("deserialized", time_us=self._measure(self._graph.get_workspace_size())))
         else:
             self._graph = build_graph(spec, handle=self._handle)
-            indices = add_heuristic_plans(self._graph) if plan is None else []
-            for key in candidates if plan is None else [plan]:
-                try:
-                    indices.append(add_plan(self._graph, key))
-                except PLAN_ERRORS as error:
-                    self.results.append(PlanResult(str(key), error=str(error)))
-            self._select(indices)
+            self._select(add_heuristic_plans(self._graph))
         self.plan = min(self.results, key=lambda result: result.time_us)
         self.workspace_size: int = self._graph.get_workspace_size()
 

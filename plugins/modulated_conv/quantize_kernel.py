@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from modiff_trt.export.grid import grid_max
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
@@ -41,22 +42,23 @@ class Norm:
 
 @triton.jit
 def _source(
-    a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
-    C1: tl.constexpr, C2: tl.constexpr, PIXELS: tl.constexpr,
-    HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
+    a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, pixel, channel, mask,
+    C1: tl.constexpr, C2: tl.constexpr, HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
 ):  # fmt: skip
-    """float32 [BLOCK_P, BLOCK_C] of the layer's sources; writes a + b where asked."""
-    at = image * PIXELS + pixel
-    main = mask & (channel < C1)
-    value = tl.load(a_ptr + at * C1 + channel, mask=main, other=0.0).to(tl.float32)
+    """float32 [BLOCK_P, BLOCK_C] of the layer's sources; writes a + b where asked. Pointers are those of one image."""
+    main = mask
+    if C2 > 0:
+        main = mask & (channel < C1)
+    at = pixel * C1 + channel
+    value = tl.load(a_ptr + at, mask=main, other=0.0).to(tl.float32)
     if HAS_B:
-        value += tl.load(b_ptr + at * C1 + channel, mask=main, other=0.0).to(tl.float32)
+        value += tl.load(b_ptr + at, mask=main, other=0.0).to(tl.float32)
         narrow = value.to(a_ptr.dtype.element_ty)
         if WRITE_SUM:
-            tl.store(sum_ptr + at * C1 + channel, narrow, mask=main)
+            tl.store(sum_ptr + at, narrow, mask=main)
         value = narrow.to(tl.float32)
     if C2 > 0:
-        skip = tl.load(skip_ptr + at * C2 + (channel - C1), mask=mask & (channel >= C1), other=0.0)
+        skip = tl.load(skip_ptr + pixel * C2 + (channel - C1), mask=mask & (channel >= C1), other=0.0)
         value += skip.to(tl.float32)
     if HAS_TIME:
         value += tl.load(time_ptr + channel, mask=channel < C1 + C2, other=0.0)
@@ -65,9 +67,19 @@ def _source(
 
 
 @triton.jit
+def _mask(
+    exists, pixel, C: tl.constexpr, PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+):  # fmt: skip
+    """[BLOCK_P, BLOCK_C]: which elements of a tile exist; a constant where all do, so that loads need no predicate."""
+    if C % BLOCK_C == 0 and PIXELS % BLOCK_P == 0:
+        return tl.full([BLOCK_P, BLOCK_C], True, tl.int1)
+    return exists & (pixel < PIXELS)
+
+
+@triton.jit
 def _emit(
-    value, factor_ptr, grid_ptr, state_ptr, q_ptr, image, pixel, channel, mask,
-    C: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, UPSAMPLE: tl.constexpr,
+    value, state, factor_ptr, grid_ptr, state_ptr, q_ptr, pixel, channel, mask,
+    C: tl.constexpr, WIDTH: tl.constexpr, UPSAMPLE: tl.constexpr,
     Q_CHANNELS: tl.constexpr, HAS_FACTOR: tl.constexpr,
     QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
@@ -78,25 +90,25 @@ def _emit(
         inverse_step = tl.load(grid_ptr)
         cells = value * inverse_step
         if MODULATED:
-            at = state_ptr + (image * PIXELS + pixel) * C + channel
-            state = tl.load(at, mask=mask, other=0).to(tl.int32)
+            state = state.to(tl.int32)
             cells -= ((state + MAGIC_BITS).to(tl.float32, bitcast=True) - MAGIC) * (tl.load(grid_ptr + 1) * inverse_step)
         cells = tl.minimum(tl.maximum(cells, LOW), HIGH) + MAGIC
         integers = cells.to(tl.int32, bitcast=True) - MAGIC_BITS
         narrow = integers.to(tl.int8)
         if MODULATED:
             state += integers * tl.load(grid_ptr + 2).to(tl.int32)
-            tl.store(at, tl.minimum(tl.maximum(state, -LIMIT), LIMIT).to(tl.int16), mask=mask)
+            state = tl.minimum(tl.maximum(state, -LIMIT), LIMIT)
+            tl.store(state_ptr + pixel * C + channel, state.to(tl.int16), mask=mask)
     else:
         narrow = value.to(q_ptr.dtype.element_ty)
     if UPSAMPLE:
-        corner = image * (4 * PIXELS) + (pixel // WIDTH) * (4 * WIDTH) + (pixel % WIDTH) * 2
+        corner = (pixel // WIDTH) * (4 * WIDTH) + (pixel % WIDTH) * 2
         for down in tl.static_range(2):
             for right in tl.static_range(2):
                 to = corner + down * (2 * WIDTH) + right
                 tl.store(q_ptr + to * Q_CHANNELS + channel, narrow, mask=mask)
     else:
-        tl.store(q_ptr + (image * PIXELS + pixel) * Q_CHANNELS + channel, narrow, mask=mask)
+        tl.store(q_ptr + pixel * Q_CHANNELS + channel, narrow, mask=mask)
 
 
 @triton.jit
@@ -142,27 +154,40 @@ def sums_kernel(
     C1: tl.constexpr, C2: tl.constexpr, PIXELS: tl.constexpr,
     HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
     PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, SLABS: tl.constexpr,
-    BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (n, j, s): sums and sums of squares of the j-th BLOCK_G groups over the s-th slab of image n."""
+    """Program (n, j, s): sums and sums of squares of the j-th BLOCK_G groups over the s-th slab of image n.
+
+    OVERLAP lets the launch begin while the one before it ends.
+    """
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     image = tl.program_id(0).to(tl.int64)
+    a_ptr += image * (PIXELS * C1)
+    b_ptr += image * (PIXELS * C1)
+    sum_ptr += image * (PIXELS * C1)
+    skip_ptr += image * (PIXELS * C2)
     slab = tl.program_id(2)
     channel, exists = _channels(tl.program_id(1) * (BLOCK_G * PER_GROUP), C1 + C2, PER_GROUP, BLOCK_G, LANES)
     pixel = slab * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    value = _source(
-        a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, exists & (pixel < PIXELS),
-        C1, C2, PIXELS, HAS_B, WRITE_SUM, False,
-    )  # fmt: skip
-    sums, squares = tl.sum(value, axis=0)[None, :], tl.sum(value * value, axis=0)[None, :]
+    mask = _mask(exists, pixel, (C1 + C2) if LANES == PER_GROUP else 1, PIXELS, BLOCK_G * LANES, BLOCK_P)
     if HAS_TIME:
-        count = tl.minimum(PIXELS - slab * BLOCK_P, BLOCK_P).to(tl.float32)
         time = tl.load(time_ptr + channel, mask=exists, other=0.0)
-        squares += time * (2 * sums + count * time)
-        sums += count * time
+    value = _source(
+        a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, pixel, channel, mask, C1, C2, HAS_B, WRITE_SUM, False,
+    )  # fmt: skip
+    if HAS_TIME:
+        value = tl.where(mask, value + time, 0.0)
+    # First over a group's channels, which one thread or its neighbours hold, then over pixels: other warps have those, and
+    # what goes from warp to warp through shared memory is what this kernel would wait for.
+    by_group = tl.reshape(value, [BLOCK_P, BLOCK_G, LANES])
+    sums = tl.sum(tl.sum(by_group, axis=2), axis=0)
+    squares = tl.sum(tl.sum(by_group * by_group, axis=2), axis=0)
     group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     at = partial_ptr + (image * SLABS + slab) * (2 * GROUPS) + group
-    tl.store(at, _over_groups(sums, BLOCK_G, LANES), mask=group < GROUPS)
-    tl.store(at + GROUPS, _over_groups(squares, BLOCK_G, LANES), mask=group < GROUPS)
+    tl.store(at, sums, mask=group < GROUPS)
+    tl.store(at + GROUPS, squares, mask=group < GROUPS)
 
 
 @triton.jit
@@ -173,21 +198,33 @@ def quantize_kernel(
     NORM: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr,
     SLABS: tl.constexpr, BLOCK_S: tl.constexpr, HAS_FACTOR: tl.constexpr,
     QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (n, j, k) covers the j-th BLOCK_G groups of channels (without NORM, simply channels) and the k-th BLOCK_P
     pixels of image n.
 
     NORM is 0 (none), 1 (the groups' sums are in `partial_ptr`) or 2 (the program has all pixels and sums them itself).
     """
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    C: tl.constexpr = C1 + C2
     image = tl.program_id(0).to(tl.int64)
-    channel, exists = _channels(tl.program_id(1) * (BLOCK_G * PER_GROUP), C1 + C2, PER_GROUP, BLOCK_G, LANES)
+    a_ptr += image * (PIXELS * C1)
+    b_ptr += image * (PIXELS * C1)
+    sum_ptr += image * (PIXELS * C1)
+    skip_ptr += image * (PIXELS * C2)
+    state_ptr += image * (PIXELS * C)
+    q_ptr += image * (PIXELS * Q_CHANNELS * (4 if UPSAMPLE else 1))
+    channel, exists = _channels(tl.program_id(1) * (BLOCK_G * PER_GROUP), C, PER_GROUP, BLOCK_G, LANES)
     pixel = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    mask = exists & (pixel < PIXELS)
+    mask = _mask(exists, pixel, C if LANES == PER_GROUP else 1, PIXELS, BLOCK_G * LANES, BLOCK_P)
+    state = pixel
+    if MODULATED:
+        state = tl.load(state_ptr + pixel * C + channel, mask=mask, other=0)
     # With sums from the first launch the time bias is part of the offset of each channel.
     value = _source(
-        a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, image, pixel, channel, mask,
-        C1, C2, PIXELS, HAS_B, WRITE_SUM, HAS_TIME and NORM != 1,
+        a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, pixel, channel, mask, C1, C2, HAS_B, WRITE_SUM, HAS_TIME and NORM != 1,
     )  # fmt: skip
     if NORM > 0:
         count = PIXELS * PER_GROUP
@@ -212,14 +249,14 @@ def quantize_kernel(
     if SILU:
         value = _silu(value, FAST)
     _emit(
-        value, factor_ptr, grid_ptr, state_ptr, q_ptr, image, pixel, channel, mask,
-        C1 + C2, PIXELS, WIDTH, UPSAMPLE, Q_CHANNELS, HAS_FACTOR, QUANTIZE, MODULATED, LOW, HIGH,
+        value, state, factor_ptr, grid_ptr, state_ptr, q_ptr, pixel, channel, mask,
+        C, WIDTH, UPSAMPLE, Q_CHANNELS, HAS_FACTOR, QUANTIZE, MODULATED, LOW, HIGH,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """A program's tile: `groups` of `lanes` channels, `pixels` at a time, run by `warps`."""
+    """A program's tile: `groups` of `lanes` channels by `pixels`, run by `warps`."""
 
     groups: int
     lanes: int
@@ -253,13 +290,15 @@ def quantize_input(
     grid: Tensor | None = None,
     bits: int = 8,
     state: Tensor | None = None,
+    overlap: bool = False,
 ) -> None:
     """Launches the kernels on torch's current stream.
 
     a, b [N, pixels, channels] and skip [N, pixels, skip_channels] float16 or float32, `total` receives a + b;
     time float32 [C]; factors float32 [C]; grid float32 [>=3] on the device: 1/step, unit, multiple. `out` int8
     [N, out_pixels, >= C] receives the integers, or, of a float type and without `grid`, the layer's input itself. `state` int16
-    [N, pixels, C] is updated in place; without it the layer is stateless.
+    [N, pixels, C] is updated in place; without it the layer is stateless. `overlap` (compute
+    capability 9.0 and later) lets launches begin while the one before ends.
     """
     c, pixels = shape.total, shape.pixels
     top = grid_max(bits)
@@ -278,6 +317,8 @@ def quantize_input(
         "SLABS": slabs,
         "BLOCK_G": tile.groups,
         "LANES": tile.lanes,
+        "OVERLAP": overlap,
+        "launch_pdl": overlap,
     }
     partial = a
     if two_launches:

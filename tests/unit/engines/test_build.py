@@ -7,7 +7,6 @@ import pytest
 from conftest import ROOT, random_checkpoint
 
 from modiff_trt.engines.build import BuildOptions, build_plan
-from modiff_trt.engines.library import open_library
 from modiff_trt.engines.onnx_network import load_network
 from modiff_trt.engines.plan_files import build_into, plan_path
 from modiff_trt.engines.report import read_layers, summarize
@@ -16,6 +15,7 @@ from modiff_trt.export.config import load_config
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.onnx_export import build_onnx, save_onnx
 from modiff_trt.export.unet import trace
+from modiff_trt.plugins.tensorrt_library import open_library
 from modiff_trt.tools.trials import with_modes
 
 

@@ -1,0 +1,129 @@
+"""Triton: a layer's INT8 product as an implicit matrix product, with scale and accumulation in its epilogue.
+
+It serves where cuDNN does not: batches so small that its tiles leave the GPU empty, and TensorRT's plugin, whose tensors may
+stand in channels-first order. Integer sums are exact, so no tile size or split changes a bit of the result.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from modiff_trt.plugins.modulated_conv.geometry import MOST_TILES, ConvTile, Geometry, conv_tile
+
+
+@triton.jit
+def conv_kernel(
+    x_ptr, weight_ptr, scale_ptr, addend_ptr, out_ptr, step_ptr, multiplier_ptr, partial_ptr, arrived_ptr, sites,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+    STRIDE: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, R: tl.constexpr,
+    BIAS: tl.constexpr, HAS_STEP: tl.constexpr, CHANNELS_FIRST: tl.constexpr, SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j, s): BLOCK_M of the `sites` = N*P*Q output pixels by BLOCK_N of the K output channels, over the s-th of
+    SPLIT parts of the sum.
+
+    x int8 [N, H, W, C], weight int8 [K, R, R, C]; out and addend of a real type, [N, P*Q, K] or with CHANNELS_FIRST
+    [N, K, P*Q], or with BIAS addend [K]. scale [K]; with HAS_STEP it is multiplied by the numbers at step_ptr and
+    multiplier_ptr. With SPLIT > 1 partial int32 [sites, K] and arrived int32 [tiles] are zero, and are left zero: the program
+    that arrives last at a tile writes it. OVERLAP lets the launch begin while the one before it ends.
+    """
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    site = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    image, pixel = site // (P * Q), site % (P * Q)
+    row, column = (pixel // Q) * STRIDE - TOP, (pixel % Q) * STRIDE - LEFT
+    lanes = tl.arange(0, BLOCK_K)
+    blocks: tl.constexpr = C // BLOCK_K
+    count: tl.constexpr = R * R * blocks // SPLIT
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    first = image * (H * W)
+    for i in tl.range(0, count, num_stages=STAGES):
+        part = tl.program_id(2) * count + i
+        tap, c = part // blocks, (part % blocks) * BLOCK_K
+        y, x = row + tap // R, column + tap % R
+        inside = (site < sites) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        values = tl.load(x_ptr + (first + y * W + x)[:, None] * C + (c + lanes)[None, :], mask=inside[:, None], other=0)
+        weight = tl.load(weight_ptr + (k * (R * R) + tap)[:, None] * C + (c + lanes)[None, :], mask=(k < K)[:, None], other=0)
+        sums = tl.dot(values, tl.trans(weight), sums, out_dtype=tl.int32)
+    known = (site < sites)[:, None] & (k < K)[None, :]
+    last = True
+    if SPLIT > 1:
+        place = site[:, None] * K + k[None, :]
+        tl.atomic_add(partial_ptr + place, sums, mask=known, sem="relaxed")
+        tl.debug_barrier()
+        counter = arrived_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1
+        if last:
+            sums = tl.load(partial_ptr + place, mask=known, other=0, cache_modifier=".cg")
+            tl.debug_barrier()  # zeroes may be written by other threads than those that read
+            tl.store(partial_ptr + place, tl.zeros([BLOCK_M, BLOCK_N], tl.int32), mask=known)
+            tl.store(counter, 0)
+    scale = tl.load(scale_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    if HAS_STEP:
+        scale *= tl.load(step_ptr).to(tl.float32) * tl.load(multiplier_ptr).to(tl.float32)
+    written = known & last
+    start = (image * (K * P * Q))[:, None]
+    if CHANNELS_FIRST:
+        at = start + k[None, :] * (P * Q) + pixel[:, None]
+    else:
+        at = start + pixel[:, None] * K + k[None, :]
+    if BIAS:
+        addend = tl.load(addend_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    else:
+        addend = tl.load(addend_ptr + at, mask=written, other=0.0).to(tl.float32)
+    result = addend + sums.to(tl.float32) * scale[None, :]
+    tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=written)
+
+
+class Scratch:
+    """Zeroed integers for sums in parts, on one device. Launches that may run at the same time need one each."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._sums = torch.zeros(0, dtype=torch.int32, device=device)
+        self._arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
+        self._outgrown: list[Tensor] = []
+
+    def for_tile(self, geometry: Geometry, tile: ConvTile) -> tuple[Tensor, Tensor]:
+        """(partial sums, arrivals). Allocates only where a launch needs more than every one before it."""
+        needed = geometry.sites * geometry.out_channels if tile.split > 1 else 0
+        if needed > self._sums.numel():
+            self._outgrown.append(self._sums)  # captured graphs go on using it
+            self._sums = torch.zeros(needed, dtype=torch.int32, device=self._sums.device)
+        return self._sums, self._arrived
+
+
+def convolve_int8(
+    q: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    addend: Tensor,
+    out: Tensor,
+    *,
+    size: tuple[int, int],
+    stride: int,
+    padding: tuple[int, int, int, int],
+    scratch: Scratch,
+    overlap: bool = False,
+) -> None:
+    """out = addend + scale[k] (weight * q) on torch's current stream.
+
+    q int8 [N, H*W, C] with C a multiple of CHANNELS, weight int8 [K, R, R, C], scale float32 [K]; addend [N, P*Q, K] of out's
+    type (may be `out`), or a bias float32 [K]. `size` is (H, W), `padding` (top, left, bottom, right). `overlap` is for compute
+    capability 9.0 and later.
+    """
+    k, r = weight.shape[:2]
+    geometry = Geometry(len(q), q.shape[2], *size, k, r, stride, padding)
+    tile = conv_tile(geometry)
+    conv_kernel[(triton.cdiv(geometry.sites, tile.sites), triton.cdiv(k, tile.channels), tile.split)](
+        q, weight, scale, addend, out, scale, scale, *scratch.for_tile(geometry, tile),
+        geometry.sites, **geometry.constants,
+        BIAS=addend.ndim == 1, HAS_STEP=False, CHANNELS_FIRST=False, SPLIT=tile.split, OVERLAP=overlap,
+        BLOCK_M=tile.sites, BLOCK_N=tile.channels, BLOCK_K=tile.depth, STAGES=tile.stages,
+        num_warps=tile.warps, launch_pdl=overlap,
+    )  # fmt: skip

@@ -1,0 +1,148 @@
+"""The fastest way to run every convolution shape: tuned once, kept on disk, memory between launches shared.
+
+cuDNN's plans compete with our own kernel where batches are small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import atomic_path
+from modiff_trt.export.unet import LayerSpec
+from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
+
+if TYPE_CHECKING:
+    from modiff_trt.plugins.modulated_conv.conv_kernel import Scratch
+    from modiff_trt.plugins.modulated_conv.cudnn_conv import ConvSpec, Int8Conv
+
+CACHE_VARIABLE = "MODIFF_TRT_CACHE"
+# Above so many output pixels cuDNN has always won, and our kernel is not tried.
+FEW_SITES = 8192
+# What stands in the cache in place of a cuDNN plan.
+OWN_KERNEL = b"conv_kernel"
+
+
+def cache_folder() -> Path:
+    """Where tuned plans are kept: $MODIFF_TRT_CACHE, or ~/.cache/modiff-trt."""
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named) if named else Path.home() / ".cache" / "modiff-trt"
+
+
+class ConvPlans:
+    """Runs integer convolutions. A shape seen for the first time is tuned (seconds), or read from the cache."""
+
+    def __init__(self, overlap: bool, tuned: dict[ConvSpec, Int8Conv | None] | None = None) -> None:
+        """`overlap` lets our kernel begin while the launch before it ends (compute capability 9.0 and later)."""
+        from modiff_trt.plugins.modulated_conv.conv_kernel import Scratch
+
+        self._overlap = overlap
+        self._convs = tuned if tuned is not None else {}
+        self._workspaces = [torch.empty(0, dtype=torch.uint8)]
+        self._scratch = Scratch("cuda")
+
+    def twin(self) -> ConvPlans:
+        """The same plans with memory of their own, for a second stream."""
+        return ConvPlans(self._overlap, self._convs)
+
+    def run(self, spec: LayerSpec, q: Tensor, weight: Tensor, scale: Tensor, addend: Tensor, out: Tensor) -> None:
+        """out = addend + scale[k] (weight * q) on the current stream; q int8 [N, H*W, C], out [N, P*Q, K].
+
+        `addend` is of out's shape (and may be out), or a bias float32 [K]. Only a shape's first call allocates.
+        """
+        from modiff_trt.plugins.modulated_conv.cudnn_conv import ConvSpec
+
+        _, height, width = spec.in_shape
+        residual = addend.ndim == 3
+        key = ConvSpec(
+            len(q), q.shape[2], height, width, out.shape[2], spec.kernel, spec.stride, spec.padding, out.dtype, residual
+        )
+        if key not in self._convs:
+            self._convs[key] = self._find(key)
+        conv = self._convs[key]
+        if conv is None:
+            run_own(key, q, weight, scale, addend, out, self._scratch, self._overlap)
+            return
+        if conv.workspace_size > self._workspaces[-1].numel():
+            # Graphs that were captured with a smaller workspace go on using it.
+            self._workspaces.append(torch.empty(conv.workspace_size, dtype=torch.uint8, device=q.device))
+        conv.run(q, weight, scale, addend, out, self._workspaces[-1])
+
+    def _find(self, key: ConvSpec) -> Int8Conv | None:
+        """The fastest plan; None is our own kernel."""
+        import cudnn
+
+        from modiff_trt.plugins.modulated_conv.cudnn_conv import PLAN_ERRORS, Int8Conv
+
+        place = {"gpu": torch.cuda.get_device_name(), "cudnn": cudnn.backend_version(), "spec": str(asdict(key))}
+        name = hashlib.sha256(repr(place).encode()).hexdigest()[:24]
+        try:
+            path = cache_folder() / f"{name}.plan"
+            digest, blob = (content := path.read_bytes())[:32], content[32:]
+            if hashlib.sha256(blob).digest() == digest:
+                return None if blob == OWN_KERNEL else Int8Conv(key, blob=blob)
+        except torch.OutOfMemoryError:
+            raise
+        except (*PLAN_ERRORS, OSError, ValueError):
+            pass  # not there, or of no use: tuned anew
+        conv = Int8Conv(key)
+        own = self._own_time(key) < conv.plan.time_us
+        blob = OWN_KERNEL if own else conv.serialize()
+        # A cache that cannot be written costs the next start some seconds, and nothing else.
+        with contextlib.suppress(InputError, RuntimeError), atomic_path(cache_folder() / f"{name}.plan") as temporary:
+            temporary.write_bytes(hashlib.sha256(blob).digest() + blob)
+        return None if own else conv
+
+    def _own_time(self, key: ConvSpec) -> float:
+        """Microseconds a run of our kernel; infinite where it is not tried."""
+        from modiff_trt.plugins.modulated_conv.cudnn_conv import scratch_tensors
+        from modiff_trt.plugins.modulated_conv.timing import graph_time_us
+
+        n, _, p, q = key.out_shape
+        if n * p * q > FEW_SITES or key.in_channels % CHANNELS:
+            return float("inf")
+        x, weight, scale, addend, out = scratch_tensors(key)
+        flat = x.permute(0, 2, 3, 1).flatten(1, 2), weight, scale.flatten()
+        rest = addend.permute(0, 2, 3, 1).flatten(1, 2) if key.residual else addend.flatten()
+        result = out.permute(0, 2, 3, 1).flatten(1, 2)
+
+        def run() -> None:
+            run_own(key, *flat, rest, result, self._scratch, self._overlap)
+
+        run()
+        return graph_time_us([run] * 10, 7)
+
+
+def run_own(
+    key: ConvSpec,
+    q: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    addend: Tensor,
+    out: Tensor,
+    scratch: Scratch,
+    overlap: bool,
+) -> None:
+    """Our kernel on tensors as `ConvPlans.run` takes them; `weight` is channels_last, which is the order that it reads."""
+    from modiff_trt.plugins.modulated_conv.conv_kernel import convolve_int8
+
+    convolve_int8(
+        q,
+        weight.permute(0, 2, 3, 1),
+        scale,
+        addend,
+        out,
+        size=(key.height, key.width),
+        stride=key.stride,
+        padding=key.padding,
+        scratch=scratch,
+        overlap=overlap,
+    )

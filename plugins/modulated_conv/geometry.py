@@ -1,0 +1,107 @@
+"""Shapes of a modulated convolution, and which kernels serve it. No torch, no Triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modiff_trt.plugins.modulated_conv.device_code import Variant
+
+# Integer inputs and weights are padded to a multiple of so many channels.
+CHANNELS = 32
+# Of the plugin's first launch: pixels and channels of a program, and its warps.
+RESIDUAL_TILE = (64, 64, 4)
+# With fewer programs than this a GPU is mostly empty; sums are split until they are about as many.
+FULL = 100
+MOST_TILES = 4096
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution of N images: input [C, H, W], output channels, kernel size, stride, padding (top, left, bottom, right)."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    out_channels: int
+    kernel: int
+    stride: int
+    padding: tuple[int, int, int, int]
+
+    @property
+    def padded(self) -> int:
+        """Channels of the integer input."""
+        return -(-self.channels // CHANNELS) * CHANNELS
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """(P, Q)."""
+        top, left, bottom, right = self.padding
+        p = (self.height + top + bottom - self.kernel) // self.stride + 1
+        return p, (self.width + left + right - self.kernel) // self.stride + 1
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What the convolution's kernel is specialized for. Raises ValueError beyond 32-bit offsets."""
+        (p, q), (top, left, _, _) = self.out_size, self.padding
+        if max(self.integer_bytes, self.sites * self.out_channels) >= 2**31:
+            raise ValueError(f"{self} has more than 2^31 elements; use a smaller batch")
+        names = ("C", "H", "W", "K", "P", "Q", "STRIDE", "TOP", "LEFT", "R")
+        values = (self.padded, self.height, self.width, self.out_channels, p, q, self.stride, top, left, self.kernel)
+        return dict(zip(names, values, strict=True))
+
+    @property
+    def sites(self) -> int:
+        """Output pixels of all images."""
+        p, q = self.out_size
+        return self.batch * p * q
+
+    @property
+    def integer_bytes(self) -> int:
+        """Bytes of the integer input [N, H*W, padded]."""
+        return self.batch * self.pixels * self.padded
+
+
+@dataclass(frozen=True)
+class ConvTile:
+    """A program's tile of the product: output pixels, channels, values of the sum it takes at a time, loads ahead, warps; and
+    the parts into which the sum is split."""
+
+    sites: int
+    channels: int
+    depth: int
+    stages: int
+    warps: int
+    split: int
+
+
+def conv_tile(geometry: Geometry, may_split: bool = True) -> ConvTile:
+    """The tile for a convolution: the largest that still makes enough programs; where none does, small ones and split sums."""
+    sites, out = geometry.sites, geometry.out_channels
+    depth = next(d for d in (128, 64, CHANNELS) if geometry.padded % d == 0)
+    if out <= 16:
+        return ConvTile(64, 16, depth, 3, 4, 1)
+    for rows, columns in ((128, 64), (64, 64)):
+        if -(-sites // rows) * -(-out // columns) >= FULL:
+            return ConvTile(rows, columns, depth, 3, 4, 1)
+    rows, warps = (64, 4) if sites >= 64 else (16, 2)
+    tiles = -(-sites // rows) * -(-out // 32)
+    steps = geometry.kernel**2 * geometry.padded // depth
+    parts = (9, 3) if may_split else ()
+    split = next((s for s in parts if steps % s == 0 and tiles * s <= 1.5 * FULL), 1)
+    return ConvTile(rows, 32, depth, 5, warps, split)
+
+
+def residual_variant(real: str, channels_first: bool) -> Variant:
+    return Variant("residual", real, channels_first, (), RESIDUAL_TILE)
+
+
+def conv_variant(geometry: Geometry, real: str, channels_first: bool) -> Variant:
+    """Sums in one part: an engine's workspace is not zeroed."""
+    tile = conv_tile(geometry, may_split=False)
+    numbers = (tile.sites, tile.channels, tile.depth, tile.stages, tile.warps)
+    return Variant("conv", real, channels_first, tuple(geometry.constants.items()), numbers)

@@ -1,0 +1,194 @@
+"""The `trt` backend: a TensorRT or TensorRT-RTX plan with its state on the device, one captured graph a step. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.rows import RowTable, plain_rows
+from modiff_trt.plugins.modulated_conv import trt_plugin
+from modiff_trt.plugins.tensorrt_library import Library, open_library
+from modiff_trt.runtime.cuda_memory import DeviceArray, Graph, Stream, use_device
+from modiff_trt.runtime.denoiser import StateInfo
+from modiff_trt.runtime.plan import Plan
+
+STATES = ("a_hat.", "o_hat.")
+
+
+class TrtDenoiser:
+    """Runs a plan. With the plugin each state array is one buffer, updated in place; without it two sets of buffers take
+    turns, and so do two graphs.
+
+    x may be numpy, or any object with `__cuda_array_interface__` (PyCUDA, CuPy, torch): then eps is a device array too, and
+    valid until the next pass. `stream` is the handle of a CUDA stream to work on.
+    """
+
+    def __init__(self, plan: Plan, timesteps: tuple[int, ...] | None = None, stream: int | None = None) -> None:
+        """`timesteps` is only for float networks. Raises InputError for a plan that this machine cannot run."""
+        rows = plan.calibrated_rows
+        if rows is None and timesteps is None:
+            raise ValueError("a float network needs timesteps")
+        self._rows = rows if rows is not None else plain_rows(timesteps or ())
+        library = open_library(plan.manifest["runtime"])
+        check_plan(plan, library)
+        self._plan, self._trt = plan, library.trt
+        name, capability = use_device()
+        check_target(plan, name, capability)
+        if plan.manifest["plugin"]:
+            trt_plugin.register(library.trt)
+        self._engine, self._runtime = _deserialize(library, plan)
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise InputError(
+                f"{plan.path} cannot be run: the GPU has too little memory for it; build with a smaller --max-batch"
+            )
+        self._stream = Stream(stream)
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        self._inputs = {n: self._type(n) for n in names if self._engine.get_tensor_mode(n) == self._trt.TensorIOMode.INPUT}
+        self._states = [n for n in self._inputs if n.startswith(STATES)]
+        self._start = {n: self._on_device(plan.start[n].astype(self._inputs[n])) for n in self._states}
+        self._row_scales = self._on_device(np.ascontiguousarray(self._rows.multipliers, np.float32))
+        self._stream.synchronize()
+        self._batch = self._turn = 0
+
+    @property
+    def rows(self) -> RowTable:
+        return self._rows
+
+    @property
+    def state_info(self) -> tuple[StateInfo, ...]:
+        return tuple(StateInfo(n, self._start[n].shape, self._start[n].nbytes) for n in self._states)
+
+    @property
+    def state(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Copies of the state after the last pass, by input name."""
+        return {n: self._buffers[self._turn][n].to_host(self._stream) for n in self._states}
+
+    def from_host(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return x
+
+    def to_host(self, x: Any) -> np.ndarray[Any, Any]:
+        return x if isinstance(x, np.ndarray) else DeviceArray.of(x).to_host(self._stream)
+
+    def reset(self, batch: int) -> None:
+        least, most = self._plan.batches
+        if not least <= batch <= most:
+            raise InputError(f"{self._plan.path} was built for batches from {least} to {most}, not {batch}; pass --batch-size")
+        if batch != self._batch:
+            self._allocate(batch)
+        for name in self._states:
+            _fill(self._buffers[0][name], self._start[name], self._stream)
+        self._turn = 0
+
+    def __call__(self, x: Any, row: int) -> Any:
+        guest = not isinstance(x, np.ndarray)
+        self._fixed["x"].copy_from(DeviceArray.of(x) if guest else np.ascontiguousarray(x, np.float32), self._stream)
+        self._fixed["t"].copy_from(self._times.row(row), self._stream)
+        if "row_scale" in self._fixed:
+            self._fixed["row_scale"].copy_from(self._row_scales.row(row), self._stream)
+        self._graphs[self._turn].launch()
+        self._turn = (self._turn + 1) % len(self._graphs)
+        return self._fixed["eps"] if guest else self._fixed["eps"].to_host(self._stream)
+
+    def _type(self, name: str) -> Any:
+        return np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
+
+    def _on_device(self, array: np.ndarray[Any, Any]) -> DeviceArray:
+        result = DeviceArray(array.shape, array.dtype)
+        result.copy_from(np.ascontiguousarray(array), self._stream)
+        self._stream.synchronize()
+        return result
+
+    def _allocate(self, batch: int) -> None:
+        self._batch = 0  # what fails below must not pass for done
+        image = (batch, *self._plan.config.input_shape)
+        self._fixed = {"x": DeviceArray(image, np.float32), "eps": DeviceArray(image, np.float32)}
+        self._fixed["t"] = DeviceArray((batch,), np.int64)
+        if "row_scale" in self._inputs:
+            self._fixed["row_scale"] = DeviceArray(self._row_scales.shape[1:], np.float32)
+        self._times = self._on_device(np.repeat(self._rows.t[:, None], batch, axis=1))
+        sets = 1 if self._plan.manifest["plugin"] or not self._states else 2
+        self._buffers = [
+            {n: DeviceArray((batch, *self._start[n].shape), self._inputs[n]) for n in self._states} for _ in range(sets)
+        ]
+        for name in self._inputs:
+            shape = self._fixed[name].shape if name in self._fixed else self._buffers[0][name].shape
+            if not self._context.set_input_shape(name, shape):
+                raise InputError(f"{self._plan.path} refuses the shape {shape} for its input {name}; build the plan again")
+        self._graphs = []
+        for turn in range(sets):
+            self._bind(turn)
+            self._enqueue()  # what TensorRT prepares on a first run must not be captured
+            self._stream.synchronize()
+            self._graphs.append(Graph(self._enqueue, self._stream))
+        self._batch = batch
+
+    def _bind(self, turn: int) -> None:
+        """Points the engine at one set of buffers to read and the other, or the same, to write."""
+        source, target = self._buffers[turn], self._buffers[(turn + 1) % len(self._buffers)]
+        addresses = {name: array.pointer for name, array in (self._fixed | source).items()}
+        for name in self._states:
+            kind, layer = name.split(".", 1)
+            addresses[f"{kind}_out.{layer}"] = target[name].pointer
+        for name, address in addresses.items():
+            self._context.set_tensor_address(name, address)
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._stream.handle):
+            raise InputError(f"{self._plan.path} failed to run; run `modiff-trt verify` on it")
+
+
+def _fill(target: DeviceArray, image: DeviceArray, stream: Stream) -> None:
+    """Copies one image's start to every image of a batch, in doubling steps."""
+    batch = target.shape[0]
+    target.row(0).copy_from(image, stream)
+    done = 1
+    while done < batch:
+        count = min(done, batch - done)
+        part = DeviceArray((count, *image.shape), image.dtype, target, target.row(done).pointer)
+        part.copy_from(DeviceArray(part.shape, image.dtype, target, target.pointer), stream)
+        done += count
+
+
+def check_plan(plan: Plan, library: Library) -> None:
+    """Raises InputError unless the installed TensorRT can load the plan."""
+    built, compatible = plan.manifest["version"], plan.manifest["options"]["version_compatible"]
+    if built != library.version and not compatible:
+        raise InputError(
+            f"{plan.path} was built by {library.name} {built}, and {library.version} is installed here; build it again"
+        )
+
+
+def check_target(plan: Plan, name: str, capability: tuple[int, int]) -> None:
+    """Raises InputError unless the plan was built for this GPU's compute capability."""
+    here = f"sm{capability[0]}{capability[1]}"
+    if plan.manifest["target"] != here:
+        raise InputError(
+            f"{plan.path} was built for {plan.manifest['target']}, and {name} is {here}; build it with --target {here}"
+        )
+
+
+def _deserialize(library: Library, plan: Plan) -> tuple[Any, Any]:
+    """(engine, runtime), of which the second must outlive the first."""
+    trt: Any = library.trt
+
+    class Errors(trt.ILogger):  # type: ignore[misc]
+        """Keeps what went wrong."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: list[str] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.lines.append(text)
+
+    logger = Errors()
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(plan.data)
+    if engine is None:
+        reason = " ".join(logger.lines[-1].split())[:200] if logger.lines else "it gives no reason"
+        raise InputError(f"{library.name} cannot load {plan.path}: {reason}")
+    return engine, (runtime, logger)

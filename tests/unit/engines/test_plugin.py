@@ -1,0 +1,160 @@
+"""Engines with the plugin, built by TensorRT-RTX in processes of their own: Triton cannot compile where it interprets."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, random_checkpoint
+
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.onnx_export import build_onnx, save_onnx
+from modiff_trt.export.scales import save_scales
+from modiff_trt.plugins.modulated_conv.device_code import DeviceCode, Variant, pack, unpack
+from modiff_trt.runtime.plan import load_plan
+
+pytestmark = pytest.mark.skipif(
+    __import__("importlib.util").util.find_spec("tensorrt_rtx") is None, reason="pip install 'modiff-trt[rtx]'"
+)
+
+
+def command(*arguments):
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "modiff_trt.tools.cli", *map(str, arguments)], capture_output=True, text=True, check=False, env=clean
+    )
+
+
+def build(onnx, out, target, *more):
+    result = command("build", "--onnx", onnx, "--out", out, "--runtime", "rtx", "--target", target, *more)
+    assert result.returncode == 0, result.stderr
+    return next(out.glob("*.plan"))
+
+
+@pytest.fixture(scope="module")
+def onnx_file(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
+    save_onnx(path, build_onnx(tiny.network, tiny.checkpoint, tiny.scales(act_bits=6), "fp16", "x"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan_file(onnx_file, tmp_path_factory):
+    return build(onnx_file, tmp_path_factory.mktemp("plans"), "sm89")
+
+
+@pytest.mark.parametrize(("target", "batches"), [("sm80", (1, 4, 16)), ("sm86", (2, 2, 2)), ("sm120", (1, 1, 64))])
+def test_every_modulated_layer_is_the_plugin(tiny, onnx_file, tmp_path, target, batches):
+    sizes = [f for name, n in zip(("min", "opt", "max"), batches, strict=True) for f in (f"--{name}-batch", n)]
+    manifest = json.loads(build(onnx_file, tmp_path, target, *sizes).with_suffix(".json").read_text())
+    report = manifest["report"]
+    assert report["plugin_layers"] == report["quantized_layers"] == len(tiny.network.layers)
+    assert report["fell_back"] == [] and report["int8_convolutions"] == 0 and manifest["plugin"]
+    assert {t["kind"] for t in report["table"]} >= {"PluginV3", "kgen"} and report["generated_kernels_a_quantized_layer"] > 0
+
+
+def test_a_plan_reads_back_with_the_state_it_begins_from(tiny, onnx_file, plan_file):
+    plan = load_plan(plan_file)
+    assert plan.batches == (1, 16) and len(plan.calibrated_rows) > 6 and plan.manifest["target"] == "sm89"
+    from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
+
+    reference = OnnxDenoiser(load_onnx(onnx_file))
+    reference.reset(1)
+    assert set(plan.start) == set(reference.state)
+    for name, array in reference.state.items():
+        np.testing.assert_array_equal(plan.start[name], array[0])
+
+
+def test_the_kernels_travel_in_the_plan(plan_file):
+    """Machine code for the target, once for each layer's shape and every tile that the profile's batches need."""
+    content = plan_file.read_bytes()
+    assert content.count(b"conv-fp16-nchw-") > 0 and content.count(b"residual-fp16-nchw-") > 0
+    codes = {Variant("conv", "fp16", True, (("C", 32),), (16, 32, 32, 5, 2)): DeviceCode("conv_kernel", 64, 1024, b"code")}
+    assert unpack(pack(codes)) == codes
+
+
+def test_plans_that_do_not_belong_are_refused(plan_file, tmp_path):
+    def copy(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        for part in plan_file.parent.iterdir():
+            (folder / part.name).write_bytes(part.read_bytes())
+        return folder / plan_file.name
+
+    with pytest.raises(InputError, match="does not exist"):
+        load_plan(tmp_path / "no.plan")
+    altered = copy("altered")
+    altered.write_bytes(plan_file.read_bytes()[:-1])
+    with pytest.raises(InputError, match="truncated or altered"):
+        load_plan(altered)
+    lost = copy("lost")
+    lost.with_suffix(".json").unlink()
+    with pytest.raises(InputError, match="plan manifest"):
+        load_plan(lost)
+    cut = copy("cut")
+    manifest = json.loads(cut.with_suffix(".json").read_text())
+    del manifest["network"]["timesteps"][0]
+    cut.with_suffix(".json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="damaged"):
+        load_plan(cut)
+    other = copy("other")
+    manifest["onnx_sha256"] = "0" * 64
+    other.with_suffix(".json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"another network|damaged"):
+        load_plan(other)
+
+
+def test_the_wrong_version_and_the_wrong_gpu_are_named(plan_file):
+    from dataclasses import replace
+
+    from modiff_trt.plugins.tensorrt_library import Library, open_library
+    from modiff_trt.runtime.trt_denoiser import check_plan, check_target
+
+    plan = load_plan(plan_file)
+    check_plan(plan, open_library("rtx"))
+    with pytest.raises(InputError, match="build it again"):
+        check_plan(replace(plan, manifest=plan.manifest | {"version": "0.1"}), open_library("rtx"))
+    with pytest.raises(InputError, match="--target sm90"):
+        check_target(plan, "NVIDIA H200", (9, 0))
+    assert isinstance(open_library("rtx"), Library)
+
+
+def test_without_a_gpu_a_plan_fails_in_one_line(plan_file, onnx_file, tmp_path):
+    if os.path.exists("/dev/nvidia0"):
+        pytest.skip("there is a GPU")
+    for arguments in (
+        ("sample", "--backend", "trt", "--plan", plan_file, "--num-samples", 1, "--out", tmp_path / "x.npz"),
+        ("verify", "--onnx", onnx_file, "--plan", plan_file),
+        ("build", "--onnx", onnx_file, "--runtime", "rtx", "--out", tmp_path / "plans"),
+    ):
+        result = command(*arguments)
+        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+        assert "GPU" in result.stderr
+    assert not (tmp_path / "x.npz").exists() and not list(tmp_path.glob("plans/*"))
+
+
+def test_what_the_plugin_cannot_compute_is_refused(tiny, tmp_path):
+    path = tmp_path / "ltq.onnx"
+    save_onnx(path, build_onnx(tiny.network, tiny.checkpoint, tiny.scales(granularity="tensor"), "fp16", "x"))
+    result = command("build", "--onnx", path, "--runtime", "rtx", "--target", "sm89", "--out", tmp_path)
+    assert result.returncode == 2 and "--no-plugin" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_full_cifar10_network_with_the_plugin(tmp_path):
+    from conftest import make_case
+    from modiff_trt.export.calibrate import Recipe, make_scales, measure_ranges
+    from modiff_trt.export.config import load_config
+    from modiff_trt.export.unet import trace
+
+    network = trace(load_config(ROOT / "configs/cifar10.yml"))
+    case = make_case(network, random_checkpoint(network.config), 2, 1, 2)
+    ranges = measure_ranges(network, case.checkpoint.params, case.trajectories, 1)
+    scales = make_scales(network, case.checkpoint, case.trajectories, ranges, Recipe())
+    save_scales(tmp_path / "s.safetensors", scales)
+    save_onnx(tmp_path / "m.onnx", build_onnx(network, case.checkpoint, scales, "fp16", "x"))
+    plan = build(tmp_path / "m.onnx", tmp_path / "plans", "sm120", "--min-batch", 8, "--opt-batch", 8, "--max-batch", 8)
+    report = json.loads(plan.with_suffix(".json").read_text())["report"]
+    assert report["plugin_layers"] == report["quantized_layers"] == 77 and report["fell_back"] == []

@@ -1,0 +1,89 @@
+"""The INT8 convolution and the plugin's first launch, in Triton's interpreter, against float64."""
+
+import pytest
+import torch
+
+from modiff_trt.plugins.modulated_conv import conv_kernel as conv
+from modiff_trt.plugins.modulated_conv import reference
+from modiff_trt.plugins.modulated_conv.geometry import RESIDUAL_TILE, ConvTile, Geometry, conv_tile
+from modiff_trt.plugins.modulated_conv.residual_kernel import residual_kernel
+
+# N, C, H, W, K, kernel, stride, padding: odd images, channels that no tile divides, sums in parts, a strided window
+SHAPES = [
+    (2, 128, 6, 6, 64, 3, 1, (1, 1, 1, 1)),
+    (1, 96, 8, 5, 32, 3, 2, (0, 0, 1, 1)),
+    (3, 32, 4, 4, 48, 1, 1, (0, 0, 0, 0)),
+    (1, 128, 4, 4, 40, 3, 1, (1, 1, 1, 1)),
+    (2, 32, 9, 7, 3, 3, 1, (1, 1, 1, 1)),
+]
+
+
+@pytest.fixture
+def scratch():
+    return conv.Scratch("cpu")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_it_equals_the_reference(shape, bias, scratch):
+    n, c, h, w, k, r, stride, padding = shape
+    geometry = Geometry(n, c, h, w, k, r, stride, padding)
+    sites = geometry.out_size[0] * geometry.out_size[1]
+    q = torch.randint(-128, 128, (n, h * w, c), dtype=torch.int8)
+    weight = torch.randint(-128, 128, (k, r, r, c), dtype=torch.int8)
+    scale, out = torch.rand(k) * 1e-4, torch.full((n, sites, k), float("nan"))
+    addend = torch.randn(k) if bias else torch.randn(n, sites, k)
+    conv.convolve_int8(q, weight, scale, addend, out, size=(h, w), stride=stride, padding=padding, scratch=scratch)
+    wide = (t.double() for t in (q, weight.permute(0, 3, 1, 2), scale, addend))
+    expected = reference.accumulate(*wide, (h, w), stride, padding)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
+    again = torch.full_like(out, float("nan"))  # what the first launch left behind must not show
+    conv.convolve_int8(q, weight, scale, addend, again, size=(h, w), stride=stride, padding=padding, scratch=scratch)
+    assert torch.equal(again, out)
+
+
+def test_neither_tile_nor_split_changes_a_bit(monkeypatch, scratch):
+    q = torch.randint(-128, 128, (2, 36, 64), dtype=torch.int8)
+    weight, scale = torch.randint(-128, 128, (48, 3, 3, 64), dtype=torch.int8), torch.rand(48)
+    o_hat, results = torch.randn(2, 36, 48), []
+    for tile in (ConvTile(16, 32, 32, 2, 2, 9), ConvTile(64, 64, 64, 3, 4, 1), ConvTile(32, 16, 64, 2, 4, 3)):
+        monkeypatch.setattr(conv, "conv_tile", lambda geometry, tile=tile: tile)
+        out = o_hat.clone()  # in place, as in deployment
+        conv.convolve_int8(q, weight, scale, out, out, size=(6, 6), stride=1, padding=(1, 1, 1, 1), scratch=scratch)
+        results.append(out)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_tiles_fill_a_gpu_before_they_grow():
+    one = conv_tile(Geometry(1, 256, 8, 8, 256, 3, 1, (1, 1, 1, 1)))
+    many = conv_tile(Geometry(256, 256, 32, 32, 256, 3, 1, (1, 1, 1, 1)))
+    assert one.split > 1 and one.sites < many.sites and many.split == 1
+    assert conv_tile(Geometry(1, 256, 8, 8, 256, 3, 1, (1, 1, 1, 1)), may_split=False).split == 1
+    with pytest.raises(ValueError, match="smaller batch"):
+        _ = Geometry(10_000, 512, 32, 32, 512, 3, 1, (1, 1, 1, 1)).constants
+
+
+@pytest.mark.parametrize("channels_first", [True, False])
+@pytest.mark.parametrize(("channels", "size"), [(48, (5, 7)), (3, (9, 4)), (70, (8, 8))])
+def test_the_residual_is_rounded_and_a_hat_follows(channels_first, channels, size):
+    n, pixels = 2, size[0] * size[1]
+    padded, step, multiplier = -(-channels // 32) * 32, torch.tensor(0.02), torch.tensor(1.5)
+    x, a_hat = torch.randn(2, n, pixels, channels)
+    low, high = -8, 7
+    q = torch.full((n, pixels, padded), 77, dtype=torch.int8)
+
+    def lay(t):
+        return t.transpose(1, 2).contiguous() if channels_first else t.clone()
+
+    state = lay(a_hat)
+    block_p, block_c, warps = RESIDUAL_TILE
+    residual_kernel[(-(-pixels // block_p), -(-padded // block_c), n)](
+        lay(x), state, state, step, multiplier, q, pixels, channels, padded, float(low), float(high),
+        CHANNELS_FIRST=channels_first, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
+    )  # fmt: skip
+    found = state.transpose(1, 2) if channels_first else state
+    width = float(step * multiplier)
+    position = ((x.double() - a_hat.double()) / width).clamp(low, high)
+    assert float((q[:, :, :channels].double() - position).abs().max()) <= 0.5 + 1e-4
+    assert (q[:, :, channels:] == 0).all()  # the padding takes part in the product
+    torch.testing.assert_close(found, a_hat + width * q[:, :, :channels], rtol=0, atol=1e-6)
