@@ -83,12 +83,12 @@ class TorchOps:
 
     def attention(self, qkv: Tensor, channels: int) -> Tensor:
         n, _, height, width = qkv.shape
-        if not qkv.is_contiguous() and qkv.is_contiguous(memory_format=torch.channels_last):
-            # Fused attention wants the channels of a pixel side by side, and here they are.
-            q, k, v = qkv.permute(0, 2, 3, 1).reshape(n, 1, height * width, 3, channels).unbind(3)
-            mixed = F.scaled_dot_product_attention(q, k, v, scale=channels**-0.5)
-            return mixed.reshape(n, height, width, channels).permute(0, 3, 1, 2)
         q, k, v = qkv.reshape(n, 3, channels, height * width).transpose(2, 3).unbind(1)
+        if qkv.dtype == torch.float16:
+            # Fused attention exists for four axes with the channels of a pixel side by side; anything else runs in float32.
+            q, k, v = (t.unsqueeze(1).contiguous() for t in (q, k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v, scale=channels**-0.5).squeeze(1)
+            return mixed.transpose(1, 2).reshape(n, channels, height, width)
         out = F.scaled_dot_product_attention(q, k, v, scale=channels**-0.5)
         return out.transpose(1, 2).reshape(n, channels, height, width)
 

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.grid import grid_max
+from modiff_trt.export.torch_ops import convolve
 from modiff_trt.export.unet import LayerSpec
 from modiff_trt.plugins.modulated_conv.onednn_conv import ZERO_POINT, OneDnnConv
 from modiff_trt.plugins.modulated_conv.reference import InputShape
@@ -22,6 +25,7 @@ class CpuKernels:
 
     real = torch.float32
     integer = torch.uint8
+    pads_real = False
 
     def __init__(self) -> None:
         if not hasattr(torch.ops.onednn, "qconv2d_pointwise") or not torch.backends.mkldnn.is_available():
@@ -91,6 +95,25 @@ class CpuKernels:
         if addend.ndim == 1:
             out.copy_(addend)
         conv.add(q, 1.0, scale, out)
+
+    def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
+        return _spatial(layer, sources[0]) if layer.spec.kernel > 1 else _pointwise(layer, sources)
+
+
+def _spatial(layer: NativeLayer, x: Tensor) -> Tensor:
+    """The unquantized convolution of x [N, H*W, C] with a kernel larger than 1: [N, P*Q, K]."""
+    channels, height, width = layer.spec.in_shape
+    image = x.view(len(x), height, width, channels).permute(0, 3, 1, 2)
+    return _pixels(convolve(layer.spec, image, layer.weight, layer.bias))
+
+
+def _pointwise(layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
+    """The unquantized 1x1 convolution of the concatenation of `sources` [N, H*W, C_i]: [N, H*W, K], without copying them."""
+    weights = layer.weight.flatten(1).split([s.shape[2] for s in sources], dim=1)
+    out = F.linear(sources[0], weights[0], layer.bias)
+    for source, weight in zip(sources[1:], weights[1:], strict=True):
+        out.view(-1, out.shape[2]).addmm_(source.flatten(0, 1), weight.T)
+    return out
 
 
 def _sums_are_exact() -> bool:

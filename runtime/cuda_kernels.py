@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class CudaKernels:
 
     real = torch.float16
     integer = torch.int8
+    pads_real = True
 
     def __init__(self, plans: ConvPlans | None = None) -> None:
         check_gpu()
@@ -51,6 +53,23 @@ class CudaKernels:
 
     def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor) -> None:
         self._plans.run(layer.spec, q, layer.weight, scale, addend, out)
+
+    def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
+        from modiff_trt.plugins.modulated_conv.conv_kernel import convolve_real
+
+        spec, (channels, height, width) = layer.spec, layer.spec.out_shape
+        out = torch.empty(len(sources[0]), height * width, channels, dtype=self.real, device=sources[0].device)
+        convolve_real(
+            sources,
+            layer.weight.permute(0, 2, 3, 1),
+            layer.bias,
+            out,
+            size=spec.in_shape[1:],
+            stride=spec.stride,
+            padding=spec.padding,
+            overlap=self._overlap,
+        )
+        return out
 
 
 def check_gpu() -> None:

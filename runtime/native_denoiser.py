@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modiff_trt.export.errors import InputError
@@ -28,7 +29,7 @@ class NativeDenoiser(GraphedDenoiser):
     batch runs as the next power of two."""
 
     def __init__(self, network: Network, params: Params, scales: Scales, kernels: Kernels, device: str) -> None:
-        self._model = _to_device(build(network, params, scales), device, kernels.real)
+        self._model = _to_device(build(network, params, scales), device, kernels)
         super().__init__(network.config, scales.rows, self._model.table, self._model.update_at, device)
         self._lanes = [kernels, kernels.twin()] if self._device.type == "cuda" else [kernels]
         self._kernels = kernels
@@ -115,13 +116,14 @@ class NativeDenoiser(GraphedDenoiser):
         padded = {}
         for name, layer in self._model.layers.items():
             channels, height, width = layer.spec.in_shape
-            if layer.mode != "float" and aligned(channels) != channels:
-                shape = (size, height * width, aligned(channels))
-                padded[name] = torch.zeros(shape, dtype=self._kernels.integer, device=self._device)
+            if layer.weight.shape[1] != channels:
+                shape = (size, height * width, layer.weight.shape[1])
+                dtype = self._kernels.real if layer.mode == "float" else self._kernels.integer
+                padded[name] = torch.zeros(shape, dtype=dtype, device=self._device)
         self._buffers = Buffers(state, o_hat, padded, self._row)
 
 
-def _to_device(model: NativeModel, device: str, real: torch.dtype) -> NativeModel:
+def _to_device(model: NativeModel, device: str, kernels: Kernels) -> NativeModel:
     shared = shared_accumulators(model.layers)
     layers = {}
     for name, layer in model.layers.items():
@@ -131,9 +133,11 @@ def _to_device(model: NativeModel, device: str, real: torch.dtype) -> NativeMode
                 # In a stateless pair the second convolution adds to the first one's output.
                 bias = bias + model.layers[shortcut].bias
         factors = layer.factors.to(device) if layer.factors is not None else None
-        weight = layer.weight.to(device).contiguous(memory_format=torch.channels_last)
+        weight = layer.weight
         if layer.mode == "float":
-            weight, bias = weight.to(real), bias.to(real)
+            missing = aligned(weight.shape[1]) - weight.shape[1] if kernels.pads_real else 0
+            weight = F.pad(weight, (0, 0, 0, 0, 0, missing)).to(kernels.real)
+        weight = weight.to(device).contiguous(memory_format=torch.channels_last)
         layers[name] = replace(layer, weight=weight, bias=bias.to(device), factors=factors)
     norms = {key: value.to(device) for key, value in model.norms.items()}
     return replace(model, layers=layers, norms=norms)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modiff_trt.export.torch_ops import convolve
 from modiff_trt.export.unet import GROUPS, NORM_EPS
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.native_layers import NativeLayer
@@ -26,10 +25,11 @@ WIDE_LAYERS = ("conv_out",)
 
 class Kernels(Protocol):
     """The two launches of a layer, on one kind of device: `real` is the type between layers, `integer` that of a layer's
-    quantized input."""
+    quantized input, and `pads_real` says whether layers in float want their input channels padded too."""
 
     real: torch.dtype
     integer: torch.dtype
+    pads_real: bool
 
     def twin(self) -> Kernels:
         """The same kernels for launches at the same time as these."""
@@ -62,22 +62,9 @@ class Kernels(Protocol):
         """out [N, P*Q, K'] = addend (same shape, may be `out` itself; or a bias [K']) + scale[k] (weight * q)."""
         ...
 
-
-def spatial(layer: NativeLayer, x: Tensor) -> Tensor:
-    """The unquantized convolution of x [N, H*W, C] with a kernel larger than 1: [N, P*Q, K]."""
-    channels, height, width = layer.spec.in_shape
-    image = x.view(len(x), height, width, channels).permute(0, 3, 1, 2)
-    y = convolve(layer.spec, image, layer.weight, layer.bias)
-    return y.permute(0, 2, 3, 1).reshape(len(x), -1, y.shape[1])
-
-
-def pointwise(layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
-    """The unquantized 1x1 convolution of the concatenation of `sources` [N, H*W, C_i]: [N, H*W, K], without copying them."""
-    weights = layer.weight.flatten(1).split([s.shape[2] for s in sources], dim=1)
-    out = F.linear(sources[0], weights[0], layer.bias)
-    for source, weight in zip(sources[1:], weights[1:], strict=True):
-        out.view(-1, out.shape[2]).addmm_(source.flatten(0, 1), weight.T)
-    return out
+    def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
+        """[N, P*Q, K'] of a layer that is not quantized, from the concatenation of `sources` [N, H*W, C_i]."""
+        ...
 
 
 class Stream:
@@ -162,13 +149,11 @@ class NativeOps:
         layer, row = self._layers[name], self._buffers.row
         channels, height, width = layer.spec.out_shape
         if layer.mode == "float":
-            if kernel > 1:
-                out = spatial(layer, self._input(x, layer, None))
-            elif x.norm is not None:
-                out = pointwise(layer, [self._input(x, layer, None)])
+            if kernel > 1 or x.norm is not None:
+                sources = [self._input(x, layer, None)]
             else:
-                out = pointwise(layer, [x.main.tensor()] + ([x.skip.tensor()] if x.skip is not None else []))
-            return Value(Stream(out), channels, height, width)
+                sources = [x.main.tensor()] + ([x.skip.tensor()] if x.skip is not None else [])
+            return Value(Stream(self._kernels.real_product(layer, sources)), channels, height, width)
         q = self._input(x, layer, row[layer.grid_at : layer.grid_at + 4])
         scale = row[layer.scale_at : layer.scale_at + layer.out_channels]
         if layer.mode == "modiff":

@@ -4,12 +4,14 @@ convolution library runs as on a GPU (Triton in its interpreter)."""
 import torch
 
 from modiff_trt.plugins.modulated_conv import reference
+from modiff_trt.plugins.modulated_conv.conv_kernel import convolve_real
 from modiff_trt.plugins.modulated_conv.quantize_kernel import Norm, quantize_input
 
 
 class ReferenceKernels:
     real = torch.float32
     integer = torch.int8
+    pads_real = True
 
     def start(self, state, unit):
         return state
@@ -17,6 +19,13 @@ class ReferenceKernels:
     def quantize(self, layer, shape, a, out, *, norm, **sources):
         norm = Norm(*norm) if norm is not None else None
         quantize_input(shape, a, out, norm=norm, factors=layer.factors, bits=layer.bits, **sources)
+
+    def real_product(self, layer, sources):
+        (channels, height, width), spec = layer.spec.out_shape, layer.spec
+        out = torch.full((len(sources[0]), height * width, channels), float("nan"))
+        window = {"size": spec.in_shape[1:], "stride": spec.stride, "padding": spec.padding}
+        convolve_real(sources, layer.weight.permute(0, 2, 3, 1), layer.bias, out, **window)
+        return out
 
     def product(self, layer, q, scale, addend, out):
         spec, size = layer.spec, layer.spec.in_shape[1:]

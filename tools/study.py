@@ -221,6 +221,10 @@ class Study:
     def use_learned(self, file: Path) -> None:
         """From now on W8 weights are rounded as a scales file of this checkpoint says."""
         scales = load_scales(file, self.network, self.checkpoint.sha256)
+        if any(v.weight_bits != 8 or v.round_up is None for v in scales.layers.values() if v.mode != "float"):
+            raise InputError(
+                f"--learned {file} does not hold learned 8-bit weights; make it with `calibrate --rounding adaround`"
+            )
         self._rounding = {n: {"round_up": v.round_up, "weight_scale": v.weight_scale} for n, v in scales.layers.items()}
         if self.figures.get("methods", self.figures.get("starts")) and "weights rounded by" not in self.figures:
             raise InputError(f"{self.out} holds figures of weights rounded to nearest; choose another --out")

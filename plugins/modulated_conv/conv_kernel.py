@@ -1,10 +1,13 @@
-"""Triton: a layer's INT8 product as an implicit matrix product, with scale and accumulation in its epilogue.
+"""Triton: a convolution as an implicit matrix product; INT8 with scale and accumulation in its epilogue, or FP16.
 
 It serves where cuDNN does not: batches so small that its tiles leave the GPU empty, and TensorRT's plugin, whose tensors may
-stand in channels-first order. Integer sums are exact, so no tile size or split changes a bit of the result.
+stand in channels-first order. Integer sums are exact, so no tile size or split changes a bit of the result. Layers that stay
+in float come here too: libraries choose another order of summation for another batch, and then a batch would change an image.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -12,24 +15,49 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from modiff_trt.plugins.modulated_conv.geometry import MOST_TILES, ConvTile, Geometry, conv_tile
+from modiff_trt.plugins.modulated_conv.geometry import MOST_TILES, ConvTile, Geometry, conv_tile, real_tile
+
+
+@triton.jit
+def _products(
+    sums, x_ptr, weight_ptr, image, row, column, exists, k, part,
+    C: tl.constexpr, WEIGHT_C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """sums [BLOCK_M, BLOCK_N] plus the products of one source's C channels; a weight's tap has WEIGHT_C."""
+    lanes = tl.arange(0, BLOCK_K)
+    blocks: tl.constexpr = C // BLOCK_K
+    count: tl.constexpr = R * R * blocks // SPLIT
+    first = image * (H * W)
+    for i in tl.range(0, count, num_stages=STAGES):
+        at = part * count + i
+        tap, c = at // blocks, (at % blocks) * BLOCK_K
+        y, x = row + tap // R, column + tap % R
+        inside = exists & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        values = tl.load(x_ptr + (first + y * W + x)[:, None] * C + (c + lanes)[None, :], mask=inside[:, None], other=0)
+        place = (k * (R * R) + tap)[:, None] * WEIGHT_C + (c + lanes)[None, :]
+        weight = tl.load(weight_ptr + place, mask=(k < K)[:, None], other=0)
+        sums = tl.dot(values, tl.trans(weight), sums, out_dtype=sums.dtype)
+    return sums
 
 
 @triton.jit
 def conv_kernel(
-    x_ptr, weight_ptr, scale_ptr, addend_ptr, out_ptr, step_ptr, multiplier_ptr, partial_ptr, arrived_ptr, sites,
-    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+    x_ptr, skip_ptr, weight_ptr, scale_ptr, addend_ptr, out_ptr, step_ptr, multiplier_ptr, partial_ptr, arrived_ptr, sites,
+    C: tl.constexpr, C2: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
     STRIDE: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, R: tl.constexpr,
-    BIAS: tl.constexpr, HAS_STEP: tl.constexpr, CHANNELS_FIRST: tl.constexpr, SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
+    INTEGER: tl.constexpr, BIAS: tl.constexpr, HAS_STEP: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+    SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j, s): BLOCK_M of the `sites` = N*P*Q output pixels by BLOCK_N of the K output channels, over the s-th of
     SPLIT parts of the sum.
 
-    x int8 [N, H, W, C], weight int8 [K, R, R, C]; out and addend of a real type, [N, P*Q, K] or with CHANNELS_FIRST
-    [N, K, P*Q], or with BIAS addend [K]. scale [K]; with HAS_STEP it is multiplied by the numbers at step_ptr and
-    multiplier_ptr. With SPLIT > 1 partial int32 [sites, K] and arrived int32 [tiles] are zero, and are left zero: the program
-    that arrives last at a tile writes it. OVERLAP lets the launch begin while the one before it ends.
+    x [N, H, W, C], int8 with INTEGER or else of a real type, and behind its channels those of skip [N, H, W, C2];
+    weight [K, R, R, C + C2] of the same type; out and addend of a real type, [N, P*Q, K] or with CHANNELS_FIRST
+    [N, K, P*Q], or with BIAS addend [K]. scale [K] is for INTEGER; with HAS_STEP it is multiplied by the numbers at
+    step_ptr and multiplier_ptr. With SPLIT > 1 partial int32 [sites, K] and arrived int32 [tiles] are zero, and are left zero:
+    the program that arrives last at a tile writes it. OVERLAP lets the launch begin while the one before it ends.
     """
     if OVERLAP:
         gdc_wait()
@@ -38,19 +66,19 @@ def conv_kernel(
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     image, pixel = site // (P * Q), site % (P * Q)
     row, column = (pixel // Q) * STRIDE - TOP, (pixel % Q) * STRIDE - LEFT
-    lanes = tl.arange(0, BLOCK_K)
-    blocks: tl.constexpr = C // BLOCK_K
-    count: tl.constexpr = R * R * blocks // SPLIT
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    first = image * (H * W)
-    for i in tl.range(0, count, num_stages=STAGES):
-        part = tl.program_id(2) * count + i
-        tap, c = part // blocks, (part % blocks) * BLOCK_K
-        y, x = row + tap // R, column + tap % R
-        inside = (site < sites) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-        values = tl.load(x_ptr + (first + y * W + x)[:, None] * C + (c + lanes)[None, :], mask=inside[:, None], other=0)
-        weight = tl.load(weight_ptr + (k * (R * R) + tap)[:, None] * C + (c + lanes)[None, :], mask=(k < K)[:, None], other=0)
-        sums = tl.dot(values, tl.trans(weight), sums, out_dtype=tl.int32)
+    if INTEGER:
+        sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    else:
+        sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sums = _products(
+        sums, x_ptr, weight_ptr, image, row, column, site < sites, k, tl.program_id(2),
+        C, C + C2, H, W, K, R, SPLIT, BLOCK_K, STAGES,
+    )  # fmt: skip
+    if C2 > 0:
+        sums = _products(
+            sums, skip_ptr, weight_ptr + C, image, row, column, site < sites, k, tl.program_id(2),
+            C2, C + C2, H, W, K, R, SPLIT, BLOCK_K, STAGES,
+        )  # fmt: skip
     known = (site < sites)[:, None] & (k < K)[None, :]
     last = True
     if SPLIT > 1:
@@ -64,9 +92,12 @@ def conv_kernel(
             tl.debug_barrier()  # zeroes may be written by other threads than those that read
             tl.store(partial_ptr + place, tl.zeros([BLOCK_M, BLOCK_N], tl.int32), mask=known)
             tl.store(counter, 0)
-    scale = tl.load(scale_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    if HAS_STEP:
-        scale *= tl.load(step_ptr).to(tl.float32) * tl.load(multiplier_ptr).to(tl.float32)
+    result = sums.to(tl.float32)
+    if INTEGER:
+        scale = tl.load(scale_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        if HAS_STEP:
+            scale *= tl.load(step_ptr).to(tl.float32) * tl.load(multiplier_ptr).to(tl.float32)
+        result *= scale[None, :]
     written = known & last
     start = (image * (K * P * Q))[:, None]
     if CHANNELS_FIRST:
@@ -77,8 +108,7 @@ def conv_kernel(
         addend = tl.load(addend_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     else:
         addend = tl.load(addend_ptr + at, mask=written, other=0.0).to(tl.float32)
-    result = addend + sums.to(tl.float32) * scale[None, :]
-    tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=written)
+    tl.store(out_ptr + at, (addend + result).to(out_ptr.dtype.element_ty), mask=written)
 
 
 class Scratch:
@@ -121,9 +151,39 @@ def convolve_int8(
     geometry = Geometry(len(q), q.shape[2], *size, k, r, stride, padding)
     tile = conv_tile(geometry)
     conv_kernel[(triton.cdiv(geometry.sites, tile.sites), triton.cdiv(k, tile.channels), tile.split)](
-        q, weight, scale, addend, out, scale, scale, *scratch.for_tile(geometry, tile),
+        q, q, weight, scale, addend, out, scale, scale, *scratch.for_tile(geometry, tile),
         geometry.sites, **geometry.constants,
-        BIAS=addend.ndim == 1, HAS_STEP=False, CHANNELS_FIRST=False, SPLIT=tile.split, OVERLAP=overlap,
+        C2=0, INTEGER=True, BIAS=addend.ndim == 1, HAS_STEP=False, CHANNELS_FIRST=False,
+        SPLIT=tile.split, OVERLAP=overlap,
+        BLOCK_M=tile.sites, BLOCK_N=tile.channels, BLOCK_K=tile.depth, STAGES=tile.stages,
+        num_warps=tile.warps, launch_pdl=overlap,
+    )  # fmt: skip
+
+
+def convolve_real(
+    sources: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    *,
+    size: tuple[int, int],
+    stride: int,
+    padding: tuple[int, int, int, int],
+    overlap: bool = False,
+) -> None:
+    """out = bias[k] + weight * x on torch's current stream, x the one or two `sources` [N, H*W, C_i] side by side.
+
+    All of one real type but the bias, which may be wider; every C_i a multiple of 16; weight [K, R, R, C]; out [N, P*Q, K].
+    The order of summation is the same for every batch.
+    """
+    (k, r), n = weight.shape[:2], len(sources[0])
+    first, second = sources[0].shape[2], sources[1].shape[2] if len(sources) > 1 else 0
+    geometry = Geometry(n, first, *size, k, r, stride, padding)
+    tile = real_tile(geometry, second)
+    conv_kernel[(triton.cdiv(geometry.sites, tile.sites), triton.cdiv(k, tile.channels), 1)](
+        sources[0], sources[-1], weight, bias, bias, out, bias, bias, bias, bias,
+        geometry.sites, **geometry.constants | {"C": first},
+        C2=second, INTEGER=False, BIAS=True, HAS_STEP=False, CHANNELS_FIRST=False, SPLIT=1, OVERLAP=overlap,
         BLOCK_M=tile.sites, BLOCK_N=tile.channels, BLOCK_K=tile.depth, STAGES=tile.stages,
         num_warps=tile.warps, launch_pdl=overlap,
     )  # fmt: skip

@@ -70,9 +70,16 @@ def compile_variant(variant: Variant, capability: int) -> DeviceCode:
         numbers = ["i32"] * 3 + ["fp32"] * 2
         constants |= {"BLOCK_P": first, "BLOCK_C": second}
     else:
-        function, pointers = conv_kernel, ["*i8", "*i8", *[real] * 5, "*i32", "*i32"]
+        function, pointers = conv_kernel, ["*i8", "*i8", "*i8", *[real] * 5, "*i32", "*i32"]
         numbers = ["i32"]
-        constants |= dict(variant.constants) | {"BIAS": False, "HAS_STEP": True, "SPLIT": 1, "OVERLAP": False}
+        constants |= dict(variant.constants) | {
+            "C2": 0,
+            "INTEGER": True,
+            "BIAS": False,
+            "HAS_STEP": True,
+            "SPLIT": 1,
+            "OVERLAP": False,
+        }
         constants |= {"BLOCK_M": first, "BLOCK_N": second, "BLOCK_K": rest[0], "STAGES": rest[1]}
     names = function.arg_names
     types = [*pointers, *numbers, *["constexpr"] * len(constants)]

@@ -96,6 +96,19 @@ def conv_tile(geometry: Geometry, may_split: bool = True) -> ConvTile:
     return ConvTile(rows, 32, depth, 5, warps, split)
 
 
+def real_tile(geometry: Geometry, second: int) -> ConvTile:
+    """The tile for a convolution of real numbers, whose second source has `second` channels. A tile has at least 64 sites, so
+    that tensor cores add in one order whatever the batch."""
+    sites, out = geometry.sites, geometry.out_channels
+    depth = next(d for d in (64, CHANNELS, 16) if geometry.channels % d == 0 and second % d == 0)
+    if out <= 16:
+        return ConvTile(128, 16, depth, 3, 4, 1)
+    for rows, columns, warps in ((128, 128, 8), (128, 64, 4)):
+        if out >= columns and -(-sites // rows) * -(-out // columns) >= FULL:
+            return ConvTile(rows, columns, depth, 3, warps, 1)
+    return ConvTile(64, 32, depth, 4, 4, 1)
+
+
 def residual_variant(real: str, channels_first: bool) -> Variant:
     return Variant("residual", real, channels_first, (), RESIDUAL_TILE)
 

@@ -159,10 +159,10 @@ def _classes(trt: Any) -> tuple[Any, Any]:
                 (-(-geometry.sites // rows), -(-geometry.out_channels // columns), 1),
                 stream,
                 (
-                    *(workspace, sources[WEIGHT], sources[WEIGHT_SCALE], sources[O_HAT], results[0]),
+                    *(workspace, workspace, sources[WEIGHT], sources[WEIGHT_SCALE], sources[O_HAT], results[0]),
                     *(sources[SCALE], sources[MULTIPLIER], 0, 0, geometry.sites),
                 ),
-                (*[POINTER] * 9, INT),
+                (*[POINTER] * 10, INT),
             )
             return 0
 

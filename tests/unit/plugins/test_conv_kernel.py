@@ -87,3 +87,18 @@ def test_the_residual_is_rounded_and_a_hat_follows(channels_first, channels, siz
     assert float((q[:, :, :channels].double() - position).abs().max()) <= 0.5 + 1e-4
     assert (q[:, :, channels:] == 0).all()  # the padding takes part in the product
     torch.testing.assert_close(found, a_hat + width * q[:, :, :channels], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("second", [0, 48])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, (0, 0, 0, 0)), (3, 2, (0, 0, 1, 1)), (3, 1, (1, 1, 1, 1))])
+def test_layers_in_float_take_two_sources(second, kernel, stride, padding):
+    n, (h, w), k = 2, (7, 6), 20
+    sources = [torch.randn(n, h * w, c) for c in (32, second) if c]
+    channels = 32 + second
+    weight, bias = torch.randn(k, kernel, kernel, channels) / channels, torch.randn(k)
+    size = Geometry(n, 32, h, w, k, kernel, stride, padding).out_size
+    out = torch.full((n, size[0] * size[1], k), float("nan"))
+    conv.convolve_real(sources, weight, bias, out, size=(h, w), stride=stride, padding=padding)
+    x, ones = torch.cat(sources, dim=2).double(), torch.ones(k, dtype=torch.float64)
+    expected = reference.accumulate(x, weight.permute(0, 3, 1, 2).double(), ones, bias.double(), (h, w), stride, padding)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)

@@ -180,7 +180,14 @@ REFUSED = {
     ),
     "scales missing": (["export", *MODEL, "--scales", "none", "--out", "OUT"], "none does not exist"),
     "dtype": (["export", *MODEL, "--dtype", "int4", "--out", "OUT"], "--dtype must be one of"),
-    "percentile": (["calibrate", *MODEL, "--trajectories", "TRAJ", "--percentile", "2", "--out", "OUT"], "between 0.5 and 1"),
+    "percentile": (
+        ["calibrate", *MODEL, "--trajectories", "TRAJ", "--scale-method", "percentile", "--percentile", "2", "--out", "OUT"],
+        "between 0.5 and 1",
+    ),
+    "percentile of nothing": (
+        ["calibrate", *MODEL, "--trajectories", "TRAJ", "--percentile", "0.99", "--out", "OUT"],
+        "--scale-method percentile",
+    ),
     "search": (["calibrate", *MODEL, "--trajectories", "TRAJ", "--search", "all", "--out", "OUT"], "--search must be none"),
     "residuals": (
         ["calibrate", *MODEL, "--trajectories", "TRAJ", "--residuals", "both", "--out", "OUT"],

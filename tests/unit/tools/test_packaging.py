@@ -15,13 +15,19 @@ MODULES = sorted(
     if path.name != "__init__.py"
 )
 # These are the modules that exist for an optional package; everything else must import without it.
-FOR_PACKAGES = ("modiff_trt.plugins.modulated_conv.quantize_kernel", "modiff_trt.plugins.modulated_conv.cudnn_conv")
+KERNELS = ("conv_kernel", "cudnn_conv", "quantize_kernel", "residual_kernel")
+FOR_PACKAGES = (*(f"modiff_trt.plugins.modulated_conv.{name}" for name in KERNELS), "modiff_trt.tools.profiling")
 OPTIONAL = ("tensorrt", "tensorrt_rtx", "triton", "cudnn", "cuda", "pycuda", "polygraphy", "pytorch_fid")
 # The deployed sampler runs without torch.
 TORCH_FREE = [
     "modiff_trt.export." + m
-    for m in ("config", "errors", "files", "grid", "manifest", "rows", "scales", "unet", "trajectories")
-] + ["modiff_trt.runtime." + m for m in ("denoiser", "images", "noise", "onnx_denoiser", "sampler", "schedule")]
+    for m in ("config", "errors", "files", "grid", "manifest", "rows", "scales", "start_state", "unet", "trajectories")
+]
+TORCH_FREE += [
+    "modiff_trt.runtime." + m
+    for m in ("cuda_memory", "denoiser", "images", "noise", "onnx_denoiser", "plan", "sampler", "schedule", "trt_denoiser")
+]
+TORCH_FREE += ["modiff_trt.plugins.modulated_conv.trt_plugin", "modiff_trt.plugins.tensorrt_library"]
 TORCH_FREE += ["modiff_trt.tools.deployed", "modiff_trt.tools.packing", "modiff_trt.tools.sampling"]
 
 

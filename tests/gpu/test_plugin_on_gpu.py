@@ -1,0 +1,166 @@
+"""The plugin's own class on an NVIDIA GPU: `enqueue` with real pointers and streams, eagerly and in a captured graph.
+
+TensorRT need not run here (TensorRT-RTX refuses some GPUs); its bindings must import, because the plugin derives from them.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+from modiff_trt.export.config import load_config
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.unet import trace
+from modiff_trt.plugins.modulated_conv import trt_plugin
+from modiff_trt.plugins.modulated_conv.device_code import current_capability
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def trt():
+    from modiff_trt.plugins.tensorrt_library import open_library
+
+    try:
+        return open_library().trt
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+def shapes():
+    """Every layer shape of the published CIFAR-10 network, once."""
+    seen = {}
+    for spec in trace(load_config(ROOT / "configs/cifar10.yml")).layers:
+        seen.setdefault((spec.in_shape, spec.out_shape, spec.kernel, spec.stride, spec.padding), spec)
+    return list(seen.values())
+
+
+class Layer:
+    """Inputs of one layer on the device, the plugin for them, and the same layer in float64."""
+
+    def __init__(self, trt, spec, batch, channels_last, seed=0):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        (c, h, w), (k, p, q) = spec.in_shape, spec.out_shape
+        self.spec, self.trt, r = spec, trt, spec.kernel
+        memory = torch.channels_last if channels_last else torch.contiguous_format
+
+        def random(*shape):
+            return torch.randn(*shape, device="cuda", generator=generator).half().contiguous(memory_format=memory)
+
+        self.x, self.a_hat, self.o_hat = random(batch, c, h, w), random(batch, c, h, w), random(batch, k, p, q)
+        self.m, self.scale = (torch.tensor(v, device="cuda").half() for v in (1.5, 0.0625))
+        self.weight = torch.randint(-127, 128, (k, c, r, r), dtype=torch.int8, device="cuda", generator=generator)
+        self.weight_scale = (torch.rand(k, device="cuda", generator=generator) * 1e-3 + 1e-4).half()
+        self.packed = F.pad(self.weight.permute(0, 2, 3, 1), (0, -c % 32)).contiguous()
+        top, left, bottom, right = spec.padding
+        attributes = {
+            "kernel_shape": [r, r],
+            "pads": [top, left, bottom, right],
+            "strides": [spec.stride] * 2,
+            "grid": [-128, 127],
+        }
+        self.plugin = trt_plugin._classes(trt)[0](attributes, current_capability(), {})
+        format = trt.TensorFormat.HWC8 if channels_last else trt.TensorFormat.LINEAR
+        linear, real, int8 = trt.TensorFormat.LINEAR, trt.float16, trt.int8
+        kinds = [(self.x, real, format), (self.a_hat, real, format), (self.o_hat, real, format), (self.m, real, linear)]
+        kinds += [(self.scale, real, linear), (self.packed, int8, linear), (self.weight_scale, real, linear)]
+        self.descriptions = [SimpleNamespace(dims=list(t.shape), type=kind, format=f) for t, kind, f in kinds]
+        ranged = [SimpleNamespace(desc=d, min=d.dims, max=d.dims, opt=d.dims) for d in self.descriptions]
+        self.plugin.configure_plugin(ranged, [])
+        self.sources = [t.data_ptr() for t, _, _ in kinds]
+        size = self.plugin.get_workspace_size(ranged, [])
+        self.workspace = torch.full((size,), 77, dtype=torch.uint8, device="cuda")  # poisoned
+        self.plugin.on_shape_change(self.descriptions, [])
+
+    def enqueue(self):
+        results = [self.sources[trt_plugin.O_HAT], self.sources[trt_plugin.A_HAT]]
+        stream = torch.cuda.current_stream().cuda_stream
+        self.plugin.enqueue(self.descriptions, [], self.sources, results, self.workspace.data_ptr(), stream)
+
+    def expected(self, x, a_hat, o_hat, q):
+        """(a_hat', o_hat') in float64 from the integers that were found."""
+        step = float(self.scale) * float(self.m)
+        top, left, bottom, right = self.spec.padding
+        product = F.conv2d(F.pad(q, (left, right, top, bottom)), self.weight.double(), stride=self.spec.stride)
+        return a_hat + step * q, o_hat + step * self.weight_scale.double()[:, None, None] * product
+
+    def check(self):
+        x, a_hat, o_hat = (t.double() for t in (self.x, self.a_hat, self.o_hat))
+        self.enqueue()
+        torch.cuda.synchronize()
+        step = float(self.scale) * float(self.m)
+        n, c, h, w = self.x.shape
+        integers = self.workspace.view(torch.int8).view(n, h * w, -1)[:, :, :c].double()
+        q = integers.transpose(1, 2).reshape(n, c, h, w)
+        position = ((x - a_hat) / step).clamp(-128, 127)
+        assert float((q - position).abs().max()) <= 0.5 + 1e-3
+        new_a, new_o = self.expected(x, a_hat, o_hat, q)
+        torch.testing.assert_close(self.a_hat.double(), new_a, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(self.o_hat.double(), new_o, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_layer_shape_of_the_cifar10_network(trt, batch, channels_last):
+    for seed, spec in enumerate(shapes()):
+        wide = spec.in_shape[0] % 8 == 0 and spec.out_shape[0] % 8 == 0
+        if wide or not channels_last:
+            Layer(trt, spec, batch, channels_last, seed).check()
+
+
+def test_a_captured_graph_replayed_a_hundred_times_goes_on_from_its_own_state(trt):
+    spec = next(s for s in shapes() if s.in_shape == (256, 8, 8) and s.kernel == 3)
+    eager, captured = Layer(trt, spec, 2, False), Layer(trt, spec, 2, False)
+    captured.enqueue()  # loads; its effect is undone below
+    for name in ("a_hat", "o_hat"):
+        getattr(captured, name).copy_(getattr(eager, name))
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.graph(graph, stream=stream):
+        captured.enqueue()
+    xs = torch.randn(100, *eager.x.shape, device="cuda").half()
+    for x in xs:
+        eager.x.copy_(x)
+        captured.x.copy_(x)
+        eager.enqueue()
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(eager.a_hat, captured.a_hat) and torch.equal(eager.o_hat, captured.o_hat)
+    assert eager.o_hat.isfinite().all() and float((eager.a_hat - eager.x).abs().max()) < 0.2  # a_hat has followed x
+
+
+def test_device_arrays_streams_and_graphs_without_torch(tmp_path):
+    from modiff_trt.runtime.cuda_memory import DeviceArray, Graph, Stream, use_device
+
+    name, capability = use_device()
+    assert "NVIDIA" in name and capability >= (8, 0)
+    stream = Stream()
+    source, target = DeviceArray((3, 5), np.float32), DeviceArray((3, 5), np.float32)
+    graph = Graph(lambda: target.copy_from(source, stream), stream)
+    for i in range(3):
+        values = np.arange(15, dtype=np.float32).reshape(3, 5) + i
+        source.copy_from(values, stream)
+        graph.launch()
+        np.testing.assert_array_equal(target.to_host(stream), values)
+    np.testing.assert_array_equal(target.row(1).to_host(stream), values[1])
+    guest = torch.arange(6, device="cuda").float()  # torch, PyCUDA and CuPy speak the same interface
+    torch.cuda.synchronize()
+    np.testing.assert_array_equal(DeviceArray.of(guest).to_host(stream), np.arange(6, dtype=np.float32))
+    assert torch.equal(torch.as_tensor(source, device="cuda").cpu(), torch.from_numpy(values))
+    with pytest.raises(InputError, match="contiguous"):
+        DeviceArray.of(torch.zeros(4, 4, device="cuda").t()[1:])
+    with pytest.raises(ValueError, match="does not fit"):
+        target.copy_from(np.zeros((2, 2), np.float32), stream)
+
+
+def test_a_gpu_that_the_plan_was_not_built_for_is_refused_in_one_line(trt, tmp_path):
+    """TensorRT-RTX does not run on every GPU; whatever it says must reach the user as one sentence."""
+    from modiff_trt.plugins.tensorrt_library import open_library
+    from modiff_trt.runtime.plan import Plan
+    from modiff_trt.runtime.trt_denoiser import _deserialize
+
+    with pytest.raises(InputError, match="cannot load"):
+        _deserialize(open_library(), Plan(tmp_path / "x.plan", b"not a plan", {}, {}, None))

@@ -1,0 +1,14 @@
+"""Options of the command line that several stages share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Config = Annotated[Path, typer.Option(help="DDIM configuration (.yml)")]
+Ckpt = Annotated[Path, typer.Option(help="trained weights (.safetensors, .ckpt, .pt, .pth)")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+BatchSize = Annotated[int, typer.Option(help="images computed together; never changes an image")]
+Seed = Annotated[int, typer.Option(help="image i starts from generator (seed, i)")]
