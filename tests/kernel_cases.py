@@ -113,7 +113,7 @@ def check(case: KernelCase, device: str) -> None:
     found = out[:, :, : shape.total].double()
     assert (out[:, :, shape.total :] == 77).all()  # padding channels are not touched
     assert float((found - position).abs().max()) < 0.5 + 2e-3
-    assert float((found != q).float().mean()) < 2e-3
+    assert int((found != q).sum()) <= max(2e-3 * q.numel(), 2)  # two may lie on an edge however few there are
     if state is not None:
         expected = (before.double() + grid.multiple * found).clamp(-reference.STATE_MAX, reference.STATE_MAX)
         assert torch.equal(state.double(), expected)

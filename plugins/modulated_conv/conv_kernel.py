@@ -92,12 +92,6 @@ def conv_kernel(
             tl.debug_barrier()  # zeroes may be written by other threads than those that read
             tl.store(partial_ptr + place, tl.zeros([BLOCK_M, BLOCK_N], tl.int32), mask=known)
             tl.store(counter, 0)
-    result = sums.to(tl.float32)
-    if INTEGER:
-        scale = tl.load(scale_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        if HAS_STEP:
-            scale *= tl.load(step_ptr).to(tl.float32) * tl.load(multiplier_ptr).to(tl.float32)
-        result *= scale[None, :]
     written = known & last
     start = (image * (K * P * Q))[:, None]
     if CHANNELS_FIRST:
@@ -108,7 +102,15 @@ def conv_kernel(
         addend = tl.load(addend_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     else:
         addend = tl.load(addend_ptr + at, mask=written, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, (addend + result).to(out_ptr.dtype.element_ty), mask=written)
+    if INTEGER:
+        scale = tl.load(scale_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        if HAS_STEP:
+            scale *= tl.load(step_ptr).to(tl.float32) * tl.load(multiplier_ptr).to(tl.float32)
+        # Rounded once, as in cuDNN's epilogue, whatever layouts the compiler chooses in between.
+        result = tl.fma(sums.to(tl.float32), tl.broadcast_to(scale[None, :], [BLOCK_M, BLOCK_N]), addend)
+    else:
+        result = addend + sums
+    tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=written)
 
 
 class Scratch:
