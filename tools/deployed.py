@@ -1,4 +1,4 @@
-"""The program inside a deployed sampler: DDIM from the network that lies beside it. No torch, no checkout.
+"""The program inside a deployed sampler: DDIM from the network or the plan that lies beside it. No torch, no checkout.
 
 ./modiff-sampler -n 64 --seed 0 -o images/
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import read_json, sha256
 from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.tools.sampling import Backend, run_sampling
 
-NETWORK, ABOUT = "network.onnx", "about.json"
+NETWORK, PLAN, ABOUT = "network.onnx", "network.plan", "about.json"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time (8)")
     parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic, 1: as noisy as DDPM (0)")
     parser.add_argument("--noise", type=Path, help=".npy float32 [N, C, H, W] used as x_T")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda needs onnxruntime-gpu (cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the plan, or onnxruntime-gpu")
     options = parser.parse_args(argv)
     try:
         done = run_sampling(
@@ -49,12 +50,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _backend(folder: Path, device: str) -> Backend:
-    network = folder / NETWORK
+    network, plan = folder / NETWORK, folder / PLAN
     about = read_json(folder / ABOUT, "deployed sampler")
     if not isinstance(about, dict) or not network.is_file() or sha256(network) != about.get("onnx_sha256"):
         raise InputError(f"{network} is missing or is not the network of this sampler; deploy it again")
+    if device == "cuda" and plan.is_file():
+        return _engine(plan, about)
     model = load_onnx(network, device)
     rows = model.calibrated_rows
     timesteps = rows.timesteps if rows is not None else tuple(about["timesteps"])
     manifest = {"backend": "onnx", "onnx_sha256": about["onnx_sha256"], "timesteps": list(timesteps)}
     return Backend(OnnxDenoiser(model, timesteps, device), model.config, manifest)
+
+
+def _engine(file: Path, about: dict[str, Any]) -> Backend:
+    from modiff_trt.runtime.plan import load_plan
+    from modiff_trt.runtime.trt_denoiser import TrtDenoiser
+
+    plan = load_plan(file)
+    if plan.manifest["onnx_sha256"] != about["onnx_sha256"]:
+        raise InputError(f"{file} is not the plan of this sampler; deploy it again")
+    timesteps = tuple(about["timesteps"])
+    manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"], "timesteps": list(timesteps)}
+    return Backend(TrtDenoiser(plan, timesteps), plan.config, manifest)

@@ -80,6 +80,7 @@ def verify(
 def package(
     onnx: Annotated[Path, typer.Option(help="file written by `export`")],
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="new folder for the sampler")],
+    plan: Annotated[Path | None, typer.Option(help="plan built from it, for `modiff-sampler --device cuda`")] = None,
     timesteps: Annotated[int, typer.Option(help="DDIM steps, for float networks; quantized ones carry theirs")] = 100,
     skip_type: Annotated[str, typer.Option(help="uniform or quad, for float networks")] = "quad",
 ) -> None:
@@ -87,7 +88,7 @@ def package(
     from modiff_trt.tools.packing import LAUNCHER, REQUIREMENTS
     from modiff_trt.tools.packing import package as pack
 
-    written = pack(onnx, out, timesteps, skip_type)
+    written = pack(onnx, out, timesteps, skip_type, plan)
     size = sum(path.stat().st_size for path in written) / 1e6
     typer.echo(f"{out}: {size:.1f} MB; pip install -r {out}/requirements.txt ({len(REQUIREMENTS)} packages), then")
     typer.echo(f"  {out}/{LAUNCHER} -n 64 --seed 0 -o images/")

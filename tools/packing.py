@@ -12,17 +12,25 @@ from typing import Any
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import sha256, unwritable, write_json
 from modiff_trt.runtime.onnx_denoiser import load_onnx
+from modiff_trt.runtime.plan import load_plan
 from modiff_trt.runtime.schedule import timestep_sequence
-from modiff_trt.tools.deployed import ABOUT, NETWORK
+from modiff_trt.tools.deployed import ABOUT, NETWORK, PLAN
 
 LAUNCHER = "modiff-sampler"
 # Everything the launcher needs of this project; none of it imports torch.
 MODULES = {
+    "plugins": ("__init__", "tensorrt_library"),
+    "plugins.modulated_conv": ("__init__", "device_code", "geometry", "trt_plugin"),
     "export": ("__init__", "config", "dither", "errors", "files", "grid", "manifest", "rows", "start_state"),
-    "runtime": ("__init__", "denoiser", "images", "noise", "onnx_denoiser", "sampler", "schedule"),
+    "runtime": (
+        *("__init__", "cuda_memory", "denoiser", "images", "noise", "onnx_denoiser", "plan", "sampler", "schedule"),
+        "trt_denoiser",
+    ),
     "tools": ("__init__", "deployed", "progress", "sampling"),
 }
 REQUIREMENTS = ("numpy>=1.26", "onnx>=1.18", "onnxruntime>=1.22", "pillow>=10", "pyyaml>=6", "rich>=13", "safetensors>=0.5")
+# TensorRT itself is chosen by the user: the package must be the one that the plan was built with.
+PLAN_REQUIREMENTS = ("cuda-python>=13",)
 ENTRY = """import sys
 
 if sys.version_info < (3, 11):
@@ -35,30 +43,45 @@ sys.exit(main())
 """
 
 
-def package(onnx: Path, out: Path, timesteps: int, skip_type: str) -> list[Path]:
-    """Writes the folder `out` and returns its files. `timesteps` and `skip_type` are for float networks: quantized ones
-    carry theirs. Raises InputError for a file that was not exported by this program, or a folder that is not empty."""
+def package(onnx: Path, out: Path, timesteps: int, skip_type: str, plan: Path | None = None) -> list[Path]:
+    """Writes the folder `out` and returns its files; with `plan`, one built from `onnx`, it samples with TensorRT too.
+
+    `timesteps` and `skip_type` are for float networks: quantized ones carry theirs. Raises InputError for a file that was not
+    exported by this program, or a folder that is not empty.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not an empty folder; choose a new one")
     model = load_onnx(onnx)
     rows = model.calibrated_rows
     steps = rows.timesteps if rows is not None else timestep_sequence(model.config.diffusion, timesteps, skip_type)
+    parts = _parts(plan, onnx) if plan is not None else {}
     try:
-        return _write(onnx, out, {"timesteps": list(steps), "network": model.manifest})
+        return _write(onnx, parts, out, {"timesteps": list(steps), "network": model.manifest})
     except OSError as error:
         raise unwritable(out, error) from None
 
 
-def _write(onnx: Path, out: Path, about: dict[str, Any]) -> list[Path]:
+def _parts(plan: Path, onnx: Path) -> dict[str, Path]:
+    """The files of a plan, by the names they get. Raises InputError unless it was built from this network."""
+    if load_plan(plan).manifest["onnx_sha256"] != sha256(onnx):
+        raise InputError(f"{plan} was not built from {onnx}; build it again")
+    target = Path(PLAN)
+    return {target.with_suffix(suffix).name: plan.with_suffix(suffix) for suffix in (".plan", ".json", ".start.safetensors")}
+
+
+def _write(onnx: Path, parts: dict[str, Path], out: Path, about: dict[str, Any]) -> list[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder, source = Path(temporary) / "folder", Path(temporary) / "source"
         folder.mkdir()
         shutil.copyfile(onnx, folder / NETWORK)
+        for name, source_file in parts.items():
+            shutil.copyfile(source_file, folder / name)
         _copy_modules(source)
         zipapp.create_archive(source, folder / LAUNCHER, interpreter="/usr/bin/env python3", compressed=True)
         (folder / LAUNCHER).chmod(0o755)
-        (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
+        requirements = REQUIREMENTS + (PLAN_REQUIREMENTS if parts else ())
+        (folder / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
         write_json(folder / ABOUT, {"onnx_sha256": sha256(folder / NETWORK)} | about)
         if out.exists():
             out.rmdir()
@@ -68,7 +91,7 @@ def _write(onnx: Path, out: Path, about: dict[str, Any]) -> list[Path]:
 
 def _copy_modules(source: Path) -> None:
     for part, names in MODULES.items():
-        folder = source / "modiff_trt" / part
+        folder = source / "modiff_trt" / part.replace(".", "/")
         folder.mkdir(parents=True)
         for name in names:
             with as_file(files(f"modiff_trt.{part}").joinpath(f"{name}.py")) as path:

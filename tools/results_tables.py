@@ -109,16 +109,37 @@ def weights(data: dict[str, Any]) -> str:
     return "\n".join([*lines, f"AdaRound on {data['calibration_images']} trajectories on one {data['machine']['gpu']}."])
 
 
+def native_images(data: dict[str, Any]) -> str:
+    """Images of the native backend against those of the simulation."""
+    lines = ["| | native, dB | simulation, dB | native to simulation, dB | state, MB an image |", "|---|---|---|---|---|"]
+    names = [key for key, value in data.items() if isinstance(value, dict) and key.startswith(("earlier", "layers"))]
+    rows = {}
+    for name in names:
+        rows |= data[name] if name.startswith("earlier") else {name.split(": ")[1] + ", own float kernel": data[name]}
+    for name, row in rows.items():
+        cells = [f"{row[key]:.2f}" for key in ("native_db", "torch_sim_db", "native_to_sim_db")]
+        state = f"{row['state_mb']:.1f}" if "state_mb" in row else ""
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {state} |")
+    lines.append(f"\n{data['what'][0].upper()}{data['what'][1:]}; one {data['machine']['gpu']}, torch {data['versions']['torch']}.")
+    return "\n".join(lines)
+
+
 # Table name -> (file in results/, how it is rendered)
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo", demo),
-    "methods": ("study50", methods),
+    "methods": ("methods100_adaround", methods),
+    "methods_50": ("methods50_adaround", methods),
     "weights": ("study50", weights),
     "starts": ("study50", starts),
     "starts_adaround": ("study50_adaround", starts),
+    "starts_percentile": ("starts50_percentile", starts),
     "rows_adaround": ("rows50_adaround", rows),
     "rows_adaround_100": ("rows100_adaround", rows),
     "trials_50": ("rows50_adaround", trials),
+    "bench_h200": ("bench_h200", bench),
+    "bench_h200_stateless": ("bench_h200_stateless", bench),
+    "bench_h200_fp32": ("bench_h200_fp32", bench),
+    "native_images": ("native_images_h200", native_images),
     "bench_cpu_cifar10": ("bench_cpu_cifar10", bench),
     "bench_cpu_demo": ("bench_cpu_demo", bench),
 }

@@ -103,8 +103,8 @@ class Layer:
         wrong = ~torch.isclose(self.o_hat.double(), new_o, rtol=1e-3, atol=2e-3)
         channels, pixels = wrong.any(3).any(2).any(0), wrong.any(1).any(0)
         assert not wrong.any(), (
-            f"{self.spec}: {int(wrong.sum())} of {wrong.numel()} sums, in {int(channels.sum())} channels (first "
-            f"{channels.nonzero()[:8].flatten().tolist()}) and {int(pixels.sum())} pixels (first {pixels.nonzero()[:8].tolist()})"
+            f"{self.spec.name}: {int(wrong.sum())} of {wrong.numel()} sums, {int(channels.sum())} channels (first "
+            f"{channels.nonzero()[:8].flatten().tolist()}), {int(pixels.sum())} pixels (first {pixels.nonzero()[:8].tolist()})"
         )
 
 

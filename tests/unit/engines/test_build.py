@@ -115,3 +115,13 @@ def test_stock_tensorrt_that_is_not_there_is_named():
         pytest.skip("stock TensorRT is installed")
     with pytest.raises(InputError, match=r"modiff-trt\[trt\]"):
         open_library("tensorrt")
+
+
+def test_every_name_that_is_used_exists_in_the_bindings(rtx):
+    """What the code takes from TensorRT; names that only stock TensorRT has stand behind `is_rtx`."""
+    import re
+
+    files = [*(ROOT / "engines").glob("*.py"), *(ROOT / "plugins").rglob("*.py"), ROOT / "runtime/trt_denoiser.py"]
+    used = {name for file in files for name in re.findall(r"\btrt\.([A-Za-z]\w*)", file.read_text())}
+    assert len(used) > 20
+    assert [name for name in sorted(used) if not hasattr(rtx.trt, name)] == []

@@ -173,3 +173,31 @@ def test_the_full_cifar10_network_with_the_plugin(tmp_path):
     manifest = json.loads(plan.with_suffix(".json").read_text())
     check(manifest)
     assert manifest["report"]["quantized_layers"] == 77 and manifest["report"]["plugin_layers"] > 40
+
+
+def test_a_sampler_with_a_plan(onnx_file, plan_file, tmp_path):
+    """On a CPU it samples with onnxruntime; asked for a GPU that is not there, it says so in one line."""
+    result = command("package", "--onnx", onnx_file, "--plan", plan_file, "--out", tmp_path / "sampler")
+    assert result.returncode == 0, result.stderr
+    names = {path.name for path in (tmp_path / "sampler").iterdir()}
+    assert {"network.onnx", "network.plan", "network.json", "network.start.safetensors"} <= names
+    assert "cuda-python" in (tmp_path / "sampler/requirements.txt").read_text()
+    launcher = [sys.executable, str(tmp_path / "sampler/modiff-sampler"), "-n", "1"]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    ran = subprocess.run([*launcher, "-o", str(tmp_path / "a.npz")], capture_output=True, text=True, env=clean, check=False)
+    assert ran.returncode == 0 and (tmp_path / "a.npz").exists(), ran.stderr
+    if not os.path.exists("/dev/nvidia0"):
+        asked = [*launcher, "--device", "cuda", "-o", str(tmp_path / "b.npz")]
+        ran = subprocess.run(asked, capture_output=True, text=True, env=clean, check=False)
+        assert ran.returncode == 2 and "GPU" in ran.stderr and len(ran.stderr.strip().splitlines()) == 1, ran.stderr
+    with pytest.raises(InputError, match="was not built from"):
+        from modiff_trt.tools.packing import package
+
+        other = tmp_path / "other.onnx"
+        other.write_bytes(onnx_file.read_bytes())
+        import onnx
+
+        model = onnx.load(other)
+        model.doc_string = "another file"
+        onnx.save(model, other)
+        package(other, tmp_path / "none", 10, "quad", plan_file)
