@@ -120,7 +120,8 @@ def native_images(data: dict[str, Any]) -> str:
         cells = [f"{row[key]:.2f}" for key in ("native_db", "torch_sim_db", "native_to_sim_db")]
         state = f"{row['state_mb']:.1f}" if "state_mb" in row else ""
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {state} |")
-    lines.append(f"\n{data['what'][0].upper()}{data['what'][1:]}; one {data['machine']['gpu']}, torch {data['versions']['torch']}.")
+    what = data["what"][0].upper() + data["what"][1:]
+    lines.append(f"\n{what}; one {data['machine']['gpu']}, torch {data['versions']['torch']}.")
     return "\n".join(lines)
 
 
