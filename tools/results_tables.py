@@ -113,7 +113,7 @@ def native_images(data: dict[str, Any]) -> str:
     """Images of the native backend against those of the simulation."""
     lines = ["| | native, dB | simulation, dB | native to simulation, dB | state, MB an image |", "|---|---|---|---|---|"]
     names = [key for key, value in data.items() if isinstance(value, dict) and key.startswith(("earlier", "layers"))]
-    rows = {}
+    rows: dict[str, dict[str, float]] = {}
     for name in names:
         rows |= data[name] if name.startswith("earlier") else {name.split(": ")[1] + ", own float kernel": data[name]}
     for name, row in rows.items():

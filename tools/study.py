@@ -2,7 +2,7 @@
 
     python -m modiff_trt.tools.study --config configs/cifar10.yml --ckpt FILE --images 16 --out results/study.json
 
-Parts: `weights` (nearest rounding and AdaRound, W8 and W4), `methods` (the six rows of the paper's table by bits), `scales`
+Parts: `state` (types of a_hat and o_hat, and o_hat computed anew from a_hat now and then), `weights` (nearest rounding and AdaRound, W8 and W4), `methods` (the six rows of the paper's table by bits), `scales`
 (how the static residual scale is found), `rows` (static grids against a grid per row, both searched by trial) and `starts`
 (how a trajectory begins, see `STARTS`; with --percentile on such grids instead of min-max). The file is written after
 every figure, so an interrupted run keeps what it found; the same command goes on from there.
@@ -29,6 +29,7 @@ from modiff_trt.export.grid import grid_max
 from modiff_trt.export.modulated import LayerState, integer_product
 from modiff_trt.export.rows import rows_after
 from modiff_trt.export.scales import Scales, load_scales, save_scales
+from modiff_trt.runtime.images import psnr
 from modiff_trt.runtime.torch_denoiser import SimDenoiser
 from modiff_trt.tools.calibrating import TRIAL_SEED, learn_weights, measure, residual_scales
 from modiff_trt.tools.collecting import collect
@@ -73,6 +74,38 @@ class OffsetDenoiser(SimDenoiser):
                 offset = uniform * self._width * layer.scale
                 self._state[name] = LayerState(state.a_hat + offset, state.o_hat + integer_product(layer, offset))
         return super().__call__(x, row)
+
+
+class RoundedState(SimDenoiser):
+    """Keeps the state between passes in narrower types, and every `refresh` passes computes o_hat anew from a_hat."""
+
+    def __init__(self, *arguments: Any, a_hat: torch.dtype, o_hat: torch.dtype, refresh: int = 0, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._types, self._refresh = (a_hat, o_hat), refresh
+
+    def __call__(self, x: Tensor, row: int) -> Tensor:
+        eps = super().__call__(x, row)
+        for name, state in self._state.items():
+            layer = self.layers[name]
+            a_hat, o_hat = state.a_hat.to(self._types[0]).to(state.a_hat.dtype), state.o_hat
+            if self._refresh and (row + 1) % self._refresh == 0:
+                o_hat = layer.bias[:, None, None] + integer_product(layer, a_hat)
+            self._state[name] = LayerState(a_hat, o_hat.to(self._types[1]).to(o_hat.dtype))
+        return eps
+
+
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+# name -> types of a_hat and o_hat, and passes between refreshes; a_hat in float32 stands for the native backend's exact int16
+STATES: dict[str, dict[str, Any]] = {
+    "float32, float32": {"a_hat": SINGLE, "o_hat": SINGLE},
+    "exact, float16": {"a_hat": SINGLE, "o_hat": HALF},
+    "exact, float16, refreshed every 20": {"a_hat": SINGLE, "o_hat": HALF, "refresh": 20},
+    "exact, bfloat16": {"a_hat": SINGLE, "o_hat": BRAIN},
+    "exact, bfloat16, refreshed every 20": {"a_hat": SINGLE, "o_hat": BRAIN, "refresh": 20},
+    "float16, float16": {"a_hat": HALF, "o_hat": HALF},
+    "float16, float16, refreshed every 20": {"a_hat": HALF, "o_hat": HALF, "refresh": 20},
+    "bfloat16, bfloat16": {"a_hat": BRAIN, "o_hat": BRAIN},
+}
 
 
 def with_rows(scales: Scales, warmup: list[np.ndarray[Any, Any]]) -> Scales:
@@ -262,6 +295,20 @@ class Study:
             rows = search_rows(trials, static, typer.echo)
             self.record("rows", f"rows by trial A{b}", lambda s=rows: self.decibels(s))  # type: ignore[misc]
 
+    def states(self, bits: list[int]) -> None:
+        """Types of the state, each against FP32 and against the same scales with the state in float64."""
+        for b in bits:
+            scales = self.scales(act_bits=b)
+            arguments = (self.network, self.checkpoint.params, scales, self.device)
+            wide = self._trials.sample(SimDenoiser(*arguments, dtype=torch.float64))
+            for name, types in STATES.items():
+
+                def measure_one(types: dict[str, Any] = types) -> dict[str, float]:
+                    found = self._trials.sample(RoundedState(*arguments, **types))
+                    return {"to FP32": round(self._trials.against(found), 2), "to float64": round(psnr(found, wide), 2)}
+
+                self.record("states", f"{name} A{b}", measure_one)
+
     def starts(self, bits: list[int], names: list[str], percentile: float | None) -> None:
         grid: dict[str, Any] = {} if percentile is None else {"scale_method": "percentile", "percentile": percentile}
         if self.figures.setdefault("residual scales of the starts", grid) != grid:
@@ -283,7 +330,7 @@ def main(
     timesteps: Annotated[int, typer.Option(help="DDIM steps, quad")] = 50,
     images: Annotated[int, typer.Option(help="images compared")] = 16,
     calibration_images: Annotated[int, typer.Option(help="images calibrated on")] = 16,
-    parts: Annotated[str, typer.Option(help="comma-separated, of methods, scales, rows, starts, weights")] = PARTS,
+    parts: Annotated[str, typer.Option(help="comma-separated, of methods, scales, rows, starts, state, weights")] = PARTS,
     percentile: Annotated[float | None, typer.Option(help="starts: on percentile grids instead of min-max")] = None,
     bits: Annotated[str, typer.Option(help="activation bits, comma-separated")] = "8,6,4,3",
     weight_bits: Annotated[str, typer.Option(help="for the part weights")] = "8,4",
@@ -305,13 +352,15 @@ def main(
                 study.static_scales(widths)
             elif part == "rows":
                 study.rows(widths)
+            elif part == "state":
+                study.states(widths)
             elif part == "starts":
                 study.starts(widths, list(STARTS), percentile)
             elif part == "weights":
                 for b in weight_bits.split(","):
                     study.weights(int(b), iterations)
             else:
-                raise InputError(f"--parts: unknown part '{part}'; known: methods, scales, rows, starts, weights")
+                raise InputError(f"--parts: unknown part '{part}'; known: methods, scales, rows, starts, state, weights")
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

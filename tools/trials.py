@@ -78,9 +78,17 @@ class Trials:
     def score(self, denoiser: SimDenoiser) -> float:
         """PSNR in dB of one whole trajectory; minus infinity where it is not finite: the method has failed there."""
         try:
-            return psnr(ddim_sample(denoiser, self._alpha_bar, self._noise), self._reference)
+            return self.against(self.sample(denoiser))
         except InputError:
             return float("-inf")
+
+    def sample(self, denoiser: SimDenoiser) -> Array:
+        """The final images, float32 [N, C, H, W]. Raises InputError where they are not finite."""
+        return ddim_sample(denoiser, self._alpha_bar, self._noise)
+
+    def against(self, samples: Array) -> float:
+        """PSNR in dB of final images to FP32's."""
+        return psnr(samples, self._reference)
 
 
 def search_scales(trials: Trials, scales: Scales, candidates: Mapping[float, Mapping[str, float]], report: Report) -> Scales:
