@@ -2,10 +2,11 @@
 
     python -m modiff_trt.tools.study --config configs/cifar10.yml --ckpt FILE --images 16 --out results/study.json
 
-Parts: `state` (types of a_hat and o_hat, and o_hat computed anew from a_hat now and then), `weights` (nearest rounding and AdaRound, W8 and W4), `methods` (the six rows of the paper's table by bits), `scales`
-(how the static residual scale is found), `rows` (static grids against a grid per row, both searched by trial) and `starts`
-(how a trajectory begins, see `STARTS`; with --percentile on such grids instead of min-max). The file is written after
-every figure, so an interrupted run keeps what it found; the same command goes on from there.
+Parts: `weights` (nearest rounding and AdaRound, W8 and W4), `methods` (the six rows of the paper's table by bits), `scales`
+(how the static residual scale is found), `rows` (static grids against a grid per row, both searched by trial), `starts`
+(how a trajectory begins, see `STARTS`; with --percentile on such grids instead of min-max) and `state` (types of a_hat and
+o_hat, see `STATES`). The file is written after every figure, so an interrupted run keeps what it found; the same command
+goes on from there.
 """
 
 from __future__ import annotations
@@ -299,15 +300,14 @@ class Study:
         """Types of the state, each against FP32 and against the same scales with the state in float64."""
         for b in bits:
             scales = self.scales(act_bits=b)
-            arguments = (self.network, self.checkpoint.params, scales, self.device)
-            wide = self._trials.sample(SimDenoiser(*arguments, dtype=torch.float64))
+            exact = SimDenoiser(self.network, self.checkpoint.params, scales, self.device, dtype=torch.float64)
+            wide = self._trials.sample(exact)
             for name, types in STATES.items():
+                self.record("states", f"{name} A{b}", lambda s=scales, t=types, w=wide: self._state_figures(s, t, w))  # type: ignore[misc]
 
-                def measure_one(types: dict[str, Any] = types) -> dict[str, float]:
-                    found = self._trials.sample(RoundedState(*arguments, **types))
-                    return {"to FP32": round(self._trials.against(found), 2), "to float64": round(psnr(found, wide), 2)}
-
-                self.record("states", f"{name} A{b}", measure_one)
+    def _state_figures(self, scales: Scales, types: dict[str, Any], wide: np.ndarray[Any, Any]) -> dict[str, float]:
+        found = self._trials.sample(RoundedState(self.network, self.checkpoint.params, scales, self.device, **types))
+        return {"to FP32": round(self._trials.against(found), 2), "to float64": round(psnr(found, wide), 2)}
 
     def starts(self, bits: list[int], names: list[str], percentile: float | None) -> None:
         grid: dict[str, Any] = {} if percentile is None else {"scale_method": "percentile", "percentile": percentile}
