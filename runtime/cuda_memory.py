@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.plugins.modulated_conv.device_code import check
+from modiff_trt.plugins.modulated_conv.device_code import check, current_capability
 
 Array = np.ndarray[Any, Any]
 
@@ -35,9 +35,8 @@ def use_device(index: int = 0) -> tuple[str, tuple[int, int]]:
         device = check(cu.cuDeviceGet(index))
         check(cu.cuCtxSetCurrent(check(cu.cuDevicePrimaryCtxRetain(device))))
         name = check(cu.cuDeviceGetName(128, device)).decode().rstrip("\0")
-        major = cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-        minor = cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
-        return name, (check(cu.cuDeviceGetAttribute(major, device)), check(cu.cuDeviceGetAttribute(minor, device)))
+        major, minor = divmod(current_capability(index), 10)
+        return name, (major, minor)
     except (RuntimeError, OSError) as error:  # cuda-python raises its own kinds where the driver library is missing
         raise InputError(f"no NVIDIA GPU can be used here ({' '.join(str(error).split())[:120]})") from None
 

@@ -170,6 +170,7 @@ class Study:
         device: str,
         out: Path,
         deadline: float,
+        skip_type: str = "quad",
     ) -> None:
         self.network, self.checkpoint = load_model(config, ckpt)
         self.device, self.out = check_device(device), out
@@ -179,7 +180,7 @@ class Study:
             self.network,
             self.checkpoint,
             timesteps=timesteps,
-            skip_type="quad",
+            skip_type=skip_type,
             num_samples=calibration_images,
             calib_steps=20,
             seed=1,
@@ -196,7 +197,7 @@ class Study:
         settings = {
             "checkpoint_sha256": self.checkpoint.sha256,
             "timesteps": timesteps,
-            "skip_type": "quad",
+            "skip_type": skip_type,
             "images": images,
             "calibration_images": calibration_images,
             "unit": "dB, PSNR of all images together to FP32 from the same noise",
@@ -327,7 +328,8 @@ def main(
     config: Annotated[Path, typer.Option(help="DDIM configuration (.yml)")],
     ckpt: Annotated[Path, typer.Option(help="trained weights")],
     out: Annotated[Path, typer.Option(help="JSON file to write")],
-    timesteps: Annotated[int, typer.Option(help="DDIM steps, quad")] = 50,
+    timesteps: Annotated[int, typer.Option(help="DDIM steps")] = 50,
+    skip_type: Annotated[str, typer.Option(help="uniform or quad")] = "quad",
     images: Annotated[int, typer.Option(help="images compared")] = 16,
     calibration_images: Annotated[int, typer.Option(help="images calibrated on")] = 16,
     parts: Annotated[str, typer.Option(help="comma-separated, of methods, scales, rows, starts, state, weights")] = PARTS,
@@ -342,7 +344,7 @@ def main(
     """Measures methods, starts and weight rounding against FP32 in simulation."""
     try:
         widths = [int(b) for b in bits.split(",")]
-        study = Study(config, ckpt, timesteps, images, calibration_images, device, out, seconds)
+        study = Study(config, ckpt, timesteps, images, calibration_images, device, out, seconds, skip_type)
         if learned is not None:
             study.use_learned(learned)
         for part in parts.split(","):

@@ -80,19 +80,19 @@ def conv_kernel(
             C2, C + C2, H, W, K, R, SPLIT, BLOCK_K, STAGES,
         )  # fmt: skip
     known = (site < sites)[:, None] & (k < K)[None, :]
-    last = True
+    written = known
     if SPLIT > 1:
         place = site[:, None] * K + k[None, :]
         tl.atomic_add(partial_ptr + place, sums, mask=known, sem="relaxed")
         tl.debug_barrier()
         counter = arrived_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1
-        if last:
+        before = tl.atomic_add(counter, 1, sem="acq_rel")
+        written = (site < tl.where(before == SPLIT - 1, sites, 0))[:, None] & (k < K)[None, :]
+        if before == SPLIT - 1:
             sums = tl.load(partial_ptr + place, mask=known, other=0, cache_modifier=".cg")
             tl.debug_barrier()  # zeroes may be written by other threads than those that read
             tl.store(partial_ptr + place, tl.zeros([BLOCK_M, BLOCK_N], tl.int32), mask=known)
             tl.store(counter, 0)
-    written = known & last
     start = (image * (K * P * Q))[:, None]
     if CHANNELS_FIRST:
         at = start + k[None, :] * (P * Q) + pixel[:, None]
@@ -158,7 +158,7 @@ def convolve_int8(
         C2=0, INTEGER=True, BIAS=addend.ndim == 1, HAS_STEP=False, CHANNELS_FIRST=False,
         SPLIT=tile.split, OVERLAP=overlap,
         BLOCK_M=tile.sites, BLOCK_N=tile.channels, BLOCK_K=tile.depth, STAGES=tile.stages,
-        num_warps=tile.warps, launch_pdl=overlap,
+        num_warps=tile.warps, launch_pdl=overlap, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -187,5 +187,5 @@ def convolve_real(
         geometry.sites, **geometry.constants | {"C": first},
         C2=second, INTEGER=False, BIAS=True, HAS_STEP=False, CHANNELS_FIRST=False, SPLIT=1, OVERLAP=overlap,
         BLOCK_M=tile.sites, BLOCK_N=tile.channels, BLOCK_K=tile.depth, STAGES=tile.stages,
-        num_warps=tile.warps, launch_pdl=overlap,
+        num_warps=tile.warps, launch_pdl=overlap, enable_fp_fusion=True,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import io
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ from modiff_trt.export.errors import InputError
 OLDEST = 80
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 MOST_SHARED = 48 * 1024
+# What stands beside the machine code in a plan.
+FIELDS = ("entry", "threads", "shared", "scratch")
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class DeviceCode:
-    """Machine code of one kernel: its entry point, threads a block, and bytes of shared memory."""
+    """Machine code of one kernel: its entry point, threads a block, bytes of shared memory, and how many pointers to scratch
+    memory it takes behind its own arguments (Triton's versions differ; these kernels use none of it)."""
 
     entry: str
     threads: int
     shared: int
+    scratch: int
     code: bytes
 
 
@@ -94,8 +99,13 @@ def compile_variant(variant: Variant, capability: int) -> DeviceCode:
     )
     with knobs.compilation.scope():
         knobs.compilation.disable_line_info = True  # three quarters of the machine code's size
-        built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    return DeviceCode(built.metadata.name, built.metadata.num_warps * 32, built.metadata.shared, built.asm["cubin"])
+        built = compile(
+            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "enable_fp_fusion": True}
+        )
+    parameters = len(set(re.findall(rf"{built.metadata.name}_param_\d+", built.asm["ptx"])))
+    scratch = parameters - len(pointers) - len(numbers)
+    about = built.metadata
+    return DeviceCode(about.name, about.num_warps * 32, about.shared, scratch, built.asm["cubin"])
 
 
 def pack(codes: dict[Variant, DeviceCode]) -> bytes:
@@ -103,7 +113,7 @@ def pack(codes: dict[Variant, DeviceCode]) -> bytes:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for variant, code in sorted(codes.items(), key=lambda item: item[0].name):
-            about = {"variant": asdict(variant), "entry": code.entry, "threads": code.threads, "shared": code.shared}
+            about = {"variant": asdict(variant)} | {name: getattr(code, name) for name in FIELDS}
             for suffix, data in ((".json", json.dumps(about).encode()), (".cubin", code.code)):
                 archive.writestr(zipfile.ZipInfo(variant.name + suffix), data, zipfile.ZIP_DEFLATED)
     return content.getvalue()
@@ -121,7 +131,7 @@ def unpack(content: bytes) -> dict[Variant, DeviceCode]:
             constants = tuple((key, value) for key, value in said["constants"])
             variant = Variant(said["kind"], said["real"], said["channels_first"], constants, tuple(said["tile"]))
             code = archive.read(name.removesuffix(".json") + ".cubin")
-            codes[variant] = DeviceCode(about["entry"], about["threads"], about["shared"], code)
+            codes[variant] = DeviceCode(*(about[name] for name in FIELDS), code)
     return codes
 
 
@@ -142,17 +152,16 @@ def launch(code: DeviceCode, grid: tuple[int, int, int], stream: int, values: Se
     """Enqueues a kernel. Allocates nothing on the device, synchronizes nothing, and is legal under graph capture."""
     from cuda.bindings import driver
 
-    # Triton's kernels take two more pointers, to scratch memory that these do not use.
-    arguments = ((*values, 0, 0), (*types, POINTER, POINTER))
+    arguments = ((*values, *[0] * code.scratch), (*types, *[POINTER] * code.scratch))
     check(driver.cuLaunchKernel(load(code), *grid, code.threads, 1, 1, code.shared, stream, arguments, 0))
 
 
-def current_capability() -> int:
-    """Compute capability (89 is 8.9) of the first GPU. Raises RuntimeError, or what cuda-python raises without a driver."""
+def current_capability(index: int = 0) -> int:
+    """Compute capability (89 is 8.9) of a GPU. Raises RuntimeError, or what cuda-python raises without a driver."""
     from cuda.bindings import driver
 
     check(driver.cuInit(0))
-    device, names = check(driver.cuDeviceGet(0)), driver.CUdevice_attribute
+    device, names = check(driver.cuDeviceGet(index)), driver.CUdevice_attribute
     major = check(driver.cuDeviceGetAttribute(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device))
     minor = check(driver.cuDeviceGetAttribute(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device))
     return 10 * int(major) + int(minor)

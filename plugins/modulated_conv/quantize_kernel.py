@@ -319,6 +319,7 @@ def quantize_input(
         "LANES": tile.lanes,
         "OVERLAP": overlap,
         "launch_pdl": overlap,
+        "enable_fp_fusion": True,
     }
     partial = a
     if two_launches:

@@ -83,7 +83,7 @@ def test_a_static_batch_and_the_full_cifar10_network(rtx, tmp_path):
 def test_a_plan_is_written_whole_with_what_it_was_made_from(rtx, tiny, tmp_path):
     network = exported(tiny, tiny.scales(), tmp_path / "m.onnx")
     path, manifest = build_into(tmp_path / "plans", "tiny", rtx, network, BuildOptions(target="sm89"))
-    assert {p.suffix for p in path.parent.iterdir()} == {".plan", ".json"}
+    assert {p.suffix for p in path.parent.iterdir()} == {".plan", ".json", ".safetensors"}
     assert manifest["onnx_sha256"] == network.sha256 and manifest["version"] == rtx.version
     assert manifest["network"]["checkpoint_sha256"] == tiny.checkpoint.sha256
 

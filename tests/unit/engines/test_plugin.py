@@ -84,7 +84,7 @@ def test_the_kernels_travel_in_the_plan(plan_file):
     """Machine code for the target, once for each layer's shape and every tile that the profile's batches need."""
     content = plan_file.read_bytes()
     assert content.count(b"conv-fp16-nchw-") > 0 and content.count(b"residual-fp16-nchw-") > 0
-    codes = {Variant("conv", "fp16", True, (("C", 32),), (16, 32, 32, 5, 2)): DeviceCode("conv_kernel", 64, 1024, b"code")}
+    codes = {Variant("conv", "fp16", True, (("C", 32),), (16, 32, 32, 5, 2)): DeviceCode("conv_kernel", 64, 1024, 2, b"code")}
     assert unpack(pack(codes)) == codes
 
 

@@ -2,9 +2,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
-from modiff_trt.tools.study import METHODS, SCALE_RECIPES, STARTS, ladder, main
+from modiff_trt.runtime.torch_denoiser import SimDenoiser
+from modiff_trt.tools.study import METHODS, SCALE_RECIPES, STARTS, RoundedState, ladder, main
 
 
 def run(out, parts):
@@ -44,3 +46,18 @@ def test_ladder_ends_at_its_floor(tiny):
     multipliers = scales.rows.multipliers
     assert (multipliers[-1] == 1).all() and scales.rows.warmup >= 1
     assert (np.diff(multipliers[: scales.rows.warmup], axis=0) <= 0).all()
+
+
+def test_types_of_the_state(tiny):
+    scales = tiny.scales()
+    arguments = (tiny.network, tiny.checkpoint.params, scales, "cpu")
+    exact = tiny.sample(SimDenoiser(*arguments))
+    same = tiny.sample(RoundedState(*arguments, a_hat=torch.float32, o_hat=torch.float32))
+    np.testing.assert_array_equal(same, exact)
+    errors = [
+        float(np.abs(tiny.sample(RoundedState(*arguments, a_hat=torch.float32, o_hat=dtype)) - exact).mean())
+        for dtype in (torch.float16, torch.bfloat16)
+    ]
+    assert 0 < errors[0] < errors[1]
+    anew = tiny.sample(RoundedState(*arguments, a_hat=torch.float32, o_hat=torch.float32, refresh=1))
+    assert float(np.abs(anew - exact).mean()) < errors[0]  # o_hat is what a_hat implies, up to float32's rounding
