@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modiff_trt.engines.onnx_network import OnnxNetwork
 from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import atomic_path
 from modiff_trt.plugins.modulated_conv import trt_plugin
+from modiff_trt.plugins.modulated_conv.device_code import check_target
 from modiff_trt.plugins.tensorrt_library import Library
 
 
@@ -56,12 +58,14 @@ def build_plan(library: Library, network: OnnxNetwork, options: BuildOptions, ti
     builder = trt.Builder(logger)
     if network.plugin:
         digits = target_of(options).removeprefix("sm")
-        trt_plugin.register(trt, int(digits) if digits.isdigit() else 0)
+        trt_plugin.register(trt, check_target(int(digits) if digits.isdigit() else 0))
     parsed = builder.create_network(0)
     parser = trt.OnnxParser(parsed, logger)
     if not parser.parse(network.data):
         raise InputError(f"TensorRT cannot parse the network: {parser.get_error(0).desc()}")
     config = builder.create_builder_config()
+    if library.is_rtx:
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or its streams cannot be captured
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if network.plugin:
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
@@ -76,10 +80,11 @@ def build_plan(library: Library, network: OnnxNetwork, options: BuildOptions, ti
     cache = None if library.is_rtx else _use_timing_cache(config, timing_cache)
     plan = builder.build_serialized_network(parsed, config)
     if plan is None:
-        said = [text for severity, text in logger.lines if severity <= trt.ILogger.ERROR]
+        said = trt_plugin.failures or [text for severity, text in logger.lines if severity <= trt.ILogger.ERROR]
         raise InputError(f"TensorRT cannot build the network: {said[-1] if said else 'it gives no reason'}")
     if cache is not None and timing_cache is not None:
-        timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        with atomic_path(timing_cache) as temporary:
+            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
     return Built(bytes(plan), tuple(text for _, text in logger.lines))
 
 
@@ -122,10 +127,12 @@ def _set_target(library: Library, config: Any, target: str | None) -> None:
 def _use_timing_cache(config: Any, path: Path | None) -> Any:
     if path is None:
         return None
-    cache = config.create_timing_cache(path.read_bytes() if path.exists() and os.path.getsize(path) else b"")
-    if cache is None or not config.set_timing_cache(cache, False):
-        return None
-    return cache
+    stored = path.read_bytes() if path.exists() else b""
+    for content in (stored, b""):  # a damaged one is begun anew
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return cache
+    return None
 
 
 def target_of(options: BuildOptions) -> str:
@@ -134,8 +141,12 @@ def target_of(options: BuildOptions) -> str:
         return options.target.lower()
     from modiff_trt.plugins.modulated_conv.device_code import current_capability
 
+    if importlib.util.find_spec("cuda") is None:
+        raise InputError(
+            "to build for this machine's GPU cuda-python is needed: pip install 'modiff-trt[cuda]'; or name a --target"
+        )
     try:
         return f"sm{current_capability()}"
-    except (ImportError, RuntimeError, OSError) as error:
+    except (InputError, ImportError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:100]
         raise InputError(f"no NVIDIA GPU is here to build for ({reason}); name one with --target, for TensorRT-RTX") from None

@@ -69,6 +69,7 @@ def summarize(layers: list[EngineLayer], quantized: Iterable[str]) -> dict[str, 
     plugins = [layer.name for layer in layers if layer.kind == PLUGIN]
     kinds = Counter(layer.kind for layer in layers)
     return {
+        "told": bool(layers),  # what the builder does not tell is not known
         "layers": len(layers),
         "kinds": dict(sorted(kinds.items())),
         "convolutions": kinds[CONVOLUTION],
@@ -76,7 +77,7 @@ def summarize(layers: list[EngineLayer], quantized: Iterable[str]) -> dict[str, 
         "quantized_layers": len(names),
         "quantized_layers_in_int8": len(int8),
         "plugin_layers": len(plugins),
-        "fell_back": [n for n in names if n not in int8 and n not in plugins],
+        "fell_back": [n for n in names if n not in int8 and n not in plugins] if layers else [],
         "generated_kernels_a_quantized_layer": round(kinds[GENERATED] / max(len(names), 1), 2),
         "table": [asdict(layer) for layer in layers],
     }

@@ -6,6 +6,7 @@ An array here is a guest everywhere: `__cuda_array_interface__` hands it to PyCU
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -27,27 +28,34 @@ def driver() -> Any:
     return module
 
 
-def use_device(index: int = 0) -> tuple[str, tuple[int, int]]:
-    """Makes a GPU's primary context current, which torch and PyCUDA share; returns its name and compute capability."""
+def use_device() -> tuple[str, tuple[int, int]]:
+    """The GPU of this thread's current context, or the first one's primary context, which torch and PyCUDA share; returns the
+    name and compute capability. Raises InputError where there is none."""
     cu = driver()
     try:
         check(cu.cuInit(0))
-        device = check(cu.cuDeviceGet(index))
-        check(cu.cuCtxSetCurrent(check(cu.cuDevicePrimaryCtxRetain(device))))
-        name = check(cu.cuDeviceGetName(128, device)).decode().rstrip("\0")
+        index = 0
+        if int(check(cu.cuCtxGetCurrent())):
+            index = int(check(cu.cuCtxGetDevice()))
+        else:
+            check(cu.cuCtxSetCurrent(check(cu.cuDevicePrimaryCtxRetain(check(cu.cuDeviceGet(0))))))
+        name = check(cu.cuDeviceGetName(128, check(cu.cuDeviceGet(index)))).decode().rstrip("\0")
         major, minor = divmod(current_capability(index), 10)
         return name, (major, minor)
-    except (RuntimeError, OSError) as error:  # cuda-python raises its own kinds where the driver library is missing
+    except (InputError, RuntimeError, OSError) as error:  # cuda-python raises its own kinds where the driver library is missing
         raise InputError(f"no NVIDIA GPU can be used here ({' '.join(str(error).split())[:120]})") from None
 
 
 class Stream:
-    """A CUDA stream: a new one, or the handle of somebody else's."""
+    """A CUDA stream: a new one, or the handle of somebody else's. Raises InputError for the default stream, which cannot be
+    captured."""
 
     def __init__(self, handle: int | None = None) -> None:
+        cu = driver()
         if handle is None:
-            cu = driver()
             handle = int(check(cu.cuStreamCreate(cu.CUstream_flags.CU_STREAM_NON_BLOCKING)))
+        if handle in (0, 1, 2):
+            raise InputError("a default stream cannot be captured into a graph; pass a stream that you have created")
         self.handle = handle
 
     def synchronize(self) -> None:
@@ -59,23 +67,30 @@ class DeviceArray:
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, owner: Any = None, pointer: int = 0) -> None:
         """Allocates, uninitialized; with `owner` it is a view of memory at `pointer` that the owner keeps alive."""
-        self.shape, self.dtype, self._owner = tuple(shape), np.dtype(dtype), owner
+        self.pointer, self._owner, self._free = pointer, owner, None
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
         self.nbytes = prod(self.shape) * self.dtype.itemsize
-        self.pointer = pointer
         if owner is None:
+            cu = driver()
             try:
-                self.pointer = int(check(driver().cuMemAlloc(max(self.nbytes, 1))))
-            except RuntimeError as error:
+                self.pointer, self._free = int(check(cu.cuMemAlloc(max(self.nbytes, 1)))), cu.cuMemFree
+            except InputError as error:
                 raise InputError(f"{self.nbytes} bytes of GPU memory cannot be had ({error}); use a smaller batch") from None
 
     def __del__(self) -> None:
-        if self._owner is None and self.pointer:
-            driver().cuMemFree(self.pointer)
+        free = getattr(self, "_free", None)
+        if free is not None and not sys.is_finalizing():
+            free(self.pointer)
 
     @classmethod
     def of(cls, guest: Any) -> DeviceArray:
-        """A view of any object with `__cuda_array_interface__`. Raises InputError if it is not contiguous."""
+        """A view of any object with `__cuda_array_interface__`, once what its owner enqueued for it has run. Raises InputError
+        if it is not contiguous."""
         about = guest.__cuda_array_interface__
+        if not isinstance(guest, DeviceArray):
+            # The owner's stream where it names one; otherwise everything.
+            stream = about.get("stream")
+            check(driver().cuStreamSynchronize(stream) if stream else driver().cuCtxSynchronize())
         view = cls(tuple(about["shape"]), about["typestr"], guest, int(about["data"][0]))
         strides = about.get("strides")
         if strides is not None and tuple(strides) != _strides(view.shape, view.dtype.itemsize):
@@ -90,6 +105,10 @@ class DeviceArray:
         """A view of one entry of the first axis."""
         step = self.nbytes // self.shape[0]
         return DeviceArray(self.shape[1:], self.dtype, self, self.pointer + index * step)
+
+    def zero(self, stream: Stream) -> None:
+        """Enqueues the filling with zeros."""
+        check(driver().cuMemsetD8Async(self.pointer, 0, self.nbytes, stream.handle))
 
     def copy_from(self, source: Array | DeviceArray, stream: Stream) -> None:
         """Enqueues a copy; a numpy array must stay as it is until the stream is synchronized."""
@@ -120,12 +139,16 @@ class Graph:
 
     def __init__(self, enqueue: Callable[[], None], stream: Stream) -> None:
         cu = driver()
+        self._destroy = None
         check(cu.cuStreamBeginCapture(stream.handle, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
         try:
             enqueue()
-        finally:
-            graph = check(cu.cuStreamEndCapture(stream.handle))
+        except BaseException:
+            cu.cuStreamEndCapture(stream.handle)  # what went wrong is told by the exception
+            raise
+        graph = check(cu.cuStreamEndCapture(stream.handle))
         self._graph = check(cu.cuGraphInstantiate(graph, 0))
+        self._destroy = cu.cuGraphExecDestroy
         check(cu.cuGraphDestroy(graph))
         self._stream = stream
 
@@ -133,6 +156,6 @@ class Graph:
         check(driver().cuGraphLaunch(self._graph, self._stream.handle))
 
     def __del__(self) -> None:
-        graph = getattr(self, "_graph", None)
-        if graph is not None:
-            driver().cuGraphExecDestroy(graph)
+        destroy = getattr(self, "_destroy", None)
+        if destroy is not None and not sys.is_finalizing():
+            destroy(self._graph)

@@ -33,17 +33,13 @@ class TrtDenoiser:
         self._rows = rows if rows is not None else plain_rows(timesteps or ())
         library = open_library(plan.manifest["runtime"])
         check_plan(plan, library)
-        self._plan, self._trt = plan, library.trt
+        self._plan, self._library, self._trt = plan, library, library.trt
         name, capability = use_device()
         check_target(plan, name, capability)
         if plan.manifest["plugin"]:
             trt_plugin.register(library.trt)
-        self._engine, self._runtime = _deserialize(library, plan)
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise InputError(
-                f"{plan.path} cannot be run: the GPU has too little memory for it; build with a smaller --max-batch"
-            )
+        self._engine, self._keep = _deserialize(library, plan)
+        self._context = _context(library, self._engine, plan, self._keep)
         self._stream = Stream(stream)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._inputs = {n: self._type(n) for n in names if self._engine.get_tensor_mode(n) == self._trt.TensorIOMode.INPUT}
@@ -51,7 +47,7 @@ class TrtDenoiser:
         self._start = {n: self._on_device(plan.start[n].astype(self._inputs[n])) for n in self._states}
         self._row_scales = self._on_device(np.ascontiguousarray(self._rows.multipliers, np.float32))
         self._stream.synchronize()
-        self._batch = self._turn = 0
+        self._batch = self._size = self._turn = 0
 
     @property
     def rows(self) -> RowTable:
@@ -64,7 +60,7 @@ class TrtDenoiser:
     @property
     def state(self) -> dict[str, np.ndarray[Any, Any]]:
         """Copies of the state after the last pass, by input name."""
-        return {n: self._buffers[self._turn][n].to_host(self._stream) for n in self._states}
+        return {n: self._buffers[self._turn][n].to_host(self._stream)[: self._batch] for n in self._states}
 
     def from_host(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return x
@@ -73,24 +69,44 @@ class TrtDenoiser:
         return x if isinstance(x, np.ndarray) else DeviceArray.of(x).to_host(self._stream)
 
     def reset(self, batch: int) -> None:
+        """Begins a trajectory. A batch below the profile's smallest runs as that one. Raises InputError for a larger one than
+        the plan was built for."""
         least, most = self._plan.batches
-        if not least <= batch <= most:
-            raise InputError(f"{self._plan.path} was built for batches from {least} to {most}, not {batch}; pass --batch-size")
-        if batch != self._batch:
-            self._allocate(batch)
+        if batch > most:
+            raise InputError(f"{self._plan.path} was built for batches up to {most}, not {batch}; pass --batch-size {most}")
+        if max(batch, least) != self._size:
+            self._allocate(max(batch, least))
         for name in self._states:
             _fill(self._buffers[0][name], self._start[name], self._stream)
-        self._turn = 0
+        self._batch, self._turn = batch, 0
 
     def __call__(self, x: Any, row: int) -> Any:
         guest = not isinstance(x, np.ndarray)
-        self._fixed["x"].copy_from(DeviceArray.of(x) if guest else np.ascontiguousarray(x, np.float32), self._stream)
+        if guest:
+            source: Any = DeviceArray.of(x)
+        else:
+            source = np.zeros(self._fixed["x"].shape, np.float32)
+            source[: len(x)] = x
+        self._fixed["x"].copy_from(source, self._stream)
+        self._set_row(row)
+        self._run(self._turn)
+        self._turn = (self._turn + 1) % len(self._buffers)
+        if guest:
+            self._stream.synchronize()  # the guest's own stream knows nothing of this one
+            return self._fixed["eps"]
+        return self._fixed["eps"].to_host(self._stream)[: self._batch]
+
+    def _set_row(self, row: int) -> None:
         self._fixed["t"].copy_from(self._times.row(row), self._stream)
         if "row_scale" in self._fixed:
             self._fixed["row_scale"].copy_from(self._row_scales.row(row), self._stream)
-        self._graphs[self._turn].launch()
-        self._turn = (self._turn + 1) % len(self._graphs)
-        return self._fixed["eps"] if guest else self._fixed["eps"].to_host(self._stream)
+
+    def _run(self, turn: int) -> None:
+        if self._graphs:
+            self._graphs[turn].launch()
+        else:
+            self._bind(turn)
+            self._enqueue()
 
     def _type(self, name: str) -> Any:
         return np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
@@ -101,29 +117,34 @@ class TrtDenoiser:
         self._stream.synchronize()
         return result
 
-    def _allocate(self, batch: int) -> None:
-        self._batch = 0  # what fails below must not pass for done
-        image = (batch, *self._plan.config.input_shape)
+    def _allocate(self, size: int) -> None:
+        self._stream.synchronize()
+        # The old buffers go before the new ones come; and what fails below must not pass for done.
+        self._size, self._graphs, self._buffers, self._fixed = 0, [], [], {}
+        image = (size, *self._plan.config.input_shape)
         self._fixed = {"x": DeviceArray(image, np.float32), "eps": DeviceArray(image, np.float32)}
-        self._fixed["t"] = DeviceArray((batch,), np.int64)
+        self._fixed["t"] = DeviceArray((size,), np.int64)
         if "row_scale" in self._inputs:
             self._fixed["row_scale"] = DeviceArray(self._row_scales.shape[1:], np.float32)
-        self._times = self._on_device(np.repeat(self._rows.t[:, None], batch, axis=1))
+        self._times = self._on_device(np.repeat(self._rows.t[:, None], size, axis=1))
         sets = 1 if self._plan.manifest["plugin"] or not self._states else 2
-        self._buffers = [
-            {n: DeviceArray((batch, *self._start[n].shape), self._inputs[n]) for n in self._states} for _ in range(sets)
-        ]
+        for _ in range(sets):
+            self._buffers.append({n: DeviceArray((size, *self._start[n].shape), self._inputs[n]) for n in self._states})
         for name in self._inputs:
             shape = self._fixed[name].shape if name in self._fixed else self._buffers[0][name].shape
             if not self._context.set_input_shape(name, shape):
-                raise InputError(f"{self._plan.path} refuses the shape {shape} for its input {name}; build the plan again")
-        self._graphs = []
+                raise self._failed(f"refuses the shape {shape} for its input {name}")
+        for array in (self._fixed["x"], *self._buffers[0].values()):
+            array.zero(self._stream)
+        self._set_row(0)
+        graphs = []
         for turn in range(sets):
             self._bind(turn)
             self._enqueue()  # what TensorRT prepares on a first run must not be captured
             self._stream.synchronize()
-            self._graphs.append(Graph(self._enqueue, self._stream))
-        self._batch = batch
+            if not self._library.is_rtx or self._context.is_stream_capturable(self._stream.handle):
+                graphs.append(Graph(self._enqueue, self._stream))
+        self._size, self._graphs = size, graphs if len(graphs) == sets else []
 
     def _bind(self, turn: int) -> None:
         """Points the engine at one set of buffers to read and the other, or the same, to write."""
@@ -133,11 +154,16 @@ class TrtDenoiser:
             kind, layer = name.split(".", 1)
             addresses[f"{kind}_out.{layer}"] = target[name].pointer
         for name, address in addresses.items():
-            self._context.set_tensor_address(name, address)
+            if not self._context.set_tensor_address(name, address):
+                raise self._failed(f"refuses a buffer for {name}")
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._stream.handle):
-            raise InputError(f"{self._plan.path} failed to run; run `modiff-trt verify` on it")
+            raise self._failed("failed to run")
+
+    def _failed(self, what: str) -> InputError:
+        """The plan `what`, with TensorRT's last word on it."""
+        return InputError(f"{self._plan.path} {what}{_said(self._keep)}")
 
 
 def _fill(target: DeviceArray, image: DeviceArray, stream: Stream) -> None:
@@ -187,8 +213,31 @@ def _deserialize(library: Library, plan: Plan) -> tuple[Any, Any]:
 
     logger = Errors()
     runtime = trt.Runtime(logger)
+    if plan.manifest.get("options", {}).get("version_compatible"):
+        runtime.engine_host_code_allowed = True  # such a plan carries code of the version that built it
     engine = runtime.deserialize_cuda_engine(plan.data)
     if engine is None:
-        reason = " ".join(logger.lines[-1].split())[:200] if logger.lines else "it gives no reason"
-        raise InputError(f"{library.name} cannot load {plan.path}: {reason}")
+        raise InputError(f"{library.name} cannot load {plan.path}{_said((runtime, logger))}")
     return engine, (runtime, logger)
+
+
+def _context(library: Library, engine: Any, plan: Plan, keep: Any) -> Any:
+    """An execution context whose passes can be captured."""
+    trt = library.trt
+    if library.is_rtx:
+        config = engine.create_runtime_config()
+        # Kernels for the shape at hand before the first pass, not behind it; and graphs are ours to capture.
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        context = engine.create_execution_context(config)
+    else:
+        context = engine.create_execution_context()
+    if context is None:
+        raise InputError(f"{plan.path} cannot be run (is the GPU's memory full?){_said(keep)}")
+    return context
+
+
+def _said(keep: Any) -> str:
+    """The last error that TensorRT logged."""
+    lines = keep[1].lines
+    return f": {' '.join(lines[-1].split())[:200]}" if lines else ""

@@ -11,6 +11,9 @@ from rich.table import Table
 def print_report(report: dict[str, Any], layers: bool) -> None:
     """The summary in two lines, and with `layers` every layer of the engine."""
     console = Console(highlight=False)
+    if not report["told"]:
+        console.print("this TensorRT's builder log does not list the engine's layers; what became of them is not known")
+        return
     if layers:
         table = Table(title="layers of the engine, in order of execution")
         for heading in ("kind", "of", "inputs", "weights", "outputs", "kernel"):

@@ -52,7 +52,12 @@ def main(argv: list[str] | None = None) -> int:
 def _backend(folder: Path, device: str) -> Backend:
     network, plan = folder / NETWORK, folder / PLAN
     about = read_json(folder / ABOUT, "deployed sampler")
-    if not isinstance(about, dict) or not network.is_file() or sha256(network) != about.get("onnx_sha256"):
+    if (
+        not isinstance(about, dict)
+        or "timesteps" not in about
+        or not network.is_file()
+        or sha256(network) != about.get("onnx_sha256")
+    ):
         raise InputError(f"{network} is missing or is not the network of this sampler; deploy it again")
     if device == "cuda" and plan.is_file():
         return _engine(plan, about)

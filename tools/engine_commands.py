@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from modiff_trt.export.errors import InputError
 from modiff_trt.tools.options import Seed
 
 
@@ -23,7 +24,7 @@ def build(
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="run on later versions too")] = False,
     plugin: Annotated[
         bool, typer.Option("--plugin/--no-plugin", help="modulated layers by our plugin, or inlined, by TensorRT's own kernels")
-    ] = True,
+    ] = False,
     layers: Annotated[bool, typer.Option("--layers", help="print every layer of the engine")] = False,
 ) -> None:
     """Build a TensorRT plan from an exported file, and say what became of its layers."""
@@ -59,6 +60,8 @@ def verify(
     from modiff_trt.tools.verifying import check_pair, print_verdict
     from modiff_trt.tools.verifying import verify as compare
 
+    if passes < 1 or batch_size < 1 or not tolerance > 0:
+        raise InputError("--passes and --batch-size must be at least 1, and --tolerance above 0")
     loaded, model = load_plan(plan), load_onnx(onnx)
     check_pair(loaded, onnx)
     engine, reference = TrtDenoiser(loaded, (0,)), OnnxDenoiser(model, (0,))

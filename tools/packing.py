@@ -29,8 +29,6 @@ MODULES = {
     "tools": ("__init__", "deployed", "progress", "sampling"),
 }
 REQUIREMENTS = ("numpy>=1.26", "onnx>=1.18", "onnxruntime>=1.22", "pillow>=10", "pyyaml>=6", "rich>=13", "safetensors>=0.5")
-# TensorRT itself is chosen by the user: the package must be the one that the plan was built with.
-PLAN_REQUIREMENTS = ("cuda-python>=13",)
 ENTRY = """import sys
 
 if sys.version_info < (3, 11):
@@ -65,8 +63,15 @@ def _parts(plan: Path, onnx: Path) -> dict[str, Path]:
     """The files of a plan, by the names they get. Raises InputError unless it was built from this network."""
     if load_plan(plan).manifest["onnx_sha256"] != sha256(onnx):
         raise InputError(f"{plan} was not built from {onnx}; build it again")
-    target = Path(PLAN)
-    return {target.with_suffix(suffix).name: plan.with_suffix(suffix) for suffix in (".plan", ".json", ".start.safetensors")}
+    beside = {Path(PLAN).with_suffix(suffix).name: plan.with_suffix(suffix) for suffix in (".json", ".start.safetensors")}
+    return {PLAN: plan} | beside
+
+
+def _plan_requirements(plan: Path) -> tuple[str, ...]:
+    """A plan runs on the version of TensorRT that built it."""
+    manifest = load_plan(plan).manifest
+    package = {"rtx": "tensorrt-rtx-cu13", "tensorrt": "tensorrt-cu13"}[manifest["runtime"]]
+    return "cuda-python>=13", f"{package}=={manifest['version']}"
 
 
 def _write(onnx: Path, parts: dict[str, Path], out: Path, about: dict[str, Any]) -> list[Path]:
@@ -80,7 +85,7 @@ def _write(onnx: Path, parts: dict[str, Path], out: Path, about: dict[str, Any])
         _copy_modules(source)
         zipapp.create_archive(source, folder / LAUNCHER, interpreter="/usr/bin/env python3", compressed=True)
         (folder / LAUNCHER).chmod(0o755)
-        requirements = REQUIREMENTS + (PLAN_REQUIREMENTS if parts else ())
+        requirements = REQUIREMENTS + (_plan_requirements(parts[PLAN]) if parts else ())
         (folder / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
         write_json(folder / ABOUT, {"onnx_sha256": sha256(folder / NETWORK)} | about)
         if out.exists():

@@ -64,8 +64,12 @@ def conv_kernel(
         gdc_launch_dependents()
     site = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    image, pixel = site // (P * Q), site % (P * Q)
-    row, column = (pixel // Q) * STRIDE - TOP, (pixel % Q) * STRIDE - LEFT
+    # Unsigned: the compiler narrows signed divisions to packed 16-bit arithmetic, and ptxas (12.8 to 13.0 at least) loses the
+    # constant of such an addition when one half of it is used: some pixels then read their neighbour (`device_code.check_ptx`).
+    where = site.to(tl.uint32)
+    inner = where % (P * Q)
+    image, pixel = (where // (P * Q)).to(tl.int32), inner.to(tl.int32)
+    row, column = (inner // Q).to(tl.int32) * STRIDE - TOP, (inner % Q).to(tl.int32) * STRIDE - LEFT
     if INTEGER:
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     else:

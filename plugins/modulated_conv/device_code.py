@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import io
 import json
 import re
@@ -21,6 +22,8 @@ from modiff_trt.export.errors import InputError
 OLDEST = 80
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 MOST_SHARED = 48 * 1024
+# Of two 16-bit halves; ptxas 12.8, 12.9 and 13.0 have been seen to drop the constant of such an addition.
+PACKED = "add.s16x2"
 # What stands beside the machine code in a plan.
 FIELDS = ("entry", "threads", "shared", "scratch")
 
@@ -32,14 +35,12 @@ class Variant:
 
     kind: str
     real: str
-    channels_first: bool
     constants: tuple[tuple[str, int], ...]
     tile: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        order = "nchw" if self.channels_first else "nhwc"
-        return "-".join([self.kind, self.real, order, *(str(value) for _, value in self.constants), *map(str, self.tile)])
+        return "-".join([self.kind, self.real, *(str(value) for _, value in self.constants), *map(str, self.tile)])
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,27 @@ class DeviceCode:
     code: bytes
 
 
-def compile_variant(variant: Variant, capability: int) -> DeviceCode:
-    """Compiles for a compute capability (89 is 8.9). Raises InputError where that or Triton is not to be had."""
+def check_target(capability: int) -> int:
+    """The compute capability, if kernels can be compiled for it here; otherwise raises InputError."""
     if capability < OLDEST:
         raise InputError(f"the plugin needs compute capability 8.0 or later, found {capability // 10}.{capability % 10}")
-    try:
-        from triton import knobs
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource, compile
-    except ImportError:
-        raise InputError("building with the plugin needs Triton: pip install triton; or build with --no-plugin") from None
+    if importlib.util.find_spec("triton") is None:
+        raise InputError("building with the plugin needs Triton: pip install triton; or build with --no-plugin")
+    return capability
+
+
+def compile_variant(variant: Variant, capability: int) -> DeviceCode:
+    """Compiles for a compute capability (89 is 8.9). Raises InputError where that or Triton is not to be had."""
+    check_target(capability)
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
     from modiff_trt.plugins.modulated_conv.conv_kernel import conv_kernel
     from modiff_trt.plugins.modulated_conv.residual_kernel import residual_kernel
 
     first, second, *rest, warps = variant.tile
-    constants: dict[str, Any] = {"CHANNELS_FIRST": variant.channels_first}
+    constants: dict[str, Any] = {}
     real = f"*{variant.real}"
     if variant.kind == "residual":
         function, pointers = residual_kernel, [real] * 5 + ["*i8"]
@@ -82,6 +89,7 @@ def compile_variant(variant: Variant, capability: int) -> DeviceCode:
             "INTEGER": True,
             "BIAS": False,
             "HAS_STEP": True,
+            "CHANNELS_FIRST": True,
             "SPLIT": 1,
             "OVERLAP": False,
         }
@@ -102,10 +110,17 @@ def compile_variant(variant: Variant, capability: int) -> DeviceCode:
         built = compile(
             source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "enable_fp_fusion": True}
         )
+    check_ptx(built.asm["ptx"], variant.name)
     parameters = len(set(re.findall(rf"{built.metadata.name}_param_\d+", built.asm["ptx"])))
     scratch = parameters - len(pointers) - len(numbers)
     about = built.metadata
     return DeviceCode(about.name, about.num_warps * 32, about.shared, scratch, built.asm["cubin"])
+
+
+def check_ptx(ptx: str, name: str) -> None:
+    """Raises RuntimeError for code with packed 16-bit additions, which ptxas may assemble wrongly."""
+    if PACKED in ptx:
+        raise RuntimeError(f"the kernel {name} was compiled to packed 16-bit arithmetic, which ptxas gets wrong")
 
 
 def pack(codes: dict[Variant, DeviceCode]) -> bytes:
@@ -129,9 +144,9 @@ def unpack(content: bytes) -> dict[Variant, DeviceCode]:
             about = json.loads(archive.read(name))
             said = about["variant"]
             constants = tuple((key, value) for key, value in said["constants"])
-            variant = Variant(said["kind"], said["real"], said["channels_first"], constants, tuple(said["tile"]))
+            variant = Variant(said["kind"], said["real"], constants, tuple(said["tile"]))
             code = archive.read(name.removesuffix(".json") + ".cubin")
-            codes[variant] = DeviceCode(*(about[name] for name in FIELDS), code)
+            codes[variant] = DeviceCode(**{field: about[field] for field in FIELDS}, code=code)
     return codes
 
 
@@ -157,7 +172,7 @@ def launch(code: DeviceCode, grid: tuple[int, int, int], stream: int, values: Se
 
 
 def current_capability(index: int = 0) -> int:
-    """Compute capability (89 is 8.9) of a GPU. Raises RuntimeError, or what cuda-python raises without a driver."""
+    """Compute capability (89 is 8.9) of a GPU. Raises InputError, or what cuda-python raises without a driver."""
     from cuda.bindings import driver
 
     check(driver.cuInit(0))
@@ -168,8 +183,8 @@ def current_capability(index: int = 0) -> int:
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """The value of a cuda-python call. Raises RuntimeError with the driver's own name for what went wrong."""
+    """The value of a cuda-python call. Raises InputError with the driver's own name for what went wrong."""
     error, *values = result
     if int(error) != 0:
-        raise RuntimeError(f"CUDA: {getattr(error, 'name', error)}")
+        raise InputError(f"the CUDA driver reports {getattr(error, 'name', error)}")
     return values[0] if values else None

@@ -109,12 +109,12 @@ def real_tile(geometry: Geometry, second: int) -> ConvTile:
     return ConvTile(64, 32, depth, 4, 4, 1)
 
 
-def residual_variant(real: str, channels_first: bool) -> Variant:
-    return Variant("residual", real, channels_first, (), RESIDUAL_TILE)
+def residual_variant(real: str) -> Variant:
+    return Variant("residual", real, (), RESIDUAL_TILE)
 
 
-def conv_variant(geometry: Geometry, real: str, channels_first: bool) -> Variant:
+def conv_variant(geometry: Geometry, real: str) -> Variant:
     """Sums in one part: an engine's workspace is not zeroed."""
     tile = conv_tile(geometry, may_split=False)
     numbers = (tile.sites, tile.channels, tile.depth, tile.stages, tile.warps)
-    return Variant("conv", real, channels_first, tuple(geometry.constants.items()), numbers)
+    return Variant("conv", real, tuple(geometry.constants.items()), numbers)

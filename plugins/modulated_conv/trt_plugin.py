@@ -2,8 +2,9 @@
 
     o_hat', a_hat' = ModulatedConv(x, a_hat, o_hat, m, scale, weight, weight_scale)
 
-x, a_hat [N, C, H, W] and o_hat [N, K, P, Q] are float16 or float32, channels-first or, where TensorRT offers it, channels-last
-(`HWC8`); m and scale are one number each; weight is int8 [K, R, R, C'] with C' = C padded to 32; weight_scale [K]. It is a V3
+x, a_hat [N, C, H, W] and o_hat [N, K, P, Q] are float16 or float32 and linear: the state is an input and an output of the
+engine, so that any other order would make TensorRT copy it. m and scale are one number each; weight is int8 [K, R, R, C'] with
+C' = C padded to 32; weight_scale [K]. It is a V3
 plugin in Python: `enqueue` runs on the host while a step is captured, and not when its CUDA graph is replayed. The kernels are
 machine code that the plan carries, so that running it needs cuda-python and this module, and neither torch nor Triton.
 """
@@ -30,15 +31,15 @@ from modiff_trt.plugins.modulated_conv.geometry import RESIDUAL_TILE, Geometry, 
 
 NAME, NAMESPACE, VERSION = "ModulatedConv", "modiff", "1"
 X, A_HAT, O_HAT, MULTIPLIER, SCALE, WEIGHT, WEIGHT_SCALE = range(7)
-O_HAT_OUT, A_HAT_OUT = 7, 8
 # An output's index to the input whose memory it is.
 ALIASED = {0: O_HAT, 1: A_HAT}
-IMAGES = (X, A_HAT, O_HAT, O_HAT_OUT, A_HAT_OUT)
 WINDOW = ("kernel_shape", "pads", "strides")
 FIELDS = (*WINDOW, "grid")
 KERNELS = "kernels"
 
 _creators: dict[str, Any] = {}
+# Why layers of the build in progress failed; cleared by `register`.
+failures: list[str] = []
 
 
 def register(trt: Any, capability: int | None = None) -> None:
@@ -49,6 +50,7 @@ def register(trt: Any, capability: int | None = None) -> None:
         trt.get_plugin_registry().register_creator(creator, NAMESPACE)
         _creators[trt.__name__] = creator
     _creators[trt.__name__].capability = capability
+    failures.clear()
 
 
 def _classes(trt: Any) -> tuple[Any, Any]:
@@ -86,29 +88,27 @@ def _classes(trt: Any) -> tuple[Any, Any]:
 
         def supports_format_combination(self, position: int, tensors: Any, inputs: int) -> bool:
             tensor, x = tensors[position].desc, tensors[X].desc
-            if position == WEIGHT:
-                return bool(tensor.type == trt.int8 and tensor.format == trt.TensorFormat.LINEAR)
-            if tensor.type != x.type or x.type not in reals:
-                return False
-            if position not in IMAGES:
-                return bool(tensor.format == trt.TensorFormat.LINEAR)
-            if position != X:
-                return bool(tensor.format == x.format)
-            wide = all(tensors[i].desc.dims[1] % 8 == 0 for i in (X, O_HAT))
-            last = x.format == trt.TensorFormat.HWC8 and x.type == trt.float16 and wide
-            return bool(x.format == trt.TensorFormat.LINEAR or last)
+            kind = tensor.type == (trt.int8 if position == WEIGHT else x.type)
+            return bool(kind and x.type in reals and tensor.format == trt.TensorFormat.LINEAR)
 
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
             """Compiles what the profile's batch sizes need."""
+            try:
+                self._compile(inputs)
+            except Exception as error:  # TensorRT only passes on that something failed
+                failures.append(str(error))
+                raise
+
+        def _compile(self, inputs: Any) -> None:
             if self.capability is None:
                 return
-            real, first = reals[inputs[X].desc.type], inputs[X].desc.format == trt.TensorFormat.LINEAR
+            real = reals[inputs[X].desc.type]
             shape, out = list(inputs[X].desc.dims), list(inputs[O_HAT].desc.dims)
             least, most = int(inputs[X].min[0]), int(inputs[X].max[0])
             # The tile changes at a few sizes only: those of powers of two show which.
             sizes = {least, most, *(1 << i for i in range(most.bit_length()) if least <= 1 << i <= most)}
-            needed = {residual_variant(real, first)}
-            needed |= {conv_variant(self._geometry([n, *shape[1:]], out), real, first) for n in sizes}
+            needed = {residual_variant(real)}
+            needed |= {conv_variant(self._geometry([n, *shape[1:]], out), real) for n in sizes}
             self.codes = {v: _compiled(v, self.capability) for v in sorted(needed, key=lambda v: v.name)}
 
         def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
@@ -172,12 +172,12 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             return Geometry(x[0], x[1], x[2], x[3], o_hat[1], kernel, stride, (top, left, bottom, right))
 
         def _conv(self, inputs: Any, geometry: Geometry) -> Variant:
-            return conv_variant(geometry, reals[inputs[X].type], inputs[X].format == trt.TensorFormat.LINEAR)
+            return conv_variant(geometry, reals[inputs[X].type])
 
         def _choose(self, inputs: Any) -> tuple[Geometry, DeviceCode, DeviceCode]:
             geometry = self._geometry(list(inputs[X].dims), list(inputs[O_HAT].dims))
             conv = self._conv(inputs, geometry)
-            return geometry, self.codes[residual_variant(conv.real, conv.channels_first)], self.codes[conv]
+            return geometry, self.codes[residual_variant(conv.real)], self.codes[conv]
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         """Makes a layer from the network's node, or from a plan."""

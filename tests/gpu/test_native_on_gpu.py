@@ -72,8 +72,29 @@ def test_images_are_those_of_the_simulation(demo, kernels, recipe):
     assert psnr(deployed, simulated) > 38
 
 
-def test_replays_follow_rows_and_batches_do_not_change_an_image(demo, kernels):
-    denoiser = native(demo, demo.scales(), kernels)
+@pytest.mark.parametrize(
+    ("batch", "channels", "size", "out"),
+    [(1, 128, 32, 128), (2, 128, 32, 128), (1, 512, 16, 256), (1, 256, 8, 256), (3, 96, 9, 48)],
+)
+def test_our_own_integer_products_are_exact(batch, channels, size, out):
+    """Every tile that small batches take, against the CPU: ptxas has assembled one wrongly."""
+    from modiff_trt.plugins.modulated_conv.conv_kernel import Scratch, convolve_int8
+
+    q = torch.randint(-128, 128, (batch, size * size, channels), dtype=torch.int8)
+    weight = torch.randint(-50, 51, (out, 3, 3, channels), dtype=torch.int8)
+    image = q.view(batch, size, size, channels).permute(0, 3, 1, 2).double()
+    expected = F.conv2d(image, weight.permute(0, 3, 1, 2).double(), padding=1).flatten(2).transpose(1, 2)
+    for overlap in (False, torch.cuda.get_device_capability() >= (9, 0)):
+        found = torch.full((batch, size * size, out), float("nan"), device="cuda")
+        bias, scale = torch.zeros(out, device="cuda"), torch.ones(out, device="cuda")
+        window = {"size": (size, size), "stride": 1, "padding": (1, 1, 1, 1)}
+        convolve_int8(q.cuda(), weight.cuda(), scale, bias, found, scratch=Scratch("cuda"), overlap=overlap, **window)
+        assert torch.equal(found.cpu().double(), expected)
+
+
+@pytest.mark.parametrize("recipe", [{}, {"min_intensity": 200.0}])
+def test_replays_follow_rows_and_batches_do_not_change_an_image(demo, kernels, recipe):
+    denoiser = native(demo, demo.scales(**recipe), kernels)
     x = ImageNoise(0, range(5), demo.network.config.input_shape).draw()
     together = denoiser.trajectory(x)
     np.testing.assert_array_equal(denoiser.trajectory(x), together)

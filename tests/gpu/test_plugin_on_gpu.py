@@ -41,14 +41,13 @@ def shapes():
 class Layer:
     """Inputs of one layer on the device, the plugin for them, and the same layer in float64."""
 
-    def __init__(self, trt, spec, batch, channels_last, seed=0):
+    def __init__(self, trt, spec, batch, seed=0):
         generator = torch.Generator("cuda").manual_seed(seed)
         (c, h, w), (k, p, q) = spec.in_shape, spec.out_shape
         self.spec, self.trt, r = spec, trt, spec.kernel
-        memory = torch.channels_last if channels_last else torch.contiguous_format
 
         def random(*shape):
-            return torch.randn(*shape, device="cuda", generator=generator).half().contiguous(memory_format=memory)
+            return torch.randn(*shape, device="cuda", generator=generator).half()
 
         self.x, self.a_hat, self.o_hat = random(batch, c, h, w), random(batch, c, h, w), random(batch, k, p, q)
         self.m, self.scale = (torch.tensor(v, device="cuda").half() for v in (1.5, 0.0625))
@@ -63,10 +62,9 @@ class Layer:
             "grid": [-128, 127],
         }
         self.plugin = trt_plugin._classes(trt)[0](attributes, current_capability(), {})
-        format = trt.TensorFormat.HWC8 if channels_last else trt.TensorFormat.LINEAR
         linear, real, int8 = trt.TensorFormat.LINEAR, trt.float16, trt.int8
-        kinds = [(self.x, real, format), (self.a_hat, real, format), (self.o_hat, real, format), (self.m, real, linear)]
-        kinds += [(self.scale, real, linear), (self.packed, int8, linear), (self.weight_scale, real, linear)]
+        kinds = [(t, real, linear) for t in (self.x, self.a_hat, self.o_hat, self.m, self.scale)]
+        kinds += [(self.packed, int8, linear), (self.weight_scale, real, linear)]
         self.descriptions = [SimpleNamespace(dims=list(t.shape), type=kind, format=f) for t, kind, f in kinds]
         ranged = [SimpleNamespace(desc=d, min=d.dims, max=d.dims, opt=d.dims) for d in self.descriptions]
         self.plugin.configure_plugin(ranged, [])
@@ -108,18 +106,15 @@ class Layer:
         )
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_layer_shape_of_the_cifar10_network(trt, batch, channels_last):
+def test_every_layer_shape_of_the_cifar10_network(trt, batch):
     for seed, spec in enumerate(shapes()):
-        wide = spec.in_shape[0] % 8 == 0 and spec.out_shape[0] % 8 == 0
-        if wide or not channels_last:
-            Layer(trt, spec, batch, channels_last, seed).check()
+        Layer(trt, spec, batch, seed).check()
 
 
 def test_a_captured_graph_replayed_a_hundred_times_goes_on_from_its_own_state(trt):
     spec = next(s for s in shapes() if s.in_shape == (256, 8, 8) and s.kernel == 3)
-    eager, captured = Layer(trt, spec, 2, False), Layer(trt, spec, 2, False)
+    eager, captured = Layer(trt, spec, 2), Layer(trt, spec, 2)
     captured.enqueue()  # loads; its effect is undone below
     for name in ("a_hat", "o_hat"):
         getattr(captured, name).copy_(getattr(eager, name))

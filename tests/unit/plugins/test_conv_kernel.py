@@ -63,30 +63,47 @@ def test_tiles_fill_a_gpu_before_they_grow():
         _ = Geometry(10_000, 512, 32, 32, 512, 3, 1, (1, 1, 1, 1)).constants
 
 
-@pytest.mark.parametrize("channels_first", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_as_the_plugin_launches_it(shape):
+    """Channels first, o_hat in place, half-precision scales, and the grid's step from two numbers on the device."""
+    n, c, h, w, k, r, stride, padding = shape
+    geometry = Geometry(n, c, h, w, k, r, stride, padding)
+    tile, (p, q) = conv_tile(geometry, may_split=False), geometry.out_size
+    integers = torch.randint(-128, 128, (n, h * w, c), dtype=torch.int8)
+    weight = torch.randint(-128, 128, (k, r, r, c), dtype=torch.int8)
+    scale, step, multiplier = (torch.rand(k) * 1e-3).half(), torch.tensor(0.0625).half(), torch.tensor(1.5).half()
+    o_hat = torch.randn(n, k, p * q)
+    found = o_hat.clone()
+    grid = (-(-geometry.sites // tile.sites), -(-k // tile.channels), 1)
+    conv.conv_kernel[grid](
+        integers, integers, weight, scale, found, found, step, multiplier, integers, integers, geometry.sites,
+        **geometry.constants, C2=0, INTEGER=True, BIAS=False, HAS_STEP=True, CHANNELS_FIRST=True, SPLIT=1, OVERLAP=False,
+        BLOCK_M=tile.sites, BLOCK_N=tile.channels, BLOCK_K=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    wide = scale.double() * float(step) * float(multiplier)
+    inputs = integers.double(), weight.permute(0, 3, 1, 2).double(), wide, o_hat.transpose(1, 2).double()
+    expected = reference.accumulate(*inputs, (h, w), stride, padding).transpose(1, 2)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-4)
+
+
 @pytest.mark.parametrize(("channels", "size"), [(48, (5, 7)), (3, (9, 4)), (70, (8, 8))])
-def test_the_residual_is_rounded_and_a_hat_follows(channels_first, channels, size):
+def test_the_residual_is_rounded_and_a_hat_follows(channels, size):
     n, pixels = 2, size[0] * size[1]
     padded, step, multiplier = -(-channels // 32) * 32, torch.tensor(0.02), torch.tensor(1.5)
-    x, a_hat = torch.randn(2, n, pixels, channels)
+    x, a_hat = torch.randn(2, n, channels, pixels)
     low, high = -8, 7
     q = torch.full((n, pixels, padded), 77, dtype=torch.int8)
-
-    def lay(t):
-        return t.transpose(1, 2).contiguous() if channels_first else t.clone()
-
-    state = lay(a_hat)
+    state = a_hat.clone()
     block_p, block_c, warps = RESIDUAL_TILE
     residual_kernel[(-(-pixels // block_p), -(-padded // block_c), n)](
-        lay(x), state, state, step, multiplier, q, pixels, channels, padded, float(low), float(high),
-        CHANNELS_FIRST=channels_first, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
+        x, state, state, step, multiplier, q, pixels, channels, padded, float(low), float(high),
+        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
     )  # fmt: skip
-    found = state.transpose(1, 2) if channels_first else state
     width = float(step * multiplier)
-    position = ((x.double() - a_hat.double()) / width).clamp(low, high)
+    position = ((x.double() - a_hat.double()) / width).clamp(low, high).transpose(1, 2)
     assert float((q[:, :, :channels].double() - position).abs().max()) <= 0.5 + 1e-4
     assert (q[:, :, channels:] == 0).all()  # the padding takes part in the product
-    torch.testing.assert_close(found, a_hat + width * q[:, :, :channels], rtol=0, atol=1e-6)
+    torch.testing.assert_close(state, a_hat + width * q[:, :, :channels].transpose(1, 2), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("second", [0, 48])
