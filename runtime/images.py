@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,15 @@ class ImageFolder:
         else:
             write_json(file, manifest)
 
-    def missing(self, indices: range) -> list[int]:
+    def missing(self, indices: Iterable[int]) -> list[int]:
         """The indices whose image does not exist yet."""
         return [i for i in indices if not self._file(i).exists()]
 
     def save(self, indices: list[int], samples: Float32) -> None:
+        """Writes the images that are not there."""
         for index, image in zip(indices, to_uint8(samples), strict=True):
+            if self._file(index).exists():
+                continue
             with atomic_path(self._file(index)) as temporary:
                 Image.fromarray(image.squeeze()).save(temporary, format="PNG")
 

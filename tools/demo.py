@@ -67,7 +67,7 @@ def run(out: Path, num_samples: int, seed: int) -> None:
         model = load_onnx(file)
         backend = Backend(OnnxDenoiser(model, timesteps), model.config, {})
         begin = time.perf_counter()
-        ((_, samples),) = sample_batches(backend, list(range(num_samples)), seed, num_samples, 0.0)
+        ((_, samples),) = sample_batches(backend, [list(range(num_samples))], seed, 0.0)
         seconds = (time.perf_counter() - begin) / num_samples
         decibel = psnr(samples, images[0]) if images else math.inf
         images.append(samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,8 @@ def check_device(device: str) -> str:
         raise InputError(f"--device must be cpu or cuda, found '{device}'")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no NVIDIA GPU; pass --device cpu or install a CUDA build of torch")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # one process a GPU, as torchrun starts them
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return device
 
 

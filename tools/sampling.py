@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,33 @@ def check_seed(seed: int) -> None:
         raise InputError(f"--seed must lie between 0 and 2^63 - 1, found {seed}")
 
 
+@dataclass(frozen=True)
+class Rank:
+    """Which process of how many this is, as torchrun tells its processes: rank 0 of 1 where it is alone."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_environment(cls) -> Rank:
+        """From RANK and WORLD_SIZE. Raises InputError if they are not numbers, or do not fit."""
+        try:
+            found = cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        except ValueError:
+            raise InputError("RANK and WORLD_SIZE must be numbers, as torchrun sets them") from None
+        if not 0 <= found.rank < found.world:
+            raise InputError(f"RANK {found.rank} does not lie below WORLD_SIZE {found.world}")
+        return found
+
+    def batches(self, count: int, size: int) -> list[list[int]]:
+        """This rank's batches of indices 0..count-1. Batches are cut before they are dealt out, so that an image is computed in
+        the same company whatever the number of ranks."""
+        cut = [list(range(begin, min(begin + size, count))) for begin in range(0, count, size)]
+        return cut[self.rank :: self.world]
+
+
 def sample_batches(
-    backend: Backend, indices: list[int], seed: int, batch_size: int, eta: float, noise: np.ndarray[Any, Any] | None = None
+    backend: Backend, batches: list[list[int]], seed: int, eta: float, noise: np.ndarray[Any, Any] | None = None
 ) -> Any:
     """Yields (indices, samples float32 [n, C, H, W]) batch by batch, under a progress bar that counts passes.
 
@@ -44,9 +70,8 @@ def sample_batches(
     alpha_bar = alphas_cumprod(backend.config.diffusion)
     denoiser = backend.denoiser
     with progress_bar() as bar:
-        task = bar.add_task("sample", total=len(indices) * len(denoiser.rows), unit="passes")
-        for begin in range(0, len(indices), batch_size):
-            batch = indices[begin : begin + batch_size]
+        task = bar.add_task("sample", total=sum(map(len, batches)) * len(denoiser.rows), unit="passes")
+        for batch in batches:
             source = ImageNoise(seed, batch, backend.config.input_shape)
             start = source.draw()
             if noise is not None:
@@ -69,7 +94,11 @@ def sample_batches(
 def run_sampling(
     backend: Backend, *, num_samples: int, seed: int, batch_size: int, eta: float, noise_file: Path | None, out: Path
 ) -> int:
-    """Samples images 0..num_samples-1 into `out` (FILE.npz, or a folder) and returns how many were computed now."""
+    """Samples images 0..num_samples-1 into `out` (FILE.npz, or a folder) and returns how many are new.
+
+    Under torchrun each process makes its share of a folder. A batch of which any image is missing is computed whole, so that an
+    interrupted run ends with the same files as an uninterrupted one.
+    """
     if num_samples < 1 or batch_size < 1:
         raise InputError("--num-samples and --batch-size must be at least 1")
     check_seed(seed)
@@ -79,12 +108,17 @@ def run_sampling(
         "eta": eta,
         "noise_sha256": sha256(noise_file) if noise_file is not None else None,
     }
+    rank = Rank.of_environment()
+    batches = rank.batches(num_samples, batch_size)
     if out.suffix == ".npz":
-        parts = [s for _, s in sample_batches(backend, list(range(num_samples)), seed, batch_size, eta, noise)]
+        if rank.world > 1:
+            raise InputError("several processes cannot write one .npz; pass a folder as --out")
+        parts = [s for _, s in sample_batches(backend, batches, seed, eta, noise)]
         save_npz(out, np.concatenate(parts), manifest)
         return num_samples
     folder = ImageFolder(out, manifest)
-    missing = folder.missing(range(num_samples))
-    for batch, samples in sample_batches(backend, missing, seed, batch_size, eta, noise):
+    missing = set(folder.missing(index for batch in batches for index in batch))
+    wanted = [batch for batch in batches if missing.intersection(batch)]
+    for batch, samples in sample_batches(backend, wanted, seed, eta, noise):
         folder.save(batch, samples)
     return len(missing)
