@@ -109,6 +109,18 @@ def weights(data: dict[str, Any]) -> str:
     return "\n".join([*lines, f"AdaRound on {data['calibration_images']} trajectories on one {data['machine']['gpu']}."])
 
 
+def states(data: dict[str, Any]) -> str:
+    """Types of the state between passes."""
+    lines = ["| a_hat, o_hat | to FP32, dB | to state in float64, dB |", "|---|---|---|"]
+    for name, figures in data["states"].items():
+        lines.append(f"| {name.rsplit(' A', 1)[0]} | {figures['to FP32']:.1f} | {figures['to float64']:.1f} |")
+    where = data["machine"].get("gpu") or f"{data['machine']['cores']} CPU cores"
+    lines.append(
+        f"\nThe demo model, W8A8 to nearest, {data['images']} images, {data['timesteps']} {data['skip_type']} steps, {where}."
+    )
+    return "\n".join(lines)
+
+
 def native_images(data: dict[str, Any]) -> str:
     """Images of the native backend against those of the simulation."""
     lines = ["| | native, dB | simulation, dB | native to simulation, dB | state, MB an image |", "|---|---|---|---|---|"]
@@ -140,6 +152,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench_h200": ("bench_h200", bench),
     "bench_h200_stateless": ("bench_h200_stateless", bench),
     "bench_h200_fp32": ("bench_h200_fp32", bench),
+    "states_100": ("states100_demo", states),
+    "states_1000": ("states1000_demo", states),
     "native_images": ("native_images_h200", native_images),
     "bench_cpu_cifar10": ("bench_cpu_cifar10", bench),
     "bench_cpu_demo": ("bench_cpu_demo", bench),
