@@ -27,7 +27,8 @@ class KernelCase:
 CASES = {
     "plain": KernelCase(InputShape(48, 0, 5, 7)),
     "stateless": KernelCase(InputShape(48, 0, 5, 7), state=False),
-    "padded image": KernelCase(InputShape(3, 0, 9, 5), q_channels=16),
+    # So many images that one element on an edge is no reason to fail.
+    "padded image": KernelCase(InputShape(3, 0, 9, 5), batch=9, q_channels=16),
     "sum, written": KernelCase(InputShape(32, 0, 4, 4), add=True, write=True),
     "norm": KernelCase(InputShape(64, 0, 6, 6), groups=32),
     "norm, silu, 4 bits": KernelCase(InputShape(64, 0, 6, 6), groups=32, silu=True, bits=4),
@@ -113,7 +114,7 @@ def check(case: KernelCase, device: str) -> None:
     found = out[:, :, : shape.total].double()
     assert (out[:, :, shape.total :] == 77).all()  # padding channels are not touched
     assert float((found - position).abs().max()) < 0.5 + 2e-3
-    assert int((found != q).sum()) <= max(2e-3 * q.numel(), 2)  # two may lie on an edge however few there are
+    assert float((found != q).float().mean()) < 2e-3
     if state is not None:
         expected = (before.double() + grid.multiple * found).clamp(-reference.STATE_MAX, reference.STATE_MAX)
         assert torch.equal(state.double(), expected)
