@@ -257,18 +257,16 @@ def sample(
 ) -> None:
     """Sample images with DDIM."""
     from modiff_trt.tools.load import SamplingOptions, load_backend
-    from modiff_trt.tools.sampling import Rank, run_sampling
+    from modiff_trt.tools.sampling import run_sampling
 
     options = SamplingOptions(
         backend, config, ckpt, scales, onnx, timesteps, skip_type, modulate, device, dtype, compile_network, plan
     )
     loaded = load_backend(options)
     done = run_sampling(loaded, num_samples=num_samples, seed=seed, batch_size=batch_size, eta=eta, noise_file=noise, out=out)
-    rank = Rank.of_environment()
-    share = sum(map(len, rank.batches(num_samples, batch_size)))
-    kept = f" ({share - done} were there already)" if done < share else ""
-    of = f"share {rank.rank + 1} of {rank.world}, " if rank.world > 1 else ""
-    typer.echo(f"{out}: {of}{share} images, {len(loaded.denoiser.rows)} passes each{kept}")
+    kept = f" ({done.images - done.new} were there already)" if done.new < done.images else ""
+    of = f"share {done.rank.rank + 1} of {done.rank.world}, " if done.rank.world > 1 else ""
+    typer.echo(f"{out}: {of}{done.images} images, {len(loaded.denoiser.rows)} passes each{kept}")
 
 
 @app.command()

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)  # noqa: T201
         return 130
-    print(f"{options.out}: {options.num_samples} images, {done} of them made now")  # noqa: T201
+    print(f"{options.out}: {done.images} images, {done.new} of them made now")  # noqa: T201
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from modiff_trt.export.scales import load_scales
 from modiff_trt.export.unet import Network, trace
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.schedule import timestep_sequence
-from modiff_trt.tools.sampling import Backend
+from modiff_trt.tools.sampling import Backend, Rank
 
 if TYPE_CHECKING:
     from modiff_trt.runtime.native_ops import Kernels
@@ -60,8 +59,6 @@ def check_device(device: str) -> str:
         raise InputError(f"--device must be cpu or cuda, found '{device}'")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no NVIDIA GPU; pass --device cpu or install a CUDA build of torch")
-    if device == "cuda" and "LOCAL_RANK" in os.environ:  # one process a GPU, as torchrun starts them
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return device
 
 
@@ -83,12 +80,16 @@ def load_backend(options: SamplingOptions) -> Backend:
 
 
 def _torch_backend(options: SamplingOptions) -> Backend:
+    import torch
+
     from modiff_trt.runtime.compiled_denoiser import CompiledDenoiser
     from modiff_trt.runtime.native_denoiser import NativeDenoiser
     from modiff_trt.runtime.torch_denoiser import SimDenoiser, TorchDenoiser
 
     _refuse(options.onnx, "--onnx", options.backend)
     device = check_device(options.device)
+    if device == "cuda":  # one process a GPU
+        torch.cuda.set_device(Rank.of_environment().local % torch.cuda.device_count())
     network, checkpoint = load_model(options.config, options.ckpt)
     config = network.config
     manifest: dict[str, Any] = {

@@ -12,7 +12,7 @@ from typing import Any
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import sha256, unwritable, write_json
 from modiff_trt.runtime.onnx_denoiser import load_onnx
-from modiff_trt.runtime.plan import load_plan
+from modiff_trt.runtime.plan import Plan, load_plan
 from modiff_trt.runtime.schedule import timestep_sequence
 from modiff_trt.tools.deployed import ABOUT, NETWORK, PLAN
 
@@ -52,40 +52,39 @@ def package(onnx: Path, out: Path, timesteps: int, skip_type: str, plan: Path | 
     model = load_onnx(onnx)
     rows = model.calibrated_rows
     steps = rows.timesteps if rows is not None else timestep_sequence(model.config.diffusion, timesteps, skip_type)
-    parts = _parts(plan, onnx) if plan is not None else {}
+    engine = load_plan(plan) if plan is not None else None
+    if engine is not None and engine.manifest["onnx_sha256"] != sha256(onnx):
+        raise InputError(f"{plan} was not built from {onnx}; build it again")
     try:
-        return _write(onnx, parts, out, {"timesteps": list(steps), "network": model.manifest})
+        return _write(onnx, engine, out, {"timesteps": list(steps), "network": model.manifest})
     except OSError as error:
         raise unwritable(out, error) from None
 
 
-def _parts(plan: Path, onnx: Path) -> dict[str, Path]:
-    """The files of a plan, by the names they get. Raises InputError unless it was built from this network."""
-    if load_plan(plan).manifest["onnx_sha256"] != sha256(onnx):
-        raise InputError(f"{plan} was not built from {onnx}; build it again")
-    beside = {Path(PLAN).with_suffix(suffix).name: plan.with_suffix(suffix) for suffix in (".json", ".start.safetensors")}
-    return {PLAN: plan} | beside
+def _plan_files(plan: Plan) -> dict[str, Path]:
+    """The files of a plan, by the names they get."""
+    beside = {Path(PLAN).with_suffix(suffix).name: plan.path.with_suffix(suffix) for suffix in (".json", ".start.safetensors")}
+    return {PLAN: plan.path} | beside
 
 
-def _plan_requirements(plan: Path) -> tuple[str, ...]:
+def _plan_requirements(plan: Plan) -> tuple[str, ...]:
     """A plan runs on the version of TensorRT that built it."""
-    manifest = load_plan(plan).manifest
-    package = {"rtx": "tensorrt-rtx-cu13", "tensorrt": "tensorrt-cu13"}[manifest["runtime"]]
-    return "cuda-python>=13", f"{package}=={manifest['version']}"
+    package = {"rtx": "tensorrt-rtx-cu13", "tensorrt": "tensorrt-cu13"}[plan.manifest["runtime"]]
+    return "cuda-python>=13", f"{package}=={plan.manifest['version']}"
 
 
-def _write(onnx: Path, parts: dict[str, Path], out: Path, about: dict[str, Any]) -> list[Path]:
+def _write(onnx: Path, plan: Plan | None, out: Path, about: dict[str, Any]) -> list[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder, source = Path(temporary) / "folder", Path(temporary) / "source"
         folder.mkdir()
         shutil.copyfile(onnx, folder / NETWORK)
-        for name, source_file in parts.items():
+        for name, source_file in _plan_files(plan).items() if plan is not None else ():
             shutil.copyfile(source_file, folder / name)
         _copy_modules(source)
         zipapp.create_archive(source, folder / LAUNCHER, interpreter="/usr/bin/env python3", compressed=True)
         (folder / LAUNCHER).chmod(0o755)
-        requirements = REQUIREMENTS + (_plan_requirements(parts[PLAN]) if parts else ())
+        requirements = REQUIREMENTS + (_plan_requirements(plan) if plan is not None else ())
         (folder / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
         write_json(folder / ABOUT, {"onnx_sha256": sha256(folder / NETWORK)} | about)
         if out.exists():

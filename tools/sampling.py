@@ -36,18 +36,20 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class Rank:
-    """Which process of how many this is, as torchrun tells its processes: rank 0 of 1 where it is alone."""
+    """Which process of how many this is, and which on its machine, as torchrun tells them: 0 of 1 where it is alone."""
 
     rank: int = 0
     world: int = 1
+    local: int = 0
 
     @classmethod
     def of_environment(cls) -> Rank:
-        """From RANK and WORLD_SIZE. Raises InputError if they are not numbers, or do not fit."""
+        """From RANK, WORLD_SIZE and LOCAL_RANK. Raises InputError if they are not numbers, or do not fit."""
+        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         try:
-            found = cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+            found = cls(*(int(os.environ.get(name, alone)) for name, alone in names.items()))
         except ValueError:
-            raise InputError("RANK and WORLD_SIZE must be numbers, as torchrun sets them") from None
+            raise InputError("RANK, WORLD_SIZE and LOCAL_RANK must be numbers, as torchrun sets them") from None
         if not 0 <= found.rank < found.world:
             raise InputError(f"RANK {found.rank} does not lie below WORLD_SIZE {found.world}")
         return found
@@ -91,10 +93,19 @@ def sample_batches(
             yield batch, samples
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What a process was asked for, and what it did: its share of the images, and how many of them are new."""
+
+    rank: Rank
+    images: int
+    new: int
+
+
 def run_sampling(
     backend: Backend, *, num_samples: int, seed: int, batch_size: int, eta: float, noise_file: Path | None, out: Path
-) -> int:
-    """Samples images 0..num_samples-1 into `out` (FILE.npz, or a folder) and returns how many are new.
+) -> Sampled:
+    """Samples images 0..num_samples-1 into `out` (FILE.npz, or a folder).
 
     Under torchrun each process makes its share of a folder. A batch of which any image is missing is computed whole, so that an
     interrupted run ends with the same files as an uninterrupted one.
@@ -115,10 +126,11 @@ def run_sampling(
             raise InputError("several processes cannot write one .npz; pass a folder as --out")
         parts = [s for _, s in sample_batches(backend, batches, seed, eta, noise)]
         save_npz(out, np.concatenate(parts), manifest)
-        return num_samples
+        return Sampled(rank, num_samples, num_samples)
     folder = ImageFolder(out, manifest)
-    missing = set(folder.missing(index for batch in batches for index in batch))
+    share = [index for batch in batches for index in batch]
+    missing = set(folder.missing(share))
     wanted = [batch for batch in batches if missing.intersection(batch)]
     for batch, samples in sample_batches(backend, wanted, seed, eta, noise):
         folder.save(batch, samples)
-    return len(missing)
+    return Sampled(rank, len(share), len(missing))
