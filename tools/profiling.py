@@ -22,8 +22,8 @@ CLASSES = {
     "group sums": ("sums_kernel",),
     "quantize": ("quantize_kernel",),
     "attention": ("sdpa", "flash", "softmax", "fmha"),
-    "INT8 convolution": ("convFwd_pointwise", "conv_kernel"),
-    "float products": ("nvjet", "xmma", "gemm", "cutlass", "fprop", "nhwcAddPadding"),
+    "INT8 convolution": ("convFwd_pointwise", "conv_kernel_int8"),
+    "float products": ("conv_kernel_real",),
 }
 REST = "everything else"
 REAL = 2  # bytes of float16
