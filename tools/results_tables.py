@@ -109,6 +109,25 @@ def weights(data: dict[str, Any]) -> str:
     return "\n".join([*lines, f"AdaRound on {data['calibration_images']} trajectories on one {data['machine']['gpu']}."])
 
 
+NO_HELP = {
+    "float residuals mse": "MSE-optimal scale",
+    "quantized residuals minmax": "min-max of the residuals against the quantized network's own `a_hat`",
+    "quantized residuals mse": "their MSE-optimal scale",
+    "quantized residuals percentile": "their percentile",
+    "quantized residuals learned": "the released code's learned scale",
+}
+
+
+def no_help(data: dict[str, Any]) -> str:
+    """Residual scales that were tried and are not the default."""
+    lines = ["| residual scale | A4 | A3 |", "|---|---|---|"]
+    for key, name in NO_HELP.items():
+        cells = [data["figures"].get(f"{key} A{bits}") for bits in (4, 3)]
+        lines.append(f"| {name} | " + " | ".join("" if cell is None else f"{cell:.1f}" for cell in cells) + " |")
+    lines.append(f"\nPSNR in dB of {data['images']} images to FP32, {data['timesteps']} {data['skip_type']} steps.")
+    return "\n".join(lines)
+
+
 def states(data: dict[str, Any]) -> str:
     """Types of the state between passes."""
     lines = ["| a_hat, o_hat | to FP32, dB | to state in float64, dB |", "|---|---|---|"]
@@ -152,6 +171,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench_h200": ("bench_h200", bench),
     "bench_h200_stateless": ("bench_h200_stateless", bench),
     "bench_h200_fp32": ("bench_h200_fp32", bench),
+    "no_help": ("residual_scales50", no_help),
     "states_100": ("states100_demo", states),
     "states_1000": ("states1000_demo", states),
     "native_images": ("native_images_h200", native_images),
