@@ -56,14 +56,14 @@ def build_plan(library: Library, network: OnnxNetwork, options: BuildOptions, ti
     trt = library.trt
     logger = _collector(trt)
     builder = trt.Builder(logger)
+    config = builder.create_builder_config()
+    _set_target(library, config, options.target)
     if network.plugin:
-        digits = target_of(options).removeprefix("sm")
-        trt_plugin.register(trt, check_target(int(digits) if digits.isdigit() else 0))
+        trt_plugin.register(trt, check_target(int(target_of(options).removeprefix("sm"))))
     parsed = builder.create_network(0)
     parser = trt.OnnxParser(parsed, logger)
     if not parser.parse(network.data):
         raise InputError(f"TensorRT cannot parse the network: {parser.get_error(0).desc()}")
-    config = builder.create_builder_config()
     if library.is_rtx:
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or its streams cannot be captured
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -72,7 +72,6 @@ def build_plan(library: Library, network: OnnxNetwork, options: BuildOptions, ti
     if library.is_rtx and (options.level is not None or options.version_compatible):
         raise InputError("--level and --version-compatible are for stock TensorRT; TensorRT-RTX compiles when it loads")
     config.add_optimization_profile(_profile(builder, network, options))
-    _set_target(library, config, options.target)
     if options.level is not None:
         config.builder_optimization_level = options.level
     if options.version_compatible:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,16 @@ from onnx import numpy_helper
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import sha256
 from modiff_trt.export.grid import grid_max
-from modiff_trt.export.manifest import FUNCTION, MANIFEST_KEY, MANIFEST_SCHEMA, graph_digest
+from modiff_trt.export.manifest import FUNCTION, read_manifest
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 
 
 @dataclass(frozen=True)
 class OnnxNetwork:
-    """The file, bytes for the parser, the file's manifest and digest, input shapes (-1 is no fixed size), and whether its
-    modulated layers are plugins."""
+    """The file as exported, bytes for the parser, the file's manifest and digest, input shapes (-1 is no fixed size), and
+    whether its modulated layers are plugins."""
 
-    path: Path
+    exported: onnx.ModelProto
     data: bytes
     manifest: dict[str, Any]
     sha256: str
@@ -41,25 +40,16 @@ def load_network(path: Path, plugin: bool = False) -> OnnxNetwork:
         model = onnx.load(path)
     except Exception as error:  # protobuf raises DecodeError, and others for other damage
         raise InputError(f"ONNX file {path} cannot be read (truncated or altered?): {error}") from None
-    found = {entry.key: entry.value for entry in model.metadata_props}
-    try:
-        manifest = json.loads(found[MANIFEST_KEY])
-        schema = manifest["schema"]
-    except (KeyError, ValueError, TypeError):
-        raise InputError(f"ONNX file {path} has no manifest; it was not written by `modiff-trt export`") from None
-    if schema != MANIFEST_SCHEMA:
-        raise InputError(f"ONNX file {path} has manifest schema {schema}, not {MANIFEST_SCHEMA}; export again")
-    if graph_digest(model.graph) != manifest["graph_sha256"]:
-        raise InputError(f"ONNX file {path} was altered after it was written; export again")
+    manifest = read_manifest(path, model)
     modulated = [node.name for node in model.graph.node if node.op_type == FUNCTION]
     if plugin:
-        _to_plugins(model, path, manifest)
+        changed = _to_plugins(model, path, manifest)
     else:
         # The parser cannot read a convolution whose attributes are those of a function around it.
-        model = onnx.inliner.inline_local_functions(model)
-    _name_convolutions(model, [] if plugin else modulated, list(manifest["layers"]))
+        changed = onnx.inliner.inline_local_functions(model)
+    _name_convolutions(changed, [] if plugin else modulated, list(manifest["layers"]))
     inputs = {value.name: tuple(d.dim_value or -1 for d in value.type.tensor_type.shape.dim) for value in model.graph.input}
-    return OnnxNetwork(path, model.SerializeToString(), manifest, sha256(path), inputs, plugin)
+    return OnnxNetwork(model, changed.SerializeToString(), manifest, sha256(path), inputs, plugin)
 
 
 def _name_convolutions(model: onnx.ModelProto, modulated: list[str], layers: list[str]) -> None:
@@ -76,13 +66,15 @@ def _name_convolutions(model: onnx.ModelProto, modulated: list[str], layers: lis
         node.name = layer
 
 
-def _to_plugins(model: onnx.ModelProto, path: Path, manifest: dict[str, Any]) -> None:
-    """Makes each modulated layer the plugin's node: the grid's ends become attributes, and the weight stands as the plugin
-    reads it, [K, R, R, C'] with C' = C padded to CHANNELS."""
-    if all(value.name != "row_scale" for value in model.graph.input):
+def _to_plugins(exported: onnx.ModelProto, path: Path, manifest: dict[str, Any]) -> onnx.ModelProto:
+    """A copy in which each modulated layer is the plugin's node: the grid's ends become attributes, and the weight stands as
+    the plugin reads it, [K, R, R, C'] with C' = C padded to CHANNELS."""
+    if all(value.name != "row_scale" for value in exported.graph.input):
         raise InputError(
             f"{path} has no modulated layer with a static grid, which is what the plugin computes; build with --no-plugin"
         )
+    model = onnx.ModelProto()
+    model.CopyFrom(exported)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type != FUNCTION:
@@ -94,6 +86,7 @@ def _to_plugins(model: onnx.ModelProto, path: Path, manifest: dict[str, Any]) ->
         node.attribute.append(onnx.helper.make_attribute("grid", [-top - 1, top]))
         weights[weight].CopyFrom(numpy_helper.from_array(_packed(numpy_helper.to_array(weights[weight])), weight))
     del model.functions[:]
+    return model
 
 
 def _packed(weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -53,7 +53,7 @@ def build_into(
     # A plan never stands beside the manifest of another one.
     path.unlink(missing_ok=True)
     shapes = {input: shape[1:] for input, shape in network.inputs.items()}
-    start = start_state(network.path, network.manifest, shapes)
+    start = start_state(network.exported, network.manifest, shapes)
     real = np.float16 if network.manifest["dtype"] == "fp16" else np.float32
     header = {"kind": START_KIND, "schema": START_SCHEMA, "onnx_sha256": network.sha256}
     save_arrays(path.with_suffix(".start.safetensors"), header, {key: array.astype(real) for key, array in start.items()})

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-# The modulated layer in the graph: its function, and the attributes of its convolution.
-FUNCTION = "ModulatedConv"
+from modiff_trt.export.errors import InputError
+
+# The modulated layer in the graph: its function, by whose name, domain and version TensorRT finds a plugin, and the attributes
+# of its convolution.
+FUNCTION, DOMAIN, PLUGIN_VERSION = "ModulatedConv", "modiff", "1"
 CONV_ATTRIBUTES = ("kernel_shape", "pads", "strides")
 
 MANIFEST_KEY = "modiff.manifest"
@@ -32,6 +37,24 @@ def graph_digest(graph: Any) -> str:
     for node in graph.node:
         digest.update(f"{node.op_type} {node.name} {list(node.input)} {list(node.output)} ".encode())
     return digest.hexdigest()
+
+
+def read_manifest(path: Path, model: Any) -> dict[str, Any]:
+    """The manifest of an ONNX model that was read from `path`. Raises InputError unless this program wrote the file, in this
+    version's schema, and it has not been altered since."""
+    text = {entry.key: entry.value for entry in model.metadata_props}.get(MANIFEST_KEY)
+    if text is None:
+        raise InputError(f"ONNX file {path} has no manifest; it was not written by `modiff-trt export`")
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+        schema, digest = manifest["schema"], manifest["graph_sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"ONNX file {path} has a damaged manifest; export again") from None
+    if schema != MANIFEST_SCHEMA:
+        raise InputError(f"ONNX file {path} has manifest schema {schema}, not {MANIFEST_SCHEMA}; export again")
+    if graph_digest(model.graph) != digest:
+        raise InputError(f"ONNX file {path} was altered after it was written; export again")
+    return manifest
 
 
 def encode_array(array: np.ndarray[Any, Any]) -> str:

@@ -19,9 +19,9 @@ from modiff_trt.export.checkpoint import Checkpoint
 from modiff_trt.export.config import config_to_dict
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import atomic_path
-from modiff_trt.export.manifest import MANIFEST_KEY, MANIFEST_SCHEMA, encode_array, graph_digest
+from modiff_trt.export.manifest import DOMAIN, MANIFEST_KEY, MANIFEST_SCHEMA, encode_array, graph_digest
 from modiff_trt.export.modulated import quantize_layers
-from modiff_trt.export.onnx_ops import DOMAIN, IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
+from modiff_trt.export.onnx_ops import IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
 from modiff_trt.export.scales import LayerScales, Scales
 from modiff_trt.export.torch_ops import layer_bias, layer_weight, time_table
 from modiff_trt.export.unet import Network, unet

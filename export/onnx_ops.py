@@ -14,15 +14,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from modiff_trt.export.grid import grid_max
-from modiff_trt.export.manifest import CONV_ATTRIBUTES, FUNCTION
+from modiff_trt.export.manifest import CONV_ATTRIBUTES, DOMAIN, FUNCTION, PLUGIN_VERSION
 from modiff_trt.export.scales import LayerScales
 from modiff_trt.export.split import skip_factors
 from modiff_trt.export.unet import GROUPS, NORM_EPS, LayerSpec, Network
 
 OPSET = 21
 IR_VERSION = 10
-DOMAIN = "modiff"
-PLUGIN_VERSION = "1"
 
 
 def modulated_conv_function() -> onnx.FunctionProto:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from modiff_trt.export.manifest import CONV_ATTRIBUTES, FUNCTION, decode_array
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
-def start_state(path: Path, manifest: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+def start_state(model: onnx.ModelProto, manifest: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
     """`a_hat.<layer>` and `o_hat.<layer>` [C, H, W] float32 by name, of the shapes of the file's inputs.
 
     Without dither a_hat is zero and o_hat the bias. With it, a_hat is the offset, and o_hat the bias plus the layer's
@@ -28,7 +27,7 @@ def start_state(path: Path, manifest: dict[str, Any], shapes: dict[str, tuple[in
         start[f"a_hat.{layer}"] = np.zeros(shapes[f"a_hat.{layer}"], np.float32)
         start[f"o_hat.{layer}"] = np.broadcast_to(bias[:, None, None], shapes[f"o_hat.{layer}"]).copy()
     if start and manifest["dither"]:
-        for layer, (offset, answer) in _answers(onnx.load(path), shapes, manifest["upsampled"]).items():
+        for layer, (offset, answer) in _answers(model, shapes, manifest["upsampled"]).items():
             start[f"a_hat.{layer}"] += offset
             start[f"o_hat.{layer}"] += answer
     return start

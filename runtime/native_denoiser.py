@@ -31,8 +31,7 @@ class NativeDenoiser(GraphedDenoiser):
     def __init__(self, network: Network, params: Params, scales: Scales, kernels: Kernels, device: str) -> None:
         self._model = _to_device(build(network, params, scales), device, kernels)
         super().__init__(network.config, scales.rows, self._model.table, self._model.update_at, device)
-        self._lanes = [kernels, kernels.twin()] if self._device.type == "cuda" else [kernels]
-        self._kernels = kernels
+        self._kernels, self._twin = kernels, kernels.twin()
         self._shared = shared_accumulators(self._model.layers)
         self._start = self._starts()
         self._buffers = Buffers({}, {}, {}, self._row)
@@ -69,13 +68,13 @@ class NativeDenoiser(GraphedDenoiser):
         return x
 
     def _predict(self, x: Tensor) -> Tensor:
-        if len(self._lanes) == 1 or len(x) < TWO_LANES:
+        if self._device.type != "cuda" or len(x) < TWO_LANES:
             return self._run(self._kernels, x, self._buffers.part(0, len(x)))
         half, main = len(x) // 2, torch.cuda.current_stream()
         self._side.wait_stream(main)
         with torch.cuda.stream(self._side):
-            second = self._run(self._lanes[1], x[half:], self._buffers.part(half, len(x)))
-        first = self._run(self._lanes[0], x[:half], self._buffers.part(0, half))
+            second = self._run(self._twin, x[half:], self._buffers.part(half, len(x)))
+        first = self._run(self._kernels, x[:half], self._buffers.part(0, half))
         main.wait_stream(self._side)
         return torch.cat([first, second])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import onnxruntime as ort
 
 from modiff_trt.export.config import Config, config_from_dict
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.manifest import MANIFEST_KEY, MANIFEST_SCHEMA, graph_digest
+from modiff_trt.export.manifest import read_manifest
 from modiff_trt.export.rows import RowTable, plain_rows, rows_of_manifest
 from modiff_trt.export.start_state import start_state
 from modiff_trt.runtime.denoiser import StateInfo
@@ -23,10 +22,11 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A loaded file: its path, session, configuration and manifest."""
+    """A loaded file: its path, session, graph, configuration and manifest."""
 
     path: Path
     session: ort.InferenceSession
+    proto: onnx.ModelProto
     config: Config
     manifest: dict[str, Any]
 
@@ -52,18 +52,11 @@ def load_onnx(path: Path, device: str = "cpu", threads: int = 0) -> OnnxModel:
     except Exception as error:  # onnxruntime raises bare pybind exceptions of many kinds
         first = str(error).splitlines()[0]
         raise InputError(f"ONNX file {path} cannot be loaded (truncated or altered?): {first}") from None
-    text = session.get_modelmeta().custom_metadata_map.get(MANIFEST_KEY)
-    if text is None:
-        raise InputError(f"ONNX file {path} has no '{MANIFEST_KEY}' metadata; it was not written by `modiff-trt export`")
+    proto = onnx.load(path)
+    manifest = read_manifest(path, proto)
     try:
-        manifest = json.loads(text)
-        schema = manifest["schema"]
-        if schema != MANIFEST_SCHEMA:
-            raise InputError(f"ONNX file {path} has manifest schema {schema}, not {MANIFEST_SCHEMA}; export again")
-        if graph_digest(onnx.load(path).graph) != manifest["graph_sha256"]:
-            raise InputError(f"ONNX file {path} was altered after it was written; export again")
         config = config_from_dict(manifest["config"], str(path))
-        model = OnnxModel(path, session, config, manifest)
+        model = OnnxModel(path, session, proto, config, manifest)
         _ = model.calibrated_rows
     except (ValueError, KeyError, TypeError):
         raise InputError(f"ONNX file {path} has a damaged manifest; export again") from None
@@ -82,7 +75,7 @@ class OnnxDenoiser:
         self._session = model.session
         self._device = device
         self._shapes = {i.name: tuple(i.shape[1:]) for i in self._session.get_inputs()}
-        self._start = start_state(model.path, model.manifest, self._shapes)
+        self._start = start_state(model.proto, model.manifest, self._shapes)
         types = {i.name: i.type for i in self._session.get_inputs()}
         self._state_names = [name for name in self._shapes if name.startswith(("a_hat.", "o_hat."))]
         self._state_dtype = np.float16 if any(types[n] == "tensor(float16)" for n in self._state_names) else np.float32

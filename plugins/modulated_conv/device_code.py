@@ -64,6 +64,7 @@ def check_target(capability: int) -> int:
     return capability
 
 
+@functools.cache  # layers of one network share most kernels
 def compile_variant(variant: Variant, capability: int) -> DeviceCode:
     """Compiles for a compute capability (89 is 8.9). Raises InputError where that or Triton is not to be had."""
     check_target(capability)

@@ -4,9 +4,9 @@
 
 x, a_hat [N, C, H, W] and o_hat [N, K, P, Q] are float16 or float32 and linear: the state is an input and an output of the
 engine, so that any other order would make TensorRT copy it. m and scale are one number each; weight is int8 [K, R, R, C'] with
-C' = C padded to 32; weight_scale [K]. It is a V3
-plugin in Python: `enqueue` runs on the host while a step is captured, and not when its CUDA graph is replayed. The kernels are
-machine code that the plan carries, so that running it needs cuda-python and this module, and neither torch nor Triton.
+C' = C padded to 32; weight_scale [K]. It is a V3 plugin in Python: `enqueue` runs on the host while a step is captured, and not
+when its CUDA graph is replayed. The kernels are machine code that the plan carries, so that running it needs cuda-python and
+this module, and neither torch nor Triton.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from modiff_trt.export.manifest import CONV_ATTRIBUTES, DOMAIN, FUNCTION, PLUGIN_VERSION
 from modiff_trt.plugins.modulated_conv.device_code import (
     FLOAT,
     INT,
@@ -29,12 +30,10 @@ from modiff_trt.plugins.modulated_conv.device_code import (
 )
 from modiff_trt.plugins.modulated_conv.geometry import RESIDUAL_TILE, Geometry, conv_variant, residual_variant
 
-NAME, NAMESPACE, VERSION = "ModulatedConv", "modiff", "1"
 X, A_HAT, O_HAT, MULTIPLIER, SCALE, WEIGHT, WEIGHT_SCALE = range(7)
 # An output's index to the input whose memory it is.
 ALIASED = {0: O_HAT, 1: A_HAT}
-WINDOW = ("kernel_shape", "pads", "strides")
-FIELDS = (*WINDOW, "grid")
+FIELDS = (*CONV_ATTRIBUTES, "grid")
 KERNELS = "kernels"
 
 _creators: dict[str, Any] = {}
@@ -47,7 +46,7 @@ def register(trt: Any, capability: int | None = None) -> None:
     on are for; it is not needed to run one."""
     if trt.__name__ not in _creators:
         creator = _classes(trt)[1]()
-        trt.get_plugin_registry().register_creator(creator, NAMESPACE)
+        trt.get_plugin_registry().register_creator(creator, DOMAIN)
         _creators[trt.__name__] = creator
     _creators[trt.__name__].capability = capability
     failures.clear()
@@ -58,12 +57,12 @@ def _classes(trt: Any) -> tuple[Any, Any]:
     reals = {trt.float16: "fp16", trt.float32: "fp32"}
 
     class ModulatedConv(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):  # type: ignore[misc]
-        """One layer. `window` and `grid` come from the network's node, `codes` from the compiler or from the plan."""
+        """One layer. `attributes` (FIELDS) come from the network's node, `codes` from the compiler or from the plan."""
 
         def __init__(self, attributes: dict[str, list[int]], capability: int | None, codes: dict[Variant, DeviceCode]) -> None:
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
                 base.__init__(self)
-            self.plugin_name, self.plugin_version, self.plugin_namespace, self.num_outputs = NAME, VERSION, NAMESPACE, 2
+            self.plugin_name, self.plugin_version, self.plugin_namespace, self.num_outputs = FUNCTION, PLUGIN_VERSION, DOMAIN, 2
             self.attributes, self.capability, self.codes = attributes, capability, codes
             self._fields: list[Any] = []
 
@@ -109,7 +108,7 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             sizes = {least, most, *(1 << i for i in range(most.bit_length()) if least <= 1 << i <= most)}
             needed = {residual_variant(real)}
             needed |= {conv_variant(self._geometry([n, *shape[1:]], out), real) for n in sizes}
-            self.codes = {v: _compiled(v, self.capability) for v in sorted(needed, key=lambda v: v.name)}
+            self.codes = {variant: compile_variant(variant, self.capability) for variant in needed}
 
         def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
             return self._geometry(list(inputs[X].max), list(inputs[O_HAT].max)).integer_bytes
@@ -184,7 +183,7 @@ def _classes(trt: Any) -> tuple[Any, Any]:
 
         def __init__(self) -> None:
             trt.IPluginCreatorV3One.__init__(self)
-            self.name, self.plugin_namespace, self.plugin_version = NAME, NAMESPACE, VERSION
+            self.name, self.plugin_namespace, self.plugin_version = FUNCTION, DOMAIN, PLUGIN_VERSION
             none = np.zeros(0, np.int64)
             self._fields = [trt.PluginField(name, none, trt.PluginFieldType.INT64) for name in FIELDS]
             self._fields.append(trt.PluginField(KERNELS, np.zeros(0, np.int8), trt.PluginFieldType.INT8))
@@ -198,14 +197,3 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             return ModulatedConv(attributes, self.capability if phase == trt.TensorRTPhase.BUILD else None, codes)
 
     return ModulatedConv, Creator
-
-
-_compiled_codes: dict[tuple[Variant, int], DeviceCode] = {}
-
-
-def _compiled(variant: Variant, capability: int) -> DeviceCode:
-    """Layers of one network share most kernels."""
-    key = (variant, capability)
-    if key not in _compiled_codes:
-        _compiled_codes[key] = compile_variant(variant, capability)
-    return _compiled_codes[key]

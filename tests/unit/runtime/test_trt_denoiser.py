@@ -31,7 +31,7 @@ def make(tiny, tmp_path, monkeypatch):
         options = {"min_batch": batches[0], "max_batch": batches[1], "version_compatible": False}
         manifest = {"runtime": "tensorrt", "version": "1", "options": options, "target": target, "plugin": plugin}
         manifest["network"] = model.manifest
-        plan = Plan(tmp_path / "m.plan", b"", manifest, start_state(path, model.manifest, shapes), model.config)
+        plan = Plan(tmp_path / "m.plan", b"", manifest, start_state(model.proto, model.manifest, shapes), model.config)
         keep = (None, type("Logger", (), {"lines": ["the GPU is on fire"]}))
         monkeypatch.setattr(trt_denoiser, "_deserialize", lambda library, plan: (Engine(path, driver), keep))
         return TrtDenoiser(plan), OnnxDenoiser(model)
