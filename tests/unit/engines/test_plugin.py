@@ -140,9 +140,9 @@ def test_plans_that_do_not_belong_are_refused(plan_file, tmp_path):
     with pytest.raises(InputError, match="damaged"):
         load_plan(cut)
     other = copy("other")
-    manifest["onnx_sha256"] = "0" * 64
+    manifest = json.loads(plan_file.with_suffix(".json").read_text()) | {"onnx_sha256": "0" * 64}
     other.with_suffix(".json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"another network|damaged"):
+    with pytest.raises(InputError, match="another network"):
         load_plan(other)
 
 
