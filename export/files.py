@@ -19,6 +19,13 @@ from safetensors.numpy import save_file
 from modiff_trt.export.errors import InputError
 
 HEADER_KEY = "modiff"
+CACHE_VARIABLE = "MODIFF_TRT_CACHE"
+
+
+def cache_folder() -> Path:
+    """Where tuned convolutions and reference statistics are kept: $MODIFF_TRT_CACHE, or ~/.cache/modiff-trt."""
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named) if named else Path.home() / ".cache" / "modiff-trt"
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,15 @@ def read_manifest(path: Path, model: Any) -> dict[str, Any]:
     if graph_digest(model.graph) != digest:
         raise InputError(f"ONNX file {path} was altered after it was written; export again")
     return manifest
+
+
+def quantization(method: str, granularity: str, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a set of images says of the network that made it: method, grids, bits of most layers, and how many have which mode.
+    `layers` is a layer table, as files carry it."""
+    modes = Counter(entry["mode"] for entry in layers.values())
+    bits = Counter((entry["weight_bits"], entry["act_bits"]) for entry in layers.values() if entry["mode"] != "float")
+    weight, act = bits.most_common(1)[0][0] if bits else (32, 32)
+    return {"method": method, "granularity": granularity, "weight_bits": weight, "act_bits": act, "layers": dict(modes)}
 
 
 def encode_array(array: np.ndarray[Any, Any]) -> str:

@@ -148,8 +148,7 @@ def _manifest(
             "dither": scales.dither,
             "upsampled": [spec.name for spec in network.layers if spec.upsampled],
             "o_hat_start": {name: encode_array(constants[name].bias) for name in scales.modulated},
-            "layers": {
-                n: {"mode": v.mode, "act_bits": v.act_bits, "weight_bits": v.weight_bits} for n, v in scales.layers.items()
-            },
+            "granularity": scales.granularity,
+            "layers": scales.layer_table(),
         }
     return manifest

@@ -1,10 +1,9 @@
-"""Images out: uint8 conversion, PNG folders that can be resumed, NPZ files, and PSNR. No torch."""
+"""Images out: uint8 conversion, folders that can be resumed, NPZ files, and PSNR. No torch."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from PIL import Image
 
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import atomic_path, read_json, write_json
+from modiff_trt.runtime.image_sets import SHARDS, shard_name
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 UInt8 = np.ndarray[Any, np.dtype[np.uint8]]
@@ -39,22 +39,27 @@ def save_npz(path: Path, samples: Float32, manifest: dict[str, Any]) -> None:
         np.savez(file, samples=samples, images=to_uint8(samples), manifest=np.asarray(json.dumps(manifest)))
 
 
+def _claim(path: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest into a new folder. Raises InputError if the folder holds images that something else made."""
+    file = path / MANIFEST
+    if file.exists():
+        if read_json(file, "manifest") != manifest:
+            raise InputError(f"{path} holds images of another run (see its {MANIFEST}); choose another --out")
+    elif path.exists() and (any(path.glob("*.png")) or any(path.glob(SHARDS))):
+        raise InputError(f"{path} holds images without a {MANIFEST}; choose another --out")
+    else:
+        write_json(file, manifest)
+
+
 class ImageFolder:
     """A folder of PNG files named by image index, with the manifest of what made them. Existing images are kept."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         """Raises InputError if the folder holds images that something else made."""
         self.path = path
-        file = path / MANIFEST
-        if file.exists():
-            if read_json(file, "manifest") != manifest:
-                raise InputError(f"{path} holds images of another run (see its {MANIFEST}); choose another --out")
-        elif path.exists() and any(path.glob("*.png")):
-            raise InputError(f"{path} holds PNG files without a {MANIFEST}; choose another --out")
-        else:
-            write_json(file, manifest)
+        _claim(path, manifest)
 
-    def missing(self, indices: Iterable[int]) -> list[int]:
+    def missing(self, indices: list[int]) -> list[int]:
         """The indices whose image does not exist yet."""
         return [i for i in indices if not self._file(i).exists()]
 
@@ -68,3 +73,28 @@ class ImageFolder:
 
     def _file(self, index: int) -> Path:
         return self.path / f"{index:05d}.png"
+
+
+class ShardFolder:
+    """A folder with one uint8 array [n, H, W, C] (.npy) a batch, named by its first and last image, and the manifest."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], batch_size: int) -> None:
+        """Raises InputError if the folder holds images that something else made, or shards of another batch size."""
+        self.path = path
+        _claim(path, manifest | {"shards_of": batch_size})
+
+    def missing(self, indices: list[int]) -> list[int]:
+        """All of a batch, or none. A shard that was the last, and short, of a smaller run goes when the whole one is there."""
+        whole = self.path / shard_name(indices)
+        if not whole.exists():
+            return indices
+        for file in self.path.glob(f"images-{indices[0]:06d}-*.npy"):
+            if file != whole:
+                file.unlink(missing_ok=True)
+        return []
+
+    def save(self, indices: list[int], samples: Float32) -> None:
+        """Writes a batch as one shard."""
+        with atomic_path(self.path / shard_name(indices)) as temporary, temporary.open("wb") as file:
+            np.save(file, np.ascontiguousarray(to_uint8(samples)))
+        self.missing(indices)

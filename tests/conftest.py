@@ -35,6 +35,24 @@ def full_checkpoint_file() -> Path | None:
 # Without a GPU Triton kernels run in its interpreter, which must be chosen before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def mend_torchvision() -> None:
+    """torchvision from PyPI is built for CUDA; beside a CPU build of torch its library does not load, and then its import
+    fails for two operators that nothing here uses. Naming them lets the import through."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        kept.append(library)
+    except ImportError:
+        pass
+
+
+kept: list[torch.library.Library] = []
+mend_torchvision()
 torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
 
 

@@ -16,6 +16,10 @@ def demo_path(name: str) -> Path:
     return _path("modiff_trt.calib_cache", f"demo/{name}")
 
 
+def classifier_path() -> Path:
+    return _path("modiff_trt.calib_cache", "fd_cifar/classifier.safetensors")
+
+
 def _path(package: str, name: str) -> Path:
     with as_file(files(package).joinpath(name)) as path:
         if not path.exists():

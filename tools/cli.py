@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.tools import engine_commands
+from modiff_trt.tools import engine_commands, evaluate_command
 from modiff_trt.tools.options import BatchSize, Ckpt, Config, Device, Seed
 from modiff_trt.tools.progress import errors
 
@@ -26,7 +26,7 @@ app = typer.Typer(
 DEMO_OUT = Path("out/demo")
 INTERRUPTED = 130
 
-for stage in (engine_commands.build, engine_commands.verify, engine_commands.package):
+for stage in (engine_commands.build, engine_commands.verify, engine_commands.package, evaluate_command.evaluate):
     app.command()(stage)
 
 
@@ -248,8 +248,14 @@ def sample(
     eta: Annotated[float, typer.Option(help="0: deterministic, 1: as noisy as DDPM")] = 0.0,
     modulate: Annotated[bool, typer.Option(help="keep MoDiff state; off: plain Q-Diffusion")] = True,
     num_samples: Annotated[int, typer.Option(help="number of images")] = 16,
+    seeds: Annotated[
+        str | None, typer.Option(help="a-b: images a to b of the series of --seed, instead of the first ones")
+    ] = None,
     seed: Seed = 0,
     noise: Annotated[Path | None, typer.Option(help=".npy float32 [N, C, H, W] used as x_T")] = None,
+    shards: Annotated[
+        bool, typer.Option("--shards", help="one uint8 array a batch in the folder, instead of PNG files")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="of the torch backend: fp32, or fp16 on a GPU")] = "fp32",
     compile_network: Annotated[bool, typer.Option("--compile", help="torch fp16: through torch.compile")] = False,
     batch_size: BatchSize = 8,
@@ -257,13 +263,16 @@ def sample(
 ) -> None:
     """Sample images with DDIM."""
     from modiff_trt.tools.load import SamplingOptions, load_backend
-    from modiff_trt.tools.sampling import run_sampling
+    from modiff_trt.tools.sampling import image_range, run_sampling
 
+    indices = image_range(num_samples, seeds)
     options = SamplingOptions(
         backend, config, ckpt, scales, onnx, timesteps, skip_type, modulate, device, dtype, compile_network, plan
     )
     loaded = load_backend(options)
-    done = run_sampling(loaded, num_samples=num_samples, seed=seed, batch_size=batch_size, eta=eta, noise_file=noise, out=out)
+    done = run_sampling(
+        loaded, indices=indices, seed=seed, batch_size=batch_size, eta=eta, noise_file=noise, out=out, shards=shards
+    )
     kept = f" ({done.images - done.new} were there already)" if done.new < done.images else ""
     of = f"share {done.rank.rank + 1} of {done.rank.world}, " if done.rank.world > 1 else ""
     typer.echo(f"{out}: {of}{done.images} images, {len(loaded.denoiser.rows)} passes each{kept}")

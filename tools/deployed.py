@@ -13,7 +13,7 @@ from typing import Any
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import read_json, sha256
 from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
-from modiff_trt.tools.sampling import Backend, run_sampling
+from modiff_trt.tools.sampling import Backend, exported, image_range, run_sampling
 
 NETWORK, PLAN, ABOUT = "network.onnx", "network.plan", "about.json"
 
@@ -22,22 +22,25 @@ def main(argv: list[str] | None = None) -> int:
     """Samples, and returns the exit code: 2 for bad input, with one line that says what is wrong."""
     parser = argparse.ArgumentParser(prog="modiff-sampler", description="Sample images with DDIM from a deployed INT8 network.")
     parser.add_argument("-n", "--num-samples", type=int, default=16, help="number of images (16)")
+    parser.add_argument("--seeds", help="a-b: images a to b of the series of --seed, instead of the first ones")
     parser.add_argument("-o", "--out", "--output-dir", type=Path, required=True, help="FILE.npz, or a folder for PNG files")
     parser.add_argument("--seed", type=int, default=0, help="image i of a seed is always the same (0)")
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time (8)")
     parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic, 1: as noisy as DDPM (0)")
     parser.add_argument("--noise", type=Path, help=".npy float32 [N, C, H, W] used as x_T")
+    parser.add_argument("--shards", action="store_true", help="one uint8 array a batch in the folder, instead of PNG files")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the plan, or onnxruntime-gpu")
     options = parser.parse_args(argv)
     try:
         done = run_sampling(
             _backend(Path(sys.argv[0]).resolve().parent, options.device),
-            num_samples=options.num_samples,
+            indices=image_range(options.num_samples, options.seeds),
             seed=options.seed,
             batch_size=options.batch_size,
             eta=options.eta,
             noise_file=options.noise,
             out=options.out,
+            shards=options.shards,
         )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
@@ -64,7 +67,7 @@ def _backend(folder: Path, device: str) -> Backend:
     model = load_onnx(network, device)
     rows = model.calibrated_rows
     timesteps = rows.timesteps if rows is not None else tuple(about["timesteps"])
-    manifest = {"backend": "onnx", "onnx_sha256": about["onnx_sha256"], "timesteps": list(timesteps)}
+    manifest = {"backend": "onnx", "onnx_sha256": about["onnx_sha256"], **exported(model.manifest, timesteps)}
     return Backend(OnnxDenoiser(model, timesteps, device), model.config, manifest)
 
 
@@ -76,5 +79,5 @@ def _engine(file: Path, about: dict[str, Any]) -> Backend:
     if plan.manifest["onnx_sha256"] != about["onnx_sha256"]:
         raise InputError(f"{file} is not the plan of this sampler; deploy it again")
     timesteps = tuple(about["timesteps"])
-    manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"], "timesteps": list(timesteps)}
+    manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"], **exported(plan.manifest["network"], timesteps)}
     return Backend(TrtDenoiser(plan, timesteps), plan.config, manifest)

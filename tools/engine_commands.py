@@ -24,7 +24,7 @@ def build(
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="run on later versions too")] = False,
     plugin: Annotated[
         bool, typer.Option("--plugin/--no-plugin", help="modulated layers by our plugin, or inlined, by TensorRT's own kernels")
-    ] = False,
+    ] = True,
     layers: Annotated[bool, typer.Option("--layers", help="print every layer of the engine")] = False,
 ) -> None:
     """Build a TensorRT plan from an exported file, and say what became of its layers."""

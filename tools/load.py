@@ -10,11 +10,12 @@ from modiff_trt.export.checkpoint import Checkpoint, load_checkpoint
 from modiff_trt.export.config import Config, load_config, model_fingerprint
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import sha256
+from modiff_trt.export.manifest import quantization
 from modiff_trt.export.scales import load_scales
 from modiff_trt.export.unet import Network, trace
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.schedule import timestep_sequence
-from modiff_trt.tools.sampling import Backend, Rank
+from modiff_trt.tools.sampling import Backend, Rank, exported
 
 if TYPE_CHECKING:
     from modiff_trt.runtime.native_ops import Kernels
@@ -107,7 +108,8 @@ def _torch_backend(options: SamplingOptions) -> Backend:
             denoiser = CompiledDenoiser(network, checkpoint.params, timesteps, options.compile)
         else:
             raise InputError("--compile goes with --dtype fp16, and both with --device cuda")
-        return Backend(denoiser, config, manifest | {"timesteps": list(timesteps)})
+        made = {"quantization": quantization("float", "static", {}), "dtype": options.dtype, "timesteps": list(timesteps)}
+        return Backend(denoiser, config, manifest | made)
     if options.scales is None:
         raise InputError(f"--backend {options.backend} needs --scales FILE; make one with `modiff-trt calibrate`")
     scales = load_scales(options.scales, network, checkpoint.sha256)
@@ -121,6 +123,7 @@ def _torch_backend(options: SamplingOptions) -> Backend:
     manifest |= {
         "scales_sha256": sha256(options.scales),
         "modulate": options.modulate,
+        "quantization": quantization(scales.method, scales.granularity, scales.layer_table()),
         "timesteps": list(scales.rows.timesteps),
     }
     return Backend(denoiser, config, manifest)
@@ -156,7 +159,7 @@ def _onnx_backend(options: SamplingOptions) -> Backend:
     else:
         timesteps = rows.timesteps
         _check_steps(options, model.config, timesteps, model.manifest["skip_type"], options.onnx)
-    manifest = {"backend": "onnx", "onnx_sha256": sha256(options.onnx), "timesteps": list(timesteps)}
+    manifest = {"backend": "onnx", "onnx_sha256": sha256(options.onnx), **exported(model.manifest, timesteps)}
     return Backend(OnnxDenoiser(model, timesteps, options.device), model.config, manifest)
 
 
@@ -182,7 +185,7 @@ def _trt_backend(options: SamplingOptions) -> Backend:
     else:
         timesteps = rows.timesteps
         _check_steps(options, plan.config, timesteps, network["skip_type"], options.plan)
-    manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"], "timesteps": list(timesteps)}
+    manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"], **exported(network, timesteps)}
     return Backend(TrtDenoiser(plan, timesteps), plan.config, manifest)
 
 

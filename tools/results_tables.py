@@ -143,14 +143,9 @@ def states(data: dict[str, Any]) -> str:
 def native_images(data: dict[str, Any]) -> str:
     """Images of the native backend against those of the simulation."""
     lines = ["| | native, dB | simulation, dB | native to simulation, dB | state, MB an image |", "|---|---|---|---|---|"]
-    names = [key for key, value in data.items() if isinstance(value, dict) and key.startswith(("earlier", "layers"))]
-    rows: dict[str, dict[str, float]] = {}
-    for name in names:
-        rows |= data[name] if name.startswith("earlier") else {name.split(": ")[1] + ", own float kernel": data[name]}
-    for name, row in rows.items():
+    for name, row in data["rows"].items():
         cells = [f"{row[key]:.2f}" for key in ("native_db", "torch_sim_db", "native_to_sim_db")]
-        state = f"{row['state_mb']:.1f}" if "state_mb" in row else ""
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {state} |")
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['state_mb']:.1f} |")
     what = data["what"][0].upper() + data["what"][1:]
     lines.append(f"\n{what}; one {data['machine']['gpu']}, torch {data['versions']['torch']}.")
     return "\n".join(lines)

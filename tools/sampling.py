@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import numpy as np
 from modiff_trt.export.config import Config
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import sha256
+from modiff_trt.export.manifest import quantization
 from modiff_trt.runtime.denoiser import Denoiser, WholeTrajectory
-from modiff_trt.runtime.images import ImageFolder, save_npz
+from modiff_trt.runtime.images import ImageFolder, ShardFolder, save_npz
 from modiff_trt.runtime.noise import ImageNoise, load_noise
 from modiff_trt.runtime.sampler import ddim_sample
 from modiff_trt.runtime.schedule import alphas_cumprod
@@ -29,9 +31,31 @@ class Backend:
     manifest: dict[str, Any]
 
 
+def exported(manifest: dict[str, Any], timesteps: tuple[int, ...]) -> dict[str, Any]:
+    """What images say of the exported file that made them, from the file's manifest."""
+    granularity = manifest.get("granularity", "static")
+    return {
+        "quantization": quantization(manifest["method"], granularity, manifest["layers"]),
+        "dtype": manifest["dtype"],
+        "timesteps": list(timesteps),
+    }
+
+
 def check_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:
         raise InputError(f"--seed must lie between 0 and 2^63 - 1, found {seed}")
+
+
+def image_range(num_samples: int, seeds: str | None) -> range:
+    """The indices of the images to make: 0..num_samples-1, or `a-b` (both ends included). Raises InputError."""
+    if seeds is None:
+        if num_samples < 1:
+            raise InputError("--num-samples must be at least 1")
+        return range(num_samples)
+    first, dash, last = seeds.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise InputError(f"--seeds must be a range like 0-49999, found '{seeds}'")
+    return range(int(first), int(last) + 1)
 
 
 @dataclass(frozen=True)
@@ -54,20 +78,19 @@ class Rank:
             raise InputError(f"RANK {found.rank} does not lie below WORLD_SIZE {found.world}")
         return found
 
-    def batches(self, count: int, size: int) -> list[list[int]]:
-        """This rank's batches of indices 0..count-1. Batches are cut before they are dealt out, so that an image is computed in
+    def batches(self, indices: range, size: int) -> list[list[int]]:
+        """This rank's batches of the indices. Batches are cut before they are dealt out, so that an image is computed in
         the same company whatever the number of ranks."""
-        cut = [list(range(begin, min(begin + size, count))) for begin in range(0, count, size)]
+        cut = [list(indices[begin : begin + size]) for begin in range(0, len(indices), size)]
         return cut[self.rank :: self.world]
 
 
 def sample_batches(
-    backend: Backend, batches: list[list[int]], seed: int, eta: float, noise: np.ndarray[Any, Any] | None = None
+    backend: Backend, batches: list[list[int]], seed: int, eta: float, noise: Mapping[int, np.ndarray[Any, Any]] | None = None
 ) -> Any:
     """Yields (indices, samples float32 [n, C, H, W]) batch by batch, under a progress bar that counts passes.
 
-    `noise` [N, C, H, W] replaces x_T of image i by noise[i]; the noise of later steps (eta > 0) still comes from the
-    image's own generator.
+    `noise` [C, H, W] of an image replaces its x_T; noise of later steps (eta > 0) still comes from the image's own generator.
     """
     alpha_bar = alphas_cumprod(backend.config.diffusion)
     denoiser = backend.denoiser
@@ -77,7 +100,7 @@ def sample_batches(
             source = ImageNoise(seed, batch, backend.config.input_shape)
             start = source.draw()
             if noise is not None:
-                start = noise[batch]
+                start = np.stack([noise[index] for index in batch])
             size = len(batch)
 
             def on_pass(row: int, x: Any, eps: Any, n: int = size) -> None:
@@ -103,34 +126,43 @@ class Sampled:
 
 
 def run_sampling(
-    backend: Backend, *, num_samples: int, seed: int, batch_size: int, eta: float, noise_file: Path | None, out: Path
+    backend: Backend,
+    *,
+    indices: range,
+    seed: int,
+    batch_size: int,
+    eta: float,
+    noise_file: Path | None,
+    out: Path,
+    shards: bool = False,
 ) -> Sampled:
-    """Samples images 0..num_samples-1 into `out` (FILE.npz, or a folder).
+    """Samples the images `indices` of `seed` into `out`: FILE.npz, or a folder of PNG files or (`shards`) of uint8 arrays.
 
     Under torchrun each process makes its share of a folder. A batch of which any image is missing is computed whole, so that an
     interrupted run ends with the same files as an uninterrupted one.
     """
-    if num_samples < 1 or batch_size < 1:
-        raise InputError("--num-samples and --batch-size must be at least 1")
+    if batch_size < 1:
+        raise InputError("--batch-size must be at least 1")
     check_seed(seed)
-    noise = load_noise(noise_file, num_samples, backend.config.input_shape) if noise_file is not None else None
+    noise = None
+    if noise_file is not None:
+        noise = dict(zip(indices, load_noise(noise_file, len(indices), backend.config.input_shape), strict=True))
     manifest = backend.manifest | {
         "seed": seed,
         "eta": eta,
         "noise_sha256": sha256(noise_file) if noise_file is not None else None,
     }
     rank = Rank.of_environment()
-    batches = rank.batches(num_samples, batch_size)
+    batches = rank.batches(indices, batch_size)
     if out.suffix == ".npz":
-        if rank.world > 1:
-            raise InputError("several processes cannot write one .npz; pass a folder as --out")
+        if rank.world > 1 or shards:
+            raise InputError("shards, and several processes, cannot write one .npz; pass a folder as --out")
         parts = [s for _, s in sample_batches(backend, batches, seed, eta, noise)]
         save_npz(out, np.concatenate(parts), manifest)
-        return Sampled(rank, num_samples, num_samples)
-    folder = ImageFolder(out, manifest)
-    share = [index for batch in batches for index in batch]
-    missing = set(folder.missing(share))
-    wanted = [batch for batch in batches if missing.intersection(batch)]
+        return Sampled(rank, len(indices), len(indices))
+    folder = ShardFolder(out, manifest, batch_size) if shards else ImageFolder(out, manifest)
+    missing = [len(folder.missing(batch)) for batch in batches]
+    wanted = [batch for batch, lacking in zip(batches, missing, strict=True) if lacking]
     for batch, samples in sample_batches(backend, wanted, seed, eta, noise):
         folder.save(batch, samples)
-    return Sampled(rank, len(share), len(missing))
+    return Sampled(rank, sum(map(len, batches)), sum(missing))

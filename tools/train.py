@@ -27,8 +27,8 @@ from modiff_trt.export.config import Config, load_config
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import atomic_path
 from modiff_trt.export.torch_ops import UNet
+from modiff_trt.runtime.image_sets import load_images
 from modiff_trt.runtime.schedule import alphas_cumprod
-from modiff_trt.tools.images import load_images
 
 SAVE_SECONDS = 60.0
 

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import atomic_path
+from modiff_trt.export.files import atomic_path, cache_folder
 from modiff_trt.export.unet import LayerSpec
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 
@@ -24,17 +22,10 @@ if TYPE_CHECKING:
     from modiff_trt.plugins.modulated_conv.conv_kernel import Scratch
     from modiff_trt.plugins.modulated_conv.cudnn_conv import ConvSpec, Int8Conv
 
-CACHE_VARIABLE = "MODIFF_TRT_CACHE"
 # Above so many output pixels cuDNN has always won, and our kernel is not tried.
 FEW_SITES = 8192
 # What stands in the cache in place of a cuDNN plan.
 OWN_KERNEL = b"conv_kernel"
-
-
-def cache_folder() -> Path:
-    """Where tuned plans are kept: $MODIFF_TRT_CACHE, or ~/.cache/modiff-trt."""
-    named = os.environ.get(CACHE_VARIABLE)
-    return Path(named) if named else Path.home() / ".cache" / "modiff-trt"
 
 
 class ConvPlans:

@@ -8,8 +8,8 @@ from PIL import Image
 
 from modiff_trt.export.config import TrainingConfig
 from modiff_trt.export.errors import InputError
+from modiff_trt.runtime.image_sets import load_images
 from modiff_trt.tools.demo import run
-from modiff_trt.tools.images import load_images
 from modiff_trt.tools.train import train
 
 

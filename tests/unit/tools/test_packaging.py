@@ -23,10 +23,8 @@ TORCH_FREE = [
     "modiff_trt.export." + m
     for m in ("config", "errors", "files", "grid", "manifest", "rows", "scales", "start_state", "unet", "trajectories")
 ]
-TORCH_FREE += [
-    "modiff_trt.runtime." + m
-    for m in ("cuda_memory", "denoiser", "images", "noise", "onnx_denoiser", "plan", "sampler", "schedule", "trt_denoiser")
-]
+RUNTIME = "cuda_memory denoiser frechet image_sets images noise onnx_denoiser plan sampler schedule trt_denoiser"
+TORCH_FREE += ["modiff_trt.runtime." + m for m in RUNTIME.split()]
 TORCH_FREE += ["modiff_trt.plugins.modulated_conv.trt_plugin", "modiff_trt.plugins.tensorrt_library"]
 TORCH_FREE += ["modiff_trt.tools.deployed", "modiff_trt.tools.packing", "modiff_trt.tools.sampling"]
 

@@ -55,9 +55,10 @@ def test_ranks_make_the_same_files_between_them(network, alone, tmp_path):
 
 
 def test_batches_are_cut_before_they_are_dealt_out():
-    whole = Rank().batches(COUNT, 2)
-    assert sorted(batch for rank in range(3) for batch in Rank(rank, 3).batches(COUNT, 2)) == whole
-    assert [i for batch in whole for i in batch] == list(range(COUNT))
+    indices = range(5, 5 + COUNT)
+    whole = Rank().batches(indices, 2)
+    assert sorted(batch for rank in range(3) for batch in Rank(rank, 3).batches(indices, 2)) == whole
+    assert [i for batch in whole for i in batch] == list(indices)
 
 
 @pytest.mark.slow

@@ -1,0 +1,136 @@
+"""`modiff-trt evaluate`: measures one image set into a results file, and prints the paper's table beside that file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import read_json, write_json
+from modiff_trt.tools.options import Device
+
+PAPER = "paper_cifar10.yml"
+SHOWN = ("IS", "FID", "sFID")
+
+
+def evaluate(
+    samples: Annotated[Path, typer.Option(help="images to judge: a folder of pictures or shards, or an .npz")],
+    out: Annotated[Path, typer.Option(help="JSON file that the result is added to")],
+    reference: Annotated[
+        Path | None, typer.Option(help="real images: a folder, .npz, cifar-10-binary.tar.gz, or pytorch-fid's statistics")
+    ] = None,
+    same_noise: Annotated[
+        Path | None, typer.Option(help="images of full precision from the same seed, for PSNR and SSIM")
+    ] = None,
+    features: Annotated[str, typer.Option(help="comma-separated: fd-cifar (shipped), inception (FID, sFID, IS)")] = "fd-cifar",
+    inception: Annotated[Path | None, typer.Option(help="weights of pytorch-fid's Inception; downloaded otherwise")] = None,
+    resize: Annotated[str, typer.Option(help="of inception: torch as pytorch-fid, tensorflow as torch-fidelity")] = "torch",
+    name: Annotated[str | None, typer.Option(help="of this set in the results; the folder's name by default")] = None,
+    batch_size: Annotated[int, typer.Option(help="images read together")] = 100,
+    device: Device = "cpu",
+) -> None:
+    """Measure FID, sFID, IS, FD-CIFAR, PSNR and SSIM of an image set."""
+    from modiff_trt.runtime.image_sets import open_images
+    from modiff_trt.tools.evaluating import (
+        describe,
+        distances,
+        measure,
+        measures_of,
+        open_features,
+        paired,
+        reference_statistics,
+    )
+    from modiff_trt.tools.load import check_device
+    from modiff_trt.tools.provenance import provenance
+
+    if reference is None and same_noise is None:
+        raise InputError("nothing to compare with: pass --reference (real images), --same-noise (of full precision), or both")
+    if batch_size < 1:
+        raise InputError("--batch-size must be at least 1")
+    from modiff_trt.runtime.torch_denoiser import use_full_precision
+
+    use_full_precision()
+    images = open_images(samples)
+    exact = open_images(same_noise) if same_noise is not None else None
+    wanted = [open_features(part.strip(), inception, check_device(device), resize) for part in features.split(",")]
+    results = read_json(out, "results") if out.exists() else {"sets": {}}
+    if not isinstance(results, dict) or not isinstance(results.get("sets"), dict):
+        raise InputError(f"{out} is not a results file of `evaluate`; choose another --out")
+    entry: dict[str, Any] = describe(images) | provenance(device)
+    if exact is not None:
+        entry |= paired(images, exact, batch_size)
+    for network in wanted:
+        own = measure(images, network, batch_size, score=True)
+        found: dict[str, Any] = {"weights_sha256": network.digest}
+        if measures_of(network).score is not None:
+            found |= {"published weights": getattr(network, "published", False)}
+        if own.score is not None:
+            found |= {"IS": own.score[0], "IS deviation": own.score[1]}
+        if reference is not None:
+            against = reference_statistics(reference, network, batch_size)
+            found |= distances(own, against, network) | {"reference": reference.name, "reference images": against.count}
+        if exact is not None:
+            baseline = reference_statistics(exact.path, network, batch_size)
+            found["to full precision"] = distances(own, baseline, network)
+        entry[network.name] = found
+    results["sets"][name or samples.stem] = entry
+    write_json(out, results)
+    print_table(results)
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Every set of a results file, and the paper's figures of the same method and bits."""
+    Console().print(make_table(results))
+
+
+def rows_of(results: dict[str, Any]) -> list[list[str]]:
+    """One row of text for each set, under HEADINGS."""
+    from modiff_trt.tools.assets import config_path
+    from modiff_trt.tools.evaluating import method_name
+
+    paper = yaml.safe_load(config_path(PAPER).read_text(encoding="utf-8"))
+    rows = []
+    for name, entry in results["sets"].items():
+        made = entry["made by"]
+        quantization = made.get("quantization")
+        method = method_name(quantization) if quantization else ""
+        bits = f"W{quantization['weight_bits']}A{quantization['act_bits']}" if quantization else ""
+        published = paper.get(method, {}).get(quantization["act_bits"]) if quantization else None
+        inception = next((entry[key] for key in ("inception", "inception-tensorflow") if key in entry), {})
+        ours = [f"{inception[key]:.2f}" if key in inception else "" for key in SHOWN]
+        shown = " / ".join(ours) if any(ours) else ""
+        if shown and not inception.get("published weights"):
+            shown += " (not the published weights)"
+        fd = entry.get("fd-cifar", {})
+        psnr = entry.get("psnr_db")
+        rows.append(
+            [
+                name,
+                method,
+                bits,
+                str(entry["images"]),
+                " / ".join(f"{v:.2f}" for v in published) if published else "",
+                shown,
+                f"{fd['FD-CIFAR']:.4f}" if "FD-CIFAR" in fd else "",
+                f"{psnr:.1f}" if psnr is not None else "",
+                made.get("checkpoint_sha256", "")[:8],
+            ]
+        )
+    return rows
+
+
+HEADINGS = ("set", "method", "bits", "images", "paper: IS / FID / sFID", "ours", "FD-CIFAR", "PSNR, dB", "checkpoint")
+
+
+def make_table(results: dict[str, Any]) -> Table:
+    table = Table(title="The paper's checkpoint and ours differ; so do its Inception features and FD-CIFAR")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in HEADINGS[:3] else "right")
+    for row in rows_of(results):
+        table.add_row(*row)
+    return table
