@@ -104,7 +104,7 @@ def integer_product(layer: QuantizedLayer, q: Tensor) -> Tensor:
 
 
 def modulated_layer(
-    layer: QuantizedLayer, x: Tensor, state: LayerState, multiplier: float, exact: bool = False
+    layer: QuantizedLayer, x: Tensor, state: LayerState, multiplier: float | Tensor, exact: bool = False
 ) -> tuple[Tensor, LayerState]:
     """One pass of a modulated layer; returns (y, new state).
 
@@ -153,7 +153,7 @@ def simulate(
     state: State,
     x: Tensor,
     time_bias: Mapping[str, Tensor],
-    multipliers: Mapping[str, float],
+    multipliers: Mapping[str, float | Tensor],
     *,
     exact: bool = False,
     act_quant: bool = True,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.grid import grid_max
+from modiff_trt.export.quantizers import SMALLEST_SCALE
 from modiff_trt.export.torch_ops import convolve
 from modiff_trt.export.unet import LayerSpec
 from modiff_trt.plugins.modulated_conv.onednn_conv import ZERO_POINT, OneDnnConv
@@ -59,6 +60,7 @@ class CpuKernels:
         silu: bool,
         grid: Tensor | None,
         state: Tensor | None,
+        steps: Tensor | None,
     ) -> None:
         if b is not None:
             a = torch.add(a, b, out=total) if total is not None else a + b
@@ -76,25 +78,35 @@ class CpuKernels:
         if grid is None:
             out.copy_(_pixels(F.interpolate(_image(x, shape), scale_factor=2.0, mode="nearest")) if shape.upsample else x)
             return
-        inverse_step, _, _, step = grid.tolist()
         top = grid_max(layer.bits)
         cells = x - state if state is not None else (x if fresh else x.clone())
-        cells.mul_(inverse_step).round_().clamp_(-top - 1, top)
-        if state is not None:
-            state.add_(cells, alpha=step)
+        if steps is not None:
+            torch.div(cells.abs().amax((1, 2)), top, out=steps).clamp_min_(SMALLEST_SCALE)
+            cells.div_(steps[:, None, None]).round_().clamp_(-top - 1, top)
+            if state is not None:
+                state.addcmul_(cells, steps[:, None, None])
+        else:
+            inverse_step, _, _, step = grid.tolist()
+            cells.mul_(inverse_step).round_().clamp_(-top - 1, top)
+            if state is not None:
+                state.add_(cells, alpha=step)
         cells.add_(ZERO_POINT)
         if shape.upsample:
             cells = _pixels(F.interpolate(_image(cells, shape), scale_factor=2.0, mode="nearest"))
         out[:, :, : shape.total].copy_(cells)
 
-    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor) -> None:
+    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
         key = (layer.spec.name, layer.weight.data_ptr())
         conv = self._convs.get(key)
         if conv is None:
             conv = self._convs[key] = OneDnnConv(layer.spec, layer.weight)
         if addend.ndim == 1:
             out.copy_(addend)
-        conv.add(q, 1.0, scale, out)
+        if steps is None:
+            conv.add(q, 1.0, scale, out)
+        else:
+            for i, step in enumerate(steps.tolist()):
+                conv.add(q[i : i + 1], step, scale, out[i : i + 1])
 
     def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
         return _spatial(layer, sources[0]) if layer.spec.kernel > 1 else _pointwise(layer, sources)

@@ -51,8 +51,8 @@ class CudaKernels:
             **sources,
         )
 
-    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor) -> None:
-        self._plans.run(layer.spec, q, layer.weight, scale, addend, out)
+    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
+        self._plans.run(layer.spec, q, layer.weight, scale, addend, out, steps)
 
     def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
         from modiff_trt.plugins.modulated_conv.conv_kernel import convolve_real

@@ -15,11 +15,12 @@ from modiff_trt.export.scales import Scales
 from modiff_trt.export.split import skip_factors
 from modiff_trt.export.torch_ops import Params, layer_bias, layer_weight, time_table
 from modiff_trt.export.unet import LayerSpec, Network
+from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX
 from modiff_trt.runtime.graphed_denoiser import update_coefficients
 
-# Tensor cores read and write channels in groups of 16.
-ALIGN = 16
+# Tensor cores read and write channels in groups of 16; our own convolution, which alone knows a step for each image, reads 32.
+ALIGN, ALIGN_DYNAMIC = 16, CHANNELS
 # A layer's grid in the row vector: 1/step, unit, multiple, step.
 GRID = 4
 # a_hat may grow to this many times the largest activation seen in calibration before it saturates.
@@ -27,8 +28,8 @@ HEADROOM = (2.0, 1.25)
 FINEST_UNIT = 256
 
 
-def aligned(channels: int) -> int:
-    return -(-channels // ALIGN) * ALIGN
+def aligned(channels: int, to: int = ALIGN) -> int:
+    return -(-channels // to) * to
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class NativeLayer:
     """One convolution, with everything that does not change from pass to pass.
 
     `weight` int8 [K', C', R, R] (K', C' padded to ALIGN) or, in mode `float`, float32 [K, C, R, R]; `bias` float32 [K'];
-    `factors` float32 [C] or None (see `export.split`); `grid_at` and `scale_at` are offsets into the row vector.
+    `factors` float32 [C] or None (see `export.split`); `grid_at` and `scale_at` are offsets into the row vector. A `dynamic`
+    layer (LTQ) finds each image's step at every pass.
     """
 
     spec: LayerSpec
@@ -48,6 +50,7 @@ class NativeLayer:
     unit: float
     grid_at: int
     scale_at: int
+    dynamic: bool = False
 
     @property
     def out_channels(self) -> int:
@@ -80,8 +83,11 @@ def check_scales(scales: Scales) -> None:
         raise InputError(
             "the scales file starts with a full-precision step, which integers cannot run; calibrate with --start warmup"
         )
-    if scales.granularity != "static":
-        raise InputError("--backend native runs static scales; calibrate with --granularity static, or use torch-sim")
+    if scales.granularity == "channel":
+        raise InputError(
+            "a scale for each input channel (LCQ) cannot leave an integer product; calibrate with --granularity static or "
+            "tensor, or use torch-sim"
+        )
 
 
 def build(network: Network, params: Params, scales: Scales) -> NativeModel:
@@ -111,17 +117,19 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         # The skip half of a split input is divided by the ratio, and may come out larger than it was measured.
         largest = float(scales.activation_range[:, names.index(spec.name)].max()) / min(1.0, layer.skip_ratio)
         unit, multiples = _grid(scales, layer, largest)
-        step = multiples * unit
+        dynamic = layer.granularity == "tensor"
+        step = np.ones(rows) if dynamic else multiples * unit
         grid = np.stack([1 / step, np.full(rows, unit), multiples, step], axis=1)
         padded = np.zeros(aligned(spec.out_shape[0]), np.float64)
         padded[: spec.out_shape[0]] = layer.weight_scale.double().numpy()
-        weight = torch.zeros(len(padded), aligned(spec.in_shape[0]), spec.kernel, spec.kernel, dtype=torch.int8)
+        inputs = aligned(spec.in_shape[0], ALIGN_DYNAMIC if dynamic else ALIGN)
+        weight = torch.zeros(len(padded), inputs, spec.kernel, spec.kernel, dtype=torch.int8)
         weight[: spec.out_shape[0], : spec.in_shape[0]] = layer.weight.to(torch.int8)
         bias = torch.zeros(len(padded))
         bias[: spec.out_shape[0]] = layer.bias
         factors = torch.from_numpy(skip_factors(spec, layer.skip_ratio)) if layer.skip_ratio != 1 else None
         grid_at, scale_at = append(grid), append(step[:, None] * padded[None])
-        layers[spec.name] = NativeLayer(spec, layer.mode, layer.bits, weight, bias, factors, unit, grid_at, scale_at)
+        layers[spec.name] = NativeLayer(spec, layer.mode, layer.bits, weight, bias, factors, unit, grid_at, scale_at, dynamic)
         if layer.mode == "modiff":
             start[spec.name] = _start(layer, unit, len(padded))
     times = {

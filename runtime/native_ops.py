@@ -54,12 +54,14 @@ class Kernels(Protocol):
         silu: bool,
         grid: Tensor | None,
         state: Tensor | None,
+        steps: Tensor | None,
     ) -> None:
-        """Writes the layer's integer input to `out` and moves `state`; without `grid` writes the input itself."""
+        """Writes the layer's integer input to `out` and moves `state`; without `grid` writes the input itself. With `steps`
+        float32 [N] each image's grid spans its largest magnitude, and `steps` receives the steps."""
         ...
 
-    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor) -> None:
-        """out [N, P*Q, K'] = addend (same shape, may be `out` itself; or a bias [K']) + scale[k] (weight * q)."""
+    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
+        """out [N, P*Q, K'] = addend (same shape, may be `out` itself; or a bias [K']) + steps[n] scale[k] (weight * q)."""
         ...
 
     def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
@@ -152,24 +154,26 @@ class NativeOps:
             if kernel > 1 or x.norm is not None:
                 sources = [self._input(x, layer, None)]
             else:
-                sources = [x.main.tensor()] + ([x.skip.tensor()] if x.skip is not None else [])
+                streams = [x.main] + ([x.skip] if x.skip is not None else [])
+                sources = [stream.tensor().to(self._kernels.real) for stream in streams]
             return Value(Stream(self._kernels.real_product(layer, sources)), channels, height, width)
-        q = self._input(x, layer, row[layer.grid_at : layer.grid_at + 4])
+        steps = torch.empty(len(x.main.a), device=row.device) if layer.dynamic else None
+        q = self._input(x, layer, row[layer.grid_at : layer.grid_at + 4], steps)
         scale = row[layer.scale_at : layer.scale_at + layer.out_channels]
         if layer.mode == "modiff":
             out = self._buffers.o_hat[name]
-            self._kernels.product(layer, q, scale, out, out)
+            self._kernels.product(layer, q, scale, out, out, steps)
         elif name in self._shared:
             out = self._outputs[self._shared[name]]
-            self._kernels.product(layer, q, scale, out, out)
+            self._kernels.product(layer, q, scale, out, out, steps)
         else:
             dtype = torch.float32 if name in WIDE_LAYERS else self._kernels.real
             out = torch.empty(len(q), height * width, layer.out_channels, dtype=dtype, device=q.device)
-            self._kernels.product(layer, q, scale, layer.bias, out)
+            self._kernels.product(layer, q, scale, layer.bias, out, steps)
         self._outputs[name] = out
         return Value(Stream(out), channels, height, width)
 
-    def _input(self, x: Value, layer: NativeLayer, grid: Tensor | None) -> Tensor:
+    def _input(self, x: Value, layer: NativeLayer, grid: Tensor | None, steps: Tensor | None = None) -> Tensor:
         """The layer's integer input (or its input in the network's type), and the layer's new state."""
         skip = x.skip.tensor() if x.skip is not None else None
         skip_channels = skip.shape[2] if skip is not None else 0
@@ -194,6 +198,7 @@ class NativeOps:
             silu=x.silu,
             grid=grid,
             state=self._buffers.state.get(layer.spec.name),
+            steps=steps,
         )
         if total is not None:
             x.main.a, x.main.b = total, None
@@ -219,7 +224,7 @@ class NativeOps:
         return replace(a, skip=b.main, channels=a.channels + b.channels)
 
     def attention(self, qkv: Value, channels: int) -> Value:
-        tensor = qkv.main.tensor()
+        tensor = qkv.main.tensor().to(self._kernels.real)
         n, pixels, _ = tensor.shape
         q, k, v = tensor.view(n, pixels, 3, channels).permute(2, 0, 1, 3).unsqueeze(2).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v, scale=channels**-0.5)

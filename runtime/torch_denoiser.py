@@ -76,7 +76,10 @@ class TorchDenoiser(_TorchBase):
 
 
 class SimDenoiser(_TorchBase):
-    """Simulated quantization by a scales file; the arithmetic of the modulated layer in floating point."""
+    """Simulated quantization by a scales file; the arithmetic of the modulated layer in floating point.
+
+    On a GPU, products of integers go through TF32, which holds integers up to 2048 exactly; everything else is float32.
+    """
 
     def __init__(
         self,
@@ -87,11 +90,16 @@ class SimDenoiser(_TorchBase):
         *,
         act_quant: bool = True,
         dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
     ) -> None:
+        """`compiled` runs a pass through torch.compile (a minute or two to begin with)."""
         super().__init__(network, params, scales.rows if act_quant else plain_rows(scales.rows.timesteps), device, dtype)
         self.layers: dict[str, QuantizedLayer] = quantize_layers(network, self._params, scales, dtype)
         self._modulated = scales.modulated if act_quant else ()
         self._act_quant = act_quant
+        self._pass = torch.compile(simulate) if compiled else simulate
+        # Only integers are convolved where every layer is quantized on a static grid.
+        self._only_integers = act_quant and scales.granularity == "static" and len(self.layers) == len(network.layers)
         # Calibration watches layers through this; see `simulate`.
         self.on_layer: OnLayer | None = None
         self._state: State = {}
@@ -115,17 +123,20 @@ class SimDenoiser(_TorchBase):
 
     @torch.no_grad()
     def __call__(self, x: Tensor, row: int) -> Tensor:
-        multipliers = dict(zip(self._modulated, self._rows.multipliers[row].tolist(), strict=True)) if self._modulated else {}
-        eps, self._state = simulate(
-            self._network,
-            self._params,
-            self.layers,
-            self._state,
-            x,
-            self._time_bias(row),
-            multipliers,
-            exact=self._rows.exact_start and row == 0,
-            act_quant=self._act_quant,
-            on_layer=self.on_layer,
-        )
+        exact = self._rows.exact_start and row == 0
+        factors = torch.from_numpy(self._rows.multipliers[row]).to(self._device, self._dtype) if self._modulated else ()
+        multipliers = dict(zip(self._modulated, factors, strict=True))
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=self._only_integers and not exact):
+            eps, self._state = self._pass(
+                self._network,
+                self._params,
+                self.layers,
+                self._state,
+                x,
+                self._time_bias(row),
+                multipliers,
+                exact=exact,
+                act_quant=self._act_quant,
+                on_layer=self.on_layer,
+            )
         return eps

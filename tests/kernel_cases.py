@@ -22,6 +22,7 @@ class KernelCase:
     quantize: bool = True
     bits: int = 8
     q_channels: int = 0
+    dynamic: bool = False
 
 
 CASES = {
@@ -44,6 +45,11 @@ CASES = {
     "norm to float": KernelCase(InputShape(64, 0, 8, 8), groups=32, silu=True, quantize=False, state=False),
     "concatenation, raw": KernelCase(InputShape(64, 32, 7, 5), factors=True),
 }
+CASES["each image its grid"] = KernelCase(InputShape(48, 16, 5, 7), dynamic=True, add=True, write=True)
+CASES["each image its grid, norm, 4 bits"] = KernelCase(
+    InputShape(64, 0, 9, 9), groups=32, silu=True, time=True, bits=4, dynamic=True, add=True
+)
+CASES["each image its grid, stateless"] = KernelCase(InputShape(32, 0, 4, 4), groups=32, state=False, dynamic=True)
 CASES["upsampled"] = KernelCase(InputShape(64, 0, 4, 2, upsample=True))
 CASES["upsampled sum"] = KernelCase(InputShape(32, 0, 3, 5, upsample=True), add=True, write=True)
 
@@ -73,6 +79,7 @@ def check(case: KernelCase, device: str) -> None:
     else:
         out = torch.full((n, shape.pixels, shape.total), float("nan"), dtype=real, device=device)
     before = state.clone() if state is not None else None
+    steps = torch.full((n,), float("nan"), device=device) if case.dynamic else None
     kernel.quantize_input(
         shape,
         a,
@@ -87,6 +94,7 @@ def check(case: KernelCase, device: str) -> None:
         grid=torch.tensor([1 / grid.step, grid.unit, grid.multiple], device=device) if case.quantize else None,
         bits=case.bits,
         state=state,
+        steps=steps,
     )
 
     def wide(x):
@@ -104,17 +112,29 @@ def check(case: KernelCase, device: str) -> None:
     if not case.quantize:
         torch.testing.assert_close(out.double(), x, rtol=2e-3, atol=2e-3)
         return
-    q, _ = reference.quantize_input(x, wide(before), grid)
+    residual = x if before is None else x - grid.unit * before.double()
+    step, multiple = torch.tensor(grid.step, dtype=torch.float64), torch.tensor(grid.multiple)
+    if steps is not None:
+        # The grid spans the image's largest magnitude; where there is state, in the next whole number of units.
+        span = residual.abs().amax((1, 2), keepdim=True) / grid.high
+        step, multiple = steps.double()[:, None, None], (steps.double()[:, None, None] / grid.unit).round()
+        if before is None:
+            torch.testing.assert_close(step, span, rtol=1e-5, atol=0)
+        else:
+            torch.testing.assert_close(step, multiple * grid.unit, rtol=1e-6, atol=0)
+            assert ((step >= span * (1 - 1e-4)) & (step < span + grid.unit * 1.01)).all()
+    q = (residual / step).round().clamp(grid.low, grid.high)
+    if steps is None:
+        assert torch.equal(q, reference.quantize_input(x, wide(before), grid)[0])
     if shape.upsample:
         found = out.view(n, shape.height, 2, shape.width, 2, -1)
         assert (found == found[:, :, :1, :, :1]).all()  # each value four times
         out = found[:, :, 0, :, 0].reshape(n, shape.pixels, -1)
-    position = x if before is None else x - grid.unit * before.double()
-    position = (position / grid.step).clamp(grid.low, grid.high)
+    position = (residual / step).clamp(grid.low, grid.high)
     found = out[:, :, : shape.total].double()
     assert (out[:, :, shape.total :] == 77).all()  # padding channels are not touched
     assert float((found - position).abs().max()) < 0.5 + 2e-3
     assert float((found != q).float().mean()) < 2e-3
     if state is not None:
-        expected = (before.double() + grid.multiple * found).clamp(-reference.STATE_MAX, reference.STATE_MAX)
+        expected = (before.double() + multiple * found).clamp(-reference.STATE_MAX, reference.STATE_MAX)
         assert torch.equal(state.double(), expected)

@@ -30,8 +30,10 @@ class ReferenceKernels:
         convolve_real(sources, layer.weight.permute(0, 2, 3, 1), layer.bias, out, **window)
         return out
 
-    def product(self, layer, q, scale, addend, out):
+    def product(self, layer, q, scale, addend, out, steps):
         spec, size = layer.spec, layer.spec.in_shape[1:]
         weight = layer.weight.float()[:, : q.shape[2]]
+        if steps is not None:
+            scale = scale * steps[:, None, None]
         y = reference.accumulate(q.float(), weight, scale, addend.float(), size, spec.stride, spec.padding)
         out.copy_(y)

@@ -257,7 +257,7 @@ def sample(
         bool, typer.Option("--shards", help="one uint8 array a batch in the folder, instead of PNG files")
     ] = False,
     dtype: Annotated[str, typer.Option(help="of the torch backend: fp32, or fp16 on a GPU")] = "fp32",
-    compile_network: Annotated[bool, typer.Option("--compile", help="torch fp16: through torch.compile")] = False,
+    compile_network: Annotated[bool, typer.Option("--compile", help="torch fp16, torch-sim: through torch.compile")] = False,
     batch_size: BatchSize = 8,
     device: Device = "cpu",
 ) -> None:

@@ -67,8 +67,10 @@ def load_backend(options: SamplingOptions) -> Backend:
     """Builds the denoiser that the options describe. Raises InputError for options that contradict each other or files."""
     if options.dtype not in ("fp32", "fp16"):
         raise InputError(f"--dtype must be fp32 or fp16, found '{options.dtype}'")
-    if options.backend != "torch" and (options.dtype != "fp32" or options.compile):
-        raise InputError(f"--dtype and --compile are for --backend torch; leave them out with {options.backend}")
+    if options.backend != "torch" and options.dtype != "fp32":
+        raise InputError(f"--dtype is for --backend torch; leave it out with {options.backend}")
+    if options.backend not in ("torch", "torch-sim") and options.compile:
+        raise InputError(f"--compile is for --backend torch and torch-sim; leave it out with {options.backend}")
     if options.backend != "trt":
         _refuse(options.plan, "--plan", options.backend)
     if options.backend == "onnx":
@@ -119,7 +121,7 @@ def _torch_backend(options: SamplingOptions) -> Backend:
     if options.backend == "native":
         denoiser = NativeDenoiser(network, checkpoint.params, scales, native_kernels(device), device)
     else:
-        denoiser = SimDenoiser(network, checkpoint.params, scales, device)
+        denoiser = SimDenoiser(network, checkpoint.params, scales, device, compiled=options.compile)
     manifest |= {
         "scales_sha256": sha256(options.scales),
         "modulate": options.modulate,

@@ -22,8 +22,10 @@ MODULES = {
     "plugins": ("__init__", "tensorrt_library"),
     "plugins.modulated_conv": ("__init__", "device_code", "geometry", "trt_plugin"),
     "export": ("__init__", "config", "dither", "errors", "files", "grid", "manifest", "rows", "start_state"),
-    "runtime": ("__init__", "cuda_memory", "denoiser", "image_sets", "images", "noise", "onnx_denoiser")
-    + ("plan", "sampler", "schedule", "trt_denoiser"),
+    "runtime": (
+        *("__init__", "cuda_memory", "denoiser", "image_sets", "images", "noise", "onnx_denoiser", "plan", "sampler"),
+        *("schedule", "trt_denoiser"),
+    ),
     "tools": ("__init__", "deployed", "progress", "sampling"),
 }
 REQUIREMENTS = ("numpy>=1.26", "onnx>=1.18", "onnxruntime>=1.22", "pillow>=10", "pyyaml>=6", "rich>=13", "safetensors>=0.5")

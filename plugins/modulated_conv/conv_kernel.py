@@ -51,7 +51,7 @@ def conv_kernel(
     x_ptr, skip_ptr, weight_ptr, scale_ptr, addend_ptr, out_ptr, step_ptr, multiplier_ptr, partial_ptr, arrived_ptr, sites,
     C: tl.constexpr, C2: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
     STRIDE: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, R: tl.constexpr,
-    INTEGER: tl.constexpr, BIAS: tl.constexpr, HAS_STEP: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
+    INTEGER: tl.constexpr, BIAS: tl.constexpr, STEP: tl.constexpr, CHANNELS_FIRST: tl.constexpr,
     SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -60,9 +60,10 @@ def conv_kernel(
 
     x [N, H, W, C], int8 with INTEGER or else of a real type, and behind its channels those of skip [N, H, W, C2];
     weight [K, R, R, C + C2] of the same type; out and addend of a real type, [N, P*Q, K] or with CHANNELS_FIRST
-    [N, K, P*Q], or with BIAS addend [K]. scale [K] is for INTEGER; with HAS_STEP it is multiplied by the numbers at
-    step_ptr and multiplier_ptr. With SPLIT > 1 partial int32 [sites, K] and arrived int32 [tiles] are zero, and are left zero:
-    the program that arrives last at a tile writes it. OVERLAP lets the launch begin while the one before it ends.
+    [N, K, P*Q], or with BIAS addend [K]. scale [K] is for INTEGER; with STEP 1 it is multiplied by the numbers at
+    step_ptr and multiplier_ptr, with STEP 2 by each image's number at step_ptr [N]. With SPLIT > 1 partial int32 [sites, K]
+    and arrived int32 [tiles] are zero, and are left zero: the program that arrives last at a tile writes it. OVERLAP lets the
+    launch begin while the one before it ends.
     """
     if OVERLAP:
         gdc_wait()
@@ -113,10 +114,13 @@ def conv_kernel(
         addend = tl.load(addend_ptr + at, mask=written, other=0.0).to(tl.float32)
     if INTEGER:
         scale = tl.load(scale_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        if HAS_STEP:
+        if STEP == 1:
             scale *= tl.load(step_ptr).to(tl.float32) * tl.load(multiplier_ptr).to(tl.float32)
+        factor = tl.broadcast_to(scale[None, :], [BLOCK_M, BLOCK_N])
+        if STEP == 2:
+            factor *= tl.load(step_ptr + image, mask=site < sites, other=0.0)[:, None]
         # Rounded once, as in cuDNN's epilogue, whatever layouts the compiler chooses in between.
-        result = tl.fma(sums.to(tl.float32), tl.broadcast_to(scale[None, :], [BLOCK_M, BLOCK_N]), addend)
+        result = tl.fma(sums.to(tl.float32), factor, addend)
     else:
         result = addend + sums
     tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=written)
@@ -150,9 +154,10 @@ def convolve_int8(
     stride: int,
     padding: tuple[int, int, int, int],
     scratch: Scratch,
+    steps: Tensor | None = None,
     overlap: bool = False,
 ) -> None:
-    """out = addend + scale[k] (weight * q) on torch's current stream.
+    """out = addend + scale[k] (weight * q) on torch's current stream; with `steps` float32 [N], image n's is steps[n] scale[k].
 
     q int8 [N, H*W, C] with C a multiple of CHANNELS, weight int8 [K, R, R, C], scale float32 [K]; addend [N, P*Q, K] of out's
     type (may be `out`), or a bias float32 [K]. `size` is (H, W), `padding` (top, left, bottom, right). `overlap` is for compute
@@ -162,9 +167,9 @@ def convolve_int8(
     geometry = Geometry(len(q), q.shape[2], *size, k, r, stride, padding)
     tile = conv_tile(geometry)
     conv_kernel[(triton.cdiv(geometry.sites, tile.sites), triton.cdiv(k, tile.channels), tile.split)](
-        q, q, weight, scale, addend, out, scale, scale, *scratch.for_tile(geometry, tile),
+        q, q, weight, scale, addend, out, scale if steps is None else steps, scale, *scratch.for_tile(geometry, tile),
         geometry.sites, **geometry.constants,
-        C2=0, INTEGER=True, BIAS=addend.ndim == 1, HAS_STEP=False, CHANNELS_FIRST=False,
+        C2=0, INTEGER=True, BIAS=addend.ndim == 1, STEP=0 if steps is None else 2, CHANNELS_FIRST=False,
         SPLIT=tile.split, OVERLAP=overlap,
         BLOCK_M=tile.sites, BLOCK_N=tile.channels, BLOCK_K=tile.depth, STAGES=tile.stages,
         num_warps=tile.warps, launch_pdl=overlap, enable_fp_fusion=True,
@@ -194,7 +199,7 @@ def convolve_real(
     conv_kernel[(triton.cdiv(geometry.sites, tile.sites), triton.cdiv(k, tile.channels), 1)](
         sources[0], sources[-1], weight, bias, bias, out, bias, bias, bias, bias,
         geometry.sites, **geometry.constants | {"C": first},
-        C2=second, INTEGER=False, BIAS=True, HAS_STEP=False, CHANNELS_FIRST=False, SPLIT=1, OVERLAP=overlap,
+        C2=second, INTEGER=False, BIAS=True, STEP=0, CHANNELS_FIRST=False, SPLIT=1, OVERLAP=overlap,
         BLOCK_M=tile.sites, BLOCK_N=tile.channels, BLOCK_K=tile.depth, STAGES=tile.stages,
         num_warps=tile.warps, launch_pdl=overlap, enable_fp_fusion=True,
     )  # fmt: skip

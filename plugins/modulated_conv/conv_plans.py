@@ -44,10 +44,20 @@ class ConvPlans:
         """The same plans with memory of their own, for a second stream."""
         return ConvPlans(self._overlap, self._convs)
 
-    def run(self, spec: LayerSpec, q: Tensor, weight: Tensor, scale: Tensor, addend: Tensor, out: Tensor) -> None:
+    def run(
+        self,
+        spec: LayerSpec,
+        q: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        addend: Tensor,
+        out: Tensor,
+        steps: Tensor | None = None,
+    ) -> None:
         """out = addend + scale[k] (weight * q) on the current stream; q int8 [N, H*W, C], out [N, P*Q, K].
 
-        `addend` is of out's shape (and may be out), or a bias float32 [K]. Only a shape's first call allocates.
+        `addend` is of out's shape (and may be out), or a bias float32 [K]. With `steps` float32 [N] image n's scale is
+        steps[n] scale, which our own kernel computes. Only a shape's first call allocates.
         """
         from modiff_trt.plugins.modulated_conv.cudnn_conv import ConvSpec
 
@@ -56,11 +66,11 @@ class ConvPlans:
         key = ConvSpec(
             len(q), q.shape[2], height, width, out.shape[2], spec.kernel, spec.stride, spec.padding, out.dtype, residual
         )
-        if key not in self._convs:
+        if steps is None and key not in self._convs:
             self._convs[key] = self._find(key)
-        conv = self._convs[key]
+        conv = self._convs[key] if steps is None else None
         if conv is None:
-            run_own(key, q, weight, scale, addend, out, self._scratch, self._overlap)
+            run_own(key, q, weight, scale, addend, out, self._scratch, self._overlap, steps)
             return
         if conv.workspace_size > self._workspaces[-1].numel():
             # Graphs that were captured with a smaller workspace go on using it.
@@ -121,6 +131,7 @@ def run_own(
     out: Tensor,
     scratch: Scratch,
     overlap: bool,
+    steps: Tensor | None = None,
 ) -> None:
     """Our kernel on tensors as `ConvPlans.run` takes them; `weight` is channels_last, which is the order that it reads."""
     from modiff_trt.plugins.modulated_conv.conv_kernel import convolve_int8
@@ -135,5 +146,6 @@ def run_own(
         stride=key.stride,
         padding=key.padding,
         scratch=scratch,
+        steps=steps,
         overlap=overlap,
     )

@@ -89,7 +89,7 @@ def compile_variant(variant: Variant, capability: int) -> DeviceCode:
             "C2": 0,
             "INTEGER": True,
             "BIAS": False,
-            "HAS_STEP": True,
+            "STEP": 1,
             "CHANNELS_FIRST": True,
             "SPLIT": 1,
             "OVERLAP": False,

@@ -16,6 +16,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from modiff_trt.export.grid import grid_max
+from modiff_trt.export.quantizers import SMALLEST_SCALE
+from modiff_trt.plugins.modulated_conv.kernel_parts import channels_of, over_groups, silu_of, source, tile_mask, to_channels
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
 
 # Images of at most so many pixels are normalized in one launch.
@@ -28,6 +30,8 @@ ROWS, WARPS = 32, 4
 MAGIC = tl.constexpr(12582912.0)
 MAGIC_BITS = tl.constexpr(0x4B400000)
 LIMIT = tl.constexpr(STATE_MAX)
+# The least step of a grid that follows its image.
+TINY = tl.constexpr(SMALLEST_SCALE)
 
 
 @dataclass(frozen=True)
@@ -41,62 +45,43 @@ class Norm:
 
 
 @triton.jit
-def _source(
-    a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, pixel, channel, mask,
-    C1: tl.constexpr, C2: tl.constexpr, HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
-):  # fmt: skip
-    """float32 [BLOCK_P, BLOCK_C] of the layer's sources; writes a + b where asked. Pointers are those of one image."""
-    main = mask
-    if C2 > 0:
-        main = mask & (channel < C1)
-    at = pixel * C1 + channel
-    value = tl.load(a_ptr + at, mask=main, other=0.0).to(tl.float32)
-    if HAS_B:
-        value += tl.load(b_ptr + at, mask=main, other=0.0).to(tl.float32)
-        narrow = value.to(a_ptr.dtype.element_ty)
-        if WRITE_SUM:
-            tl.store(sum_ptr + at, narrow, mask=main)
-        value = narrow.to(tl.float32)
-    if C2 > 0:
-        skip = tl.load(skip_ptr + pixel * C2 + (channel - C1), mask=mask & (channel >= C1), other=0.0)
-        value += skip.to(tl.float32)
-    if HAS_TIME:
-        value += tl.load(time_ptr + channel, mask=channel < C1 + C2, other=0.0)
-        value = tl.where(mask, value, 0.0)
-    return value
+def _state_value(state):
+    """int16 counts as float32."""
+    return (state.to(tl.int32) + MAGIC_BITS).to(tl.float32, bitcast=True) - MAGIC
 
 
 @triton.jit
-def _mask(
-    exists, pixel, C: tl.constexpr, PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
-):  # fmt: skip
-    """[BLOCK_P, BLOCK_C]: which elements of a tile exist; a constant where all do, so that loads need no predicate."""
-    if C % BLOCK_C == 0 and PIXELS % BLOCK_P == 0:
-        return tl.full([BLOCK_P, BLOCK_C], True, tl.int1)
-    return exists & (pixel < PIXELS)
+def _dynamic_grid(peak_ptr, step_ptr, unit, image, MODULATED: tl.constexpr, HIGH: tl.constexpr):
+    """(1/step, multiple) of a grid that spans an image's largest magnitude; the step is written for the convolution. Where
+    there is state the step is the next whole number of units."""
+    peak = tl.load(peak_ptr + image).to(tl.float32, bitcast=True)
+    multiple = 1.0
+    step = tl.maximum(peak / HIGH, TINY)
+    if MODULATED:
+        multiple = tl.maximum(tl.ceil(step / unit), 1.0)
+        step = multiple * unit
+    if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+        tl.store(step_ptr + image, step)
+    return 1.0 / step, multiple
 
 
 @triton.jit
 def _emit(
-    value, state, factor_ptr, grid_ptr, state_ptr, q_ptr, pixel, channel, mask,
-    C: tl.constexpr, WIDTH: tl.constexpr, UPSAMPLE: tl.constexpr,
-    Q_CHANNELS: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    value, state, inverse_step, unit, multiple, state_ptr, q_ptr, pixel, channel, mask,
+    C: tl.constexpr, WIDTH: tl.constexpr, UPSAMPLE: tl.constexpr, Q_CHANNELS: tl.constexpr,
     QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     """Rounds the residual of `value`, moves the state by it and writes the integers (or `value` itself)."""
-    if HAS_FACTOR:
-        value *= tl.load(factor_ptr + channel, mask=channel < C, other=0.0)
     if QUANTIZE:
-        inverse_step = tl.load(grid_ptr)
         cells = value * inverse_step
         if MODULATED:
             state = state.to(tl.int32)
-            cells -= ((state + MAGIC_BITS).to(tl.float32, bitcast=True) - MAGIC) * (tl.load(grid_ptr + 1) * inverse_step)
+            cells -= _state_value(state) * (unit * inverse_step)
         cells = tl.minimum(tl.maximum(cells, LOW), HIGH) + MAGIC
         integers = cells.to(tl.int32, bitcast=True) - MAGIC_BITS
         narrow = integers.to(tl.int8)
         if MODULATED:
-            state += integers * tl.load(grid_ptr + 2).to(tl.int32)
+            state += integers * multiple.to(tl.int32)
             state = tl.minimum(tl.maximum(state, -LIMIT), LIMIT)
             tl.store(state_ptr + pixel * C + channel, state.to(tl.int16), mask=mask)
     else:
@@ -109,43 +94,6 @@ def _emit(
                 tl.store(q_ptr + to * Q_CHANNELS + channel, narrow, mask=mask)
     else:
         tl.store(q_ptr + pixel * Q_CHANNELS + channel, narrow, mask=mask)
-
-
-@triton.jit
-def _silu(value, FAST: tl.constexpr):
-    """x sigmoid(x); FAST with the GPU's approximate exponential and reciprocal (2^-22 relative)."""
-    if FAST:
-        beyond = 1.0 + tl.math.exp2(value * -1.4426950408889634)
-        inverse = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [beyond], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return value * inverse
-    return value * tl.sigmoid(value)
-
-
-@triton.jit
-def _channels(
-    start, C: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_G: tl.constexpr, LANES: tl.constexpr
-):  # fmt: skip
-    """(channel, whether it exists), [1, BLOCK_G * LANES]: BLOCK_G groups from channel `start`, each padded to LANES lanes."""
-    lane = tl.arange(0, BLOCK_G * LANES)[None, :]
-    if LANES == PER_GROUP:
-        channel = start + lane
-        return channel, channel < C
-    channel = start + (lane // LANES) * PER_GROUP + lane % LANES
-    return channel, (lane % LANES < PER_GROUP) & (channel < C)
-
-
-@triton.jit
-def _over_groups(by_channel, BLOCK_G: tl.constexpr, LANES: tl.constexpr):
-    """[BLOCK_G * LANES] -> sums over each group [BLOCK_G]."""
-    return tl.sum(tl.reshape(by_channel, [BLOCK_G, LANES]), axis=1)
-
-
-@triton.jit
-def _to_channels(by_group, BLOCK_G: tl.constexpr, LANES: tl.constexpr):
-    """[BLOCK_G] -> each group's value on its lanes [1, BLOCK_G * LANES]."""
-    return tl.reshape(tl.broadcast_to(by_group[:, None], [BLOCK_G, LANES]), [BLOCK_G * LANES])[None, :]
 
 
 @triton.jit
@@ -169,12 +117,12 @@ def sums_kernel(
     sum_ptr += image * (PIXELS * C1)
     skip_ptr += image * (PIXELS * C2)
     slab = tl.program_id(2)
-    channel, exists = _channels(tl.program_id(1) * (BLOCK_G * PER_GROUP), C1 + C2, PER_GROUP, BLOCK_G, LANES)
+    channel, exists = channels_of(tl.program_id(1) * (BLOCK_G * PER_GROUP), C1 + C2, PER_GROUP, BLOCK_G, LANES)
     pixel = slab * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    mask = _mask(exists, pixel, (C1 + C2) if LANES == PER_GROUP else 1, PIXELS, BLOCK_G * LANES, BLOCK_P)
+    mask = tile_mask(exists, pixel, (C1 + C2) if LANES == PER_GROUP else 1, PIXELS, BLOCK_G * LANES, BLOCK_P)
     if HAS_TIME:
         time = tl.load(time_ptr + channel, mask=exists, other=0.0)
-    value = _source(
+    value = source(
         a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, pixel, channel, mask, C1, C2, HAS_B, WRITE_SUM, False,
     )  # fmt: skip
     if HAS_TIME:
@@ -192,18 +140,21 @@ def sums_kernel(
 
 @triton.jit
 def quantize_kernel(
-    a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, partial_ptr, gain_ptr, shift_ptr, factor_ptr, grid_ptr, state_ptr, q_ptr, eps,
+    a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, partial_ptr, gain_ptr, shift_ptr, factor_ptr, grid_ptr, state_ptr, q_ptr,
+    peak_ptr, step_ptr, eps,
     C1: tl.constexpr, C2: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, Q_CHANNELS: tl.constexpr,
     UPSAMPLE: tl.constexpr, HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
     NORM: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr,
     SLABS: tl.constexpr, BLOCK_S: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PEAK: tl.constexpr,
     BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (n, j, k) covers the j-th BLOCK_G groups of channels (without NORM, simply channels) and the k-th BLOCK_P
     pixels of image n.
 
-    NORM is 0 (none), 1 (the groups' sums are in `partial_ptr`) or 2 (the program has all pixels and sums them itself).
+    NORM is 0 (none), 1 (the groups' sums are in `partial_ptr`) or 2 (the program has all pixels and sums them itself). PEAK is
+    0 (the grid is given), 1 (only the bits of each image's largest |residual| are put into int32 `peak_ptr`, which is zero
+    before) or 2 (the grid follows from them).
     """
     if OVERLAP:
         gdc_wait()
@@ -216,14 +167,14 @@ def quantize_kernel(
     skip_ptr += image * (PIXELS * C2)
     state_ptr += image * (PIXELS * C)
     q_ptr += image * (PIXELS * Q_CHANNELS * (4 if UPSAMPLE else 1))
-    channel, exists = _channels(tl.program_id(1) * (BLOCK_G * PER_GROUP), C, PER_GROUP, BLOCK_G, LANES)
+    channel, exists = channels_of(tl.program_id(1) * (BLOCK_G * PER_GROUP), C, PER_GROUP, BLOCK_G, LANES)
     pixel = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    mask = _mask(exists, pixel, C if LANES == PER_GROUP else 1, PIXELS, BLOCK_G * LANES, BLOCK_P)
+    mask = tile_mask(exists, pixel, C if LANES == PER_GROUP else 1, PIXELS, BLOCK_G * LANES, BLOCK_P)
     state = pixel
     if MODULATED:
         state = tl.load(state_ptr + pixel * C + channel, mask=mask, other=0)
     # With sums from the first launch the time bias is part of the offset of each channel.
-    value = _source(
+    value = source(
         a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, pixel, channel, mask, C1, C2, HAS_B, WRITE_SUM, HAS_TIME and NORM != 1,
     )  # fmt: skip
     if NORM > 0:
@@ -237,21 +188,39 @@ def quantize_kernel(
             power = tl.sum(tl.load(at + GROUPS, mask=known, other=0.0), axis=0) / count
             variance = tl.maximum(power - mean * mean, 0.0)
         else:
-            mean = _over_groups(tl.sum(value, axis=0), BLOCK_G, LANES) / count
-            centered = tl.where(mask, value - _to_channels(mean, BLOCK_G, LANES), 0.0)
-            variance = _over_groups(tl.sum(centered * centered, axis=0), BLOCK_G, LANES) / count
-        factor = _to_channels(tl.rsqrt(variance + eps), BLOCK_G, LANES)
+            mean = over_groups(tl.sum(value, axis=0), BLOCK_G, LANES) / count
+            centered = tl.where(mask, value - to_channels(mean, BLOCK_G, LANES), 0.0)
+            variance = over_groups(tl.sum(centered * centered, axis=0), BLOCK_G, LANES) / count
+        factor = to_channels(tl.rsqrt(variance + eps), BLOCK_G, LANES)
         factor *= tl.load(gain_ptr + channel, mask=exists, other=0.0)
-        center = _to_channels(mean, BLOCK_G, LANES)
+        center = to_channels(mean, BLOCK_G, LANES)
         if HAS_TIME and NORM == 1:
             center -= tl.load(time_ptr + channel, mask=exists, other=0.0)
         value = value * factor + (tl.load(shift_ptr + channel, mask=exists, other=0.0) - center * factor)
     if SILU:
-        value = _silu(value, FAST)
-    _emit(
-        value, state, factor_ptr, grid_ptr, state_ptr, q_ptr, pixel, channel, mask,
-        C, WIDTH, UPSAMPLE, Q_CHANNELS, HAS_FACTOR, QUANTIZE, MODULATED, LOW, HIGH,
-    )  # fmt: skip
+        value = silu_of(value, FAST)
+    if HAS_FACTOR:
+        value *= tl.load(factor_ptr + channel, mask=channel < C, other=0.0)
+    unit, inverse_step, multiple = 1.0, 1.0, 1.0
+    if MODULATED:
+        unit = tl.load(grid_ptr + 1)
+    if PEAK == 1:
+        if MODULATED:
+            value -= _state_value(state) * unit
+        largest = tl.max(tl.where(mask, tl.abs(value), 0.0))
+        # Floats that are not negative are ordered like their bits.
+        tl.atomic_max(peak_ptr + image, largest.to(tl.int32, bitcast=True), sem="relaxed")
+    else:
+        if PEAK == 2:
+            inverse_step, multiple = _dynamic_grid(peak_ptr, step_ptr, unit, image, MODULATED, HIGH)
+        elif QUANTIZE:
+            inverse_step = tl.load(grid_ptr)
+            if MODULATED:
+                multiple = tl.load(grid_ptr + 2)
+        _emit(
+            value, state, inverse_step, unit, multiple, state_ptr, q_ptr, pixel, channel, mask,
+            C, WIDTH, UPSAMPLE, Q_CHANNELS, QUANTIZE, MODULATED, LOW, HIGH,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -290,6 +259,7 @@ def quantize_input(
     grid: Tensor | None = None,
     bits: int = 8,
     state: Tensor | None = None,
+    steps: Tensor | None = None,
     overlap: bool = False,
 ) -> None:
     """Launches the kernels on torch's current stream.
@@ -297,7 +267,8 @@ def quantize_input(
     a, b [N, pixels, channels] and skip [N, pixels, skip_channels] float16 or float32, `total` receives a + b;
     time float32 [C]; factors float32 [C]; grid float32 [>=3] on the device: 1/step, unit, multiple. `out` int8
     [N, out_pixels, >= C] receives the integers, or, of a float type and without `grid`, the layer's input itself. `state` int16
-    [N, pixels, C] is updated in place; without it the layer is stateless. `overlap` (compute
+    [N, pixels, C] is updated in place; without it the layer is stateless. With `steps` float32 [N] the grid follows each image
+    (LTQ): it spans the largest |residual|, `grid` gives the unit only, and `steps` receives the steps. `overlap` (compute
     capability 9.0 and later) lets launches begin while the one before ends.
     """
     c, pixels = shape.total, shape.pixels
@@ -340,36 +311,41 @@ def quantize_input(
         )
         if total is not None:
             a, b, total = total, None, None
-    quantize_kernel[(len(a), columns, triton.cdiv(pixels, tile.pixels))](
-        a,
-        b if b is not None else a,
-        skip if skip is not None else a,
-        time if time is not None else a,
-        total if total is not None else a,
-        partial,
-        norm.gain if norm is not None else a,
-        norm.shift if norm is not None else a,
-        factors if factors is not None else a,
-        grid if grid is not None else a,
-        state if state is not None else a,
-        out,
-        norm.eps if norm is not None else 0.0,
-        WIDTH=shape.width,
-        Q_CHANNELS=out.shape[2],
-        UPSAMPLE=shape.upsample,
-        HAS_B=b is not None,
-        WRITE_SUM=total is not None,
-        HAS_TIME=time is not None,
-        NORM=0 if norm is None else (1 if two_launches else 2),
-        SILU=silu,
-        FAST=a.is_cuda,
-        BLOCK_S=triton.next_power_of_2(slabs),
-        HAS_FACTOR=factors is not None,
-        QUANTIZE=grid is not None,
-        MODULATED=state is not None,
-        LOW=float(-top - 1),
-        HIGH=float(top),
-        BLOCK_P=tile.pixels,
-        num_warps=tile.warps,
-        **common,
-    )
+    peaks = torch.zeros(len(a), dtype=torch.int32, device=a.device) if steps is not None else None
+    for peak in (0,) if peaks is None else (1, 2):
+        quantize_kernel[(len(a), columns, triton.cdiv(pixels, tile.pixels))](
+            a,
+            b if b is not None else a,
+            skip if skip is not None else a,
+            time if time is not None else a,
+            total if total is not None else a,
+            partial,
+            norm.gain if norm is not None else a,
+            norm.shift if norm is not None else a,
+            factors if factors is not None else a,
+            grid if grid is not None else a,
+            state if state is not None else a,
+            out,
+            peaks if peaks is not None else a,
+            steps if steps is not None else a,
+            norm.eps if norm is not None else 0.0,
+            WIDTH=shape.width,
+            Q_CHANNELS=out.shape[2],
+            UPSAMPLE=shape.upsample,
+            HAS_B=b is not None,
+            WRITE_SUM=total is not None,
+            HAS_TIME=time is not None,
+            NORM=0 if norm is None else (1 if two_launches else 2),
+            SILU=silu,
+            FAST=a.is_cuda,
+            BLOCK_S=triton.next_power_of_2(slabs),
+            HAS_FACTOR=factors is not None,
+            QUANTIZE=grid is not None,
+            MODULATED=state is not None,
+            LOW=float(-top - 1),
+            HIGH=float(top),
+            PEAK=peak,
+            BLOCK_P=tile.pixels,
+            num_warps=tile.warps,
+            **common,
+        )

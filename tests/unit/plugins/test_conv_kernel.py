@@ -42,6 +42,22 @@ def test_it_equals_the_reference(shape, bias, scratch):
     assert torch.equal(again, out)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_each_image_may_have_a_step_of_its_own(shape, scratch):
+    n, c, h, w, k, r, stride, padding = shape
+    out_h, out_w = Geometry(n, c, h, w, k, r, stride, padding).out_size
+    q = torch.randint(-128, 128, (n, h * w, c), dtype=torch.int8)
+    weight = torch.randint(-128, 128, (k, r, r, c), dtype=torch.int8)
+    scale, steps, o_hat = torch.rand(k) * 1e-3, torch.rand(n) + 0.1, torch.randn(n, out_h * out_w, k)
+    out = o_hat.clone()
+    window = {"size": (h, w), "stride": stride, "padding": padding}
+    conv.convolve_int8(q, weight, scale, out, out, scratch=scratch, steps=steps, **window)
+    for i in range(n):
+        wide = (t.double() for t in (q[i : i + 1], weight.permute(0, 3, 1, 2), scale * steps[i], o_hat[i : i + 1]))
+        expected = reference.accumulate(*wide, (h, w), stride, padding)
+        torch.testing.assert_close(out[i : i + 1].double(), expected, rtol=1e-6, atol=2e-4)
+
+
 def test_neither_tile_nor_split_changes_a_bit(monkeypatch, scratch):
     q = torch.randint(-128, 128, (2, 36, 64), dtype=torch.int8)
     weight, scale = torch.randint(-128, 128, (48, 3, 3, 64), dtype=torch.int8), torch.rand(48)
@@ -77,7 +93,7 @@ def test_as_the_plugin_launches_it(shape):
     grid = (-(-geometry.sites // tile.sites), -(-k // tile.channels), 1)
     conv.conv_kernel[grid](
         integers, integers, weight, scale, found, found, step, multiplier, integers, integers, geometry.sites,
-        **geometry.constants, C2=0, INTEGER=True, BIAS=False, HAS_STEP=True, CHANNELS_FIRST=True, SPLIT=1, OVERLAP=False,
+        **geometry.constants, C2=0, INTEGER=True, BIAS=False, STEP=1, CHANNELS_FIRST=True, SPLIT=1, OVERLAP=False,
         BLOCK_M=tile.sites, BLOCK_N=tile.channels, BLOCK_K=tile.depth, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     wide = scale.double() * float(step) * float(multiplier)

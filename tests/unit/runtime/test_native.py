@@ -58,6 +58,31 @@ def test_images_are_those_of_the_simulation(small, recipe):
     assert psnr(small.sample(native(small, scales), 2), small.sample(Snapped(small, scales), 2)) > 25
 
 
+@pytest.mark.parametrize("recipe", [{"act_bits": 6}, {"method": "qdiff"}])
+def test_grids_that_follow_each_image_are_those_of_the_simulation(small, recipe):
+    """LTQ: the native step is the next whole number of units, a little above the simulation's."""
+    scales = small.scales(granularity="tensor", **recipe)
+    denoiser = native(small, scales)
+    assert all(layer.dynamic for layer in denoiser._model.layers.values())
+    together = small.sample(denoiser, 2)
+    simulated = small.sample(SimDenoiser(small.network, small.checkpoint.params, scales), 2)
+    assert psnr(together, simulated) > 25
+    static = small.sample(SimDenoiser(small.network, small.checkpoint.params, small.scales(**recipe)), 2)
+    assert psnr(together, simulated) > psnr(static, simulated)
+    assert psnr(small.sample(denoiser, 1), together[:1]) > 60  # an image's grid is its own
+
+
+def test_long_trajectories_keep_sums_in_float32(small, monkeypatch):
+    from modiff_trt.runtime import native_denoiser
+
+    scales = small.scales()
+    short = small.sample(native(small, scales), 2)
+    monkeypatch.setattr(native_denoiser, "LONG", 1)
+    denoiser = native(small, scales)
+    assert psnr(small.sample(denoiser, 2), short) > 40
+    assert all(t.dtype == torch.float32 for t in denoiser._buffers.o_hat.values())
+
+
 def test_layers_in_float_and_stateless_pairs(small):
     scales = with_modes(small.scales(), {"conv_in": "float", "up.0.block.0.conv2": "int8", "up.0.block.1.conv1": "int8"})
     assert psnr(small.sample(native(small, scales), 2), small.sample(Snapped(small, scales), 2)) > 25
@@ -90,6 +115,6 @@ def test_state_is_exact_multiples_and_shared_accumulators_are_counted_once(tiny)
 
 
 def test_what_only_the_simulation_can_run_is_refused(small):
-    for recipe in ({"start": "exact"}, {"granularity": "tensor"}):
+    for recipe in ({"start": "exact"}, {"granularity": "channel"}):
         with pytest.raises(InputError):
             native(small, small.scales(**recipe))

@@ -40,7 +40,9 @@ def native(case, scales):
     return NativeDenoiser(case.network, case.checkpoint.params, scales, CpuKernels(), "cpu")
 
 
-@pytest.mark.parametrize("recipe", [{"act_bits": 8}, {"act_bits": 6}, {"method": "qdiff"}])
+@pytest.mark.parametrize(
+    "recipe", [{"act_bits": 8}, {"act_bits": 6}, {"method": "qdiff"}, {"granularity": "tensor", "act_bits": 6}]
+)
 def test_images_are_those_of_the_simulation(demo, recipe):
     scales = demo.scales(**recipe)
     reference = demo.sample(demo.float_denoiser())

@@ -1,0 +1,79 @@
+"""Triton: parts of the kernels that gather a layer's input: sources, tiles, groups, SiLU."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def source(
+    a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, pixel, channel, mask,
+    C1: tl.constexpr, C2: tl.constexpr, HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_P, BLOCK_C] of the layer's sources; writes a + b where asked. Pointers are those of one image."""
+    main = mask
+    if C2 > 0:
+        main = mask & (channel < C1)
+    at = pixel * C1 + channel
+    value = tl.load(a_ptr + at, mask=main, other=0.0).to(tl.float32)
+    if HAS_B:
+        value += tl.load(b_ptr + at, mask=main, other=0.0).to(tl.float32)
+        narrow = value.to(a_ptr.dtype.element_ty)
+        if WRITE_SUM:
+            tl.store(sum_ptr + at, narrow, mask=main)
+        value = narrow.to(tl.float32)
+    if C2 > 0:
+        skip = tl.load(skip_ptr + pixel * C2 + (channel - C1), mask=mask & (channel >= C1), other=0.0)
+        value += skip.to(tl.float32)
+    if HAS_TIME:
+        value += tl.load(time_ptr + channel, mask=channel < C1 + C2, other=0.0)
+        value = tl.where(mask, value, 0.0)
+    return value
+
+
+@triton.jit
+def tile_mask(
+    exists, pixel, C: tl.constexpr, PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+):  # fmt: skip
+    """[BLOCK_P, BLOCK_C]: which elements of a tile exist; a constant where all do, so that loads need no predicate."""
+    if C % BLOCK_C == 0 and PIXELS % BLOCK_P == 0:
+        return tl.full([BLOCK_P, BLOCK_C], True, tl.int1)
+    return exists & (pixel < PIXELS)
+
+
+@triton.jit
+def silu_of(value, FAST: tl.constexpr):
+    """x sigmoid(x); FAST with the GPU's approximate exponential and reciprocal (2^-22 relative)."""
+    if FAST:
+        beyond = 1.0 + tl.math.exp2(value * -1.4426950408889634)
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [beyond], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return value * inverse
+    return value * tl.sigmoid(value)
+
+
+@triton.jit
+def channels_of(
+    start, C: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_G: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """(channel, whether it exists), [1, BLOCK_G * LANES]: BLOCK_G groups from channel `start`, each padded to LANES lanes."""
+    lane = tl.arange(0, BLOCK_G * LANES)[None, :]
+    if LANES == PER_GROUP:
+        channel = start + lane
+        return channel, channel < C
+    channel = start + (lane // LANES) * PER_GROUP + lane % LANES
+    return channel, (lane % LANES < PER_GROUP) & (channel < C)
+
+
+@triton.jit
+def over_groups(by_channel, BLOCK_G: tl.constexpr, LANES: tl.constexpr):
+    """[BLOCK_G * LANES] -> sums over each group [BLOCK_G]."""
+    return tl.sum(tl.reshape(by_channel, [BLOCK_G, LANES]), axis=1)
+
+
+@triton.jit
+def to_channels(by_group, BLOCK_G: tl.constexpr, LANES: tl.constexpr):
+    """[BLOCK_G] -> each group's value on its lanes [1, BLOCK_G * LANES]."""
+    return tl.reshape(tl.broadcast_to(by_group[:, None], [BLOCK_G, LANES]), [BLOCK_G * LANES])[None, :]
