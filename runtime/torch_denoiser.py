@@ -32,7 +32,9 @@ class _TorchBase:
         self._device = torch.device(device)
         self._dtype = dtype
         self._params = {k: p.to(self._device, dtype) for k, p in params.items()}
-        self._table = time_table(network, self._params)
+        # Sines of angles up to a thousand need float32 at least.
+        wide = {k: p.to(self._device, torch.promote_types(dtype, torch.float32)) for k, p in params.items()}
+        self._table = {block: table.to(dtype) for block, table in time_table(network, wide).items()}
         self._rows = rows
 
     @property

@@ -2,15 +2,19 @@
 
 A pass is the network, and with the device backends its DDIM update. Times are taken with CUDA events on a GPU (the clock
 of the device), and with a monotonic clock on a CPU. `microseconds` is the median of `runs` measurements, each over `passes`
-passes.
+passes; p95 of a pass is over all passes. A backend that cannot run here is named with the reason.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +36,81 @@ from modiff_trt.tools.provenance import provenance
 Make = Callable[[], Denoiser]
 
 
-def candidates(network: Network, checkpoint: Checkpoint, scales: Scales, device: str, names: Sequence[str]) -> dict[str, Make]:
-    """The backends by name, in the order of `names`. Raises InputError for an unknown one."""
-    from modiff_trt.runtime.compiled_denoiser import CompiledDenoiser
-    from modiff_trt.runtime.native_denoiser import NativeDenoiser
-    from modiff_trt.runtime.native_layers import check_scales
-    from modiff_trt.runtime.torch_denoiser import SimDenoiser, TorchDenoiser
-    from modiff_trt.tools.load import native_kernels
-
+def candidates(
+    network: Network, checkpoint: Checkpoint, scales: Scales, device: str, names: Sequence[str], plans: Sequence[Path] = ()
+) -> dict[str, Make]:
+    """The backends by name, in the order of `names` (`all` is every one), and a row for each plan. Raises InputError for an
+    unknown one. Whether one can run here shows when it is made."""
     params, steps = checkpoint.params, scales.rows.timesteps
-    stateless = scales.without_modulation()
+
+    def float16() -> Denoiser:
+        from modiff_trt.runtime.compiled_denoiser import CompiledDenoiser
+
+        if device != "cuda":
+            raise InputError("for --device cuda")
+        return CompiledDenoiser(network, params, steps)
+
+    def reference(dtype: torch.dtype) -> Denoiser:
+        from modiff_trt.runtime.torch_denoiser import TorchDenoiser
+
+        return TorchDenoiser(network, params, steps, device, dtype)
+
+    def simulated() -> Denoiser:
+        from modiff_trt.runtime.torch_denoiser import SimDenoiser
+
+        return SimDenoiser(network, params, scales, device)
+
+    def native(chosen: Scales) -> Denoiser:
+        from modiff_trt.runtime.native_denoiser import NativeDenoiser
+        from modiff_trt.tools.load import native_kernels
+
+        return NativeDenoiser(network, params, chosen, native_kernels(device), device)
+
+    def engine(plan: Path) -> Denoiser:
+        from modiff_trt.runtime.plan import load_plan
+        from modiff_trt.runtime.trt_denoiser import TrtDenoiser
+
+        return TrtDenoiser(load_plan(plan), steps)
+
     known: dict[str, Make] = {
-        "torch-fp32": lambda: TorchDenoiser(network, params, steps, device),
-        "torch-fp16-compiled": lambda: CompiledDenoiser(network, params, steps),
-        "torch-sim": lambda: SimDenoiser(network, params, scales, device),
-        "native-int8": lambda: NativeDenoiser(network, params, stateless, native_kernels(device), device),
-        "native-modiff": lambda: NativeDenoiser(network, params, scales, native_kernels(device), device),
+        "torch-fp32": lambda: reference(torch.float32),
+        "torch-bf16": lambda: reference(torch.bfloat16),
+        "torch-fp16-compiled": float16,
+        "torch-sim": simulated,
+        "native-int8": lambda: native(scales.without_modulation()),
+        "native-modiff": lambda: native(scales),
+        "native-ltq-modiff": lambda: native(replace(scales, granularity="tensor")),
+        "onnxruntime-fp32": lambda: _onnxruntime(network, checkpoint, None, steps, device),
+        "onnxruntime-int8": lambda: _onnxruntime(network, checkpoint, scales.without_modulation(), steps, device),
+        "onnxruntime-modiff": lambda: _onnxruntime(network, checkpoint, scales, steps, device),
     }
-    for name in names:
+    wanted = list(known) if list(names) == ["all"] else list(names)
+    for name in wanted:
         if name not in known:
-            raise InputError(f"--backends: unknown '{name}'; known: {', '.join(known)}")
-        if name == "torch-fp16-compiled" and device != "cuda":
-            raise InputError("--backends: torch-fp16-compiled is for --device cuda")
-        if name.startswith("native"):
-            check_scales(scales)
-    return {name: known[name] for name in names}
+            raise InputError(f"--backends: unknown '{name}'; known: all, {', '.join(known)}")
+    makes = {name: known[name] for name in wanted}
+    for plan in plans:
+        makes[f"tensorrt {plan.stem}"] = partial(engine, plan)
+    if list(names) == ["all"] and not plans:
+        makes["tensorrt"] = _no_plan
+    return makes
+
+
+def _no_plan() -> Denoiser:
+    raise InputError("no plan given: build some with `modiff-trt build` and pass them as --plans")
+
+
+def _onnxruntime(
+    network: Network, checkpoint: Checkpoint, scales: Scales | None, steps: tuple[int, ...], device: str
+) -> Denoiser:
+    """The exported network in onnxruntime, whose CPU kernels run the QDQ pattern in float."""
+    from modiff_trt.export.onnx_export import build_onnx, save_onnx
+    from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        save_onnx(path, build_onnx(network, checkpoint, scales, "fp32", None))
+        return OnnxDenoiser(load_onnx(path, device), steps, device)
 
 
 def run_bench(
@@ -70,34 +124,37 @@ def run_bench(
     device: str,
     out: Path,
     settings: dict[str, Any],
+    floors: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Times every backend at every batch size, writes the JSON after each size, and returns it."""
-    result: dict[str, Any] = settings | provenance(device) | {"runs": runs, "passes": passes, "batches": {}}
+    """Times every backend at every batch size, writes the JSON after each size, and returns it.
+
+    `floors` has for some backends the least microseconds an image and pass. Raises InputError if no backend can run.
+    """
+    result: dict[str, Any] = settings | provenance(device) | {"runs": runs, "passes": passes, "batches": {}, "not_run": {}}
     for batch in batch_sizes:
         x = ImageNoise(0, range(batch), network.config.input_shape).draw()
         ready: dict[str, tuple[Denoiser, int]] = {}
-        rows: dict[str, Any] = {}
         for name, make in makes.items():
             before = _memory(device)
-            ready[name] = (make(), 0)
-            _run(ready[name][0], x, max(warmup, 1), device)
-            ready[name] = (ready[name][0], _memory(device) - before)
-        seconds: dict[str, list[float]] = {name: [] for name in makes}
+            try:
+                denoiser = make()
+                _run(denoiser, x, max(warmup, 1), device)
+            except InputError as error:
+                result["not_run"][name] = str(error)
+                continue
+            ready[name] = (denoiser, _memory(device) - before)
+            del denoiser
+        if not ready:
+            raise InputError("no backend can run here: " + "; ".join(f"{k}: {v}" for k, v in result["not_run"].items()))
+        seconds: dict[str, list[list[float]]] = {name: [] for name in ready}
         for _ in range(runs):
             for name, (denoiser, _) in ready.items():
                 seconds[name].append(_run(denoiser, x, passes, device))
+        del denoiser
+        rows = {}
         for name in list(ready):
             denoiser, memory = ready.pop(name)
-            median = statistics.median(seconds[name])
-            rows[name] = {
-                "microseconds": median * 1e6,
-                "microseconds_all": [s * 1e6 for s in seconds[name]],
-                "microseconds_an_image": median * 1e6 / batch,
-                "images_a_second": batch / (median * len(denoiser.rows)),
-                "passes_a_trajectory": len(denoiser.rows),
-                "memory_bytes": memory,
-                "state_bytes_an_image": sum(info.nbytes for info in denoiser.state_info),
-            }
+            rows[name] = _row(denoiser, seconds[name], batch, memory, (floors or {}).get(name))
             del denoiser
         result["batches"][str(batch)] = rows
         write_json(out, result)
@@ -105,6 +162,27 @@ def run_bench(
         if device == "cuda":
             torch.cuda.empty_cache()
     return result
+
+
+def _row(denoiser: Denoiser, seconds: list[list[float]], batch: int, memory: int, floor: float | None) -> dict[str, Any]:
+    """One backend at one batch size; `seconds` of every pass of every run."""
+    means = [statistics.fmean(run) for run in seconds]
+    median, rows = statistics.median(means), len(denoiser.rows)
+    row = {
+        "microseconds": median * 1e6,
+        "microseconds_all": [mean * 1e6 for mean in means],
+        "microseconds_p95": float(np.percentile(np.concatenate(seconds), 95)) * 1e6,
+        "microseconds_an_image": median * 1e6 / batch,
+        "trajectory_seconds": median * rows,
+        "trajectory_seconds_p95": float(np.percentile(means, 95)) * rows,
+        "images_a_second": batch / (median * rows),
+        "passes_a_trajectory": rows,
+        "memory_bytes": memory,
+        "state_bytes_an_image": sum(info.nbytes for info in denoiser.state_info),
+    }
+    if floor is not None:
+        row |= {"floor_microseconds_an_image": floor, "share_of_floor": floor / row["microseconds_an_image"]}
+    return row
 
 
 def _memory(device: str) -> int:
@@ -117,8 +195,8 @@ def _memory(device: str) -> int:
     return torch.cuda.memory_reserved()
 
 
-def _run(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device: str) -> float:
-    """Seconds a pass, from the start of a trajectory."""
+def _run(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device: str) -> list[float]:
+    """Seconds of each pass, from the start of a trajectory."""
     passes = min(passes, len(denoiser.rows))
     if isinstance(denoiser, GraphedDenoiser):
         steps: Callable[[int], Any] = lambda row: denoiser.step()  # noqa: E731
@@ -130,18 +208,30 @@ def _run(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device: str) 
         on_device = denoiser.from_host(x)
         steps = lambda row: denoiser(on_device, row)  # noqa: E731
     if device == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(passes + 1)]
         torch.cuda.synchronize()
-        begin.record()
+        events[0].record()
         for row in range(passes):
             steps(row)
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3 / passes
-    start = time.perf_counter()
+            events[row + 1].record()
+        events[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
+    times = [time.perf_counter()]
     for row in range(passes):
         steps(row)
-    return (time.perf_counter() - start) / passes
+        times.append(time.perf_counter())
+    return [b - a for a, b in pairwise(times)]
+
+
+def native_floors(network: Network, scales: Scales, device: str) -> tuple[dict[str, float], dict[str, float]]:
+    """(ceilings, least microseconds an image and pass of the native backends), by what this GPU reaches now; empty on a CPU."""
+    if device != "cuda":
+        return {}, {}
+    from modiff_trt.tools.profiling import ceilings, floors
+
+    reached = ceilings()
+    chosen = {"native-modiff": scales, "native-int8": scales.without_modulation()}
+    return reached, {name: sum(floors(network, s, reached).values()) for name, s in chosen.items()}
 
 
 def add_profiles(
@@ -176,3 +266,5 @@ def print_bench(result: dict[str, Any]) -> None:
                 f"{row['state_bytes_an_image'] / 1e6:.1f}",
             )
     Console().print(table)
+    for name, reason in result["not_run"].items():
+        Console().print(f"not run: {name}: {reason}", soft_wrap=True)

@@ -191,8 +191,9 @@ def bench(
     scales: Annotated[Path, typer.Option(help="scales file of the integer backends")],
     out: Annotated[Path, typer.Option(help="JSON file to write")],
     backends: Annotated[
-        str, typer.Option(help="comma-separated: torch-fp32, torch-fp16-compiled, torch-sim, native-int8, native-modiff")
+        str, typer.Option(help="comma-separated; `all` is every one that can run here, the others are named with the reason")
     ] = "torch-fp32,native-int8,native-modiff",
+    plans: Annotated[str, typer.Option(help="comma-separated TensorRT plans, each a row")] = "",
     batch_sizes: Annotated[str, typer.Option(help="comma-separated")] = "1,4",
     num_warmup: Annotated[int, typer.Option(help="passes before the measurement")] = 2,
     num_runs: Annotated[int, typer.Option(help="measurements; their median counts")] = 7,
@@ -203,7 +204,7 @@ def bench(
     """Time the backends against each other, interleaved in one run."""
     from modiff_trt.export.files import sha256
     from modiff_trt.export.scales import load_scales
-    from modiff_trt.tools.bench import add_profiles, candidates, print_bench, run_bench
+    from modiff_trt.tools.bench import add_profiles, candidates, native_floors, print_bench, run_bench
     from modiff_trt.tools.load import check_device, load_model
 
     network, checkpoint = load_model(config, ckpt)
@@ -214,10 +215,13 @@ def bench(
         raise InputError(f"--batch-sizes must be numbers separated by commas, found '{batch_sizes}'") from None
     if min(sizes) < 1 or num_runs < 1 or num_passes < 1:
         raise InputError("--batch-sizes, --num-runs and --num-passes must be at least 1")
-    if profile and (device != "cuda" or "native-modiff" not in backends.split(",")):
+    if profile and (device != "cuda" or not {"native-modiff", "all"} & set(backends.split(","))):
         raise InputError("--profile is for --device cuda and the backend native-modiff")
-    makes = candidates(network, checkpoint, loaded, check_device(device), backends.split(","))
-    settings = {"config": config.name, "checkpoint_sha256": checkpoint.sha256, "scales_sha256": sha256(scales)}
+    files = [Path(plan) for plan in plans.split(",") if plan]
+    makes = candidates(network, checkpoint, loaded, check_device(device), backends.split(","), files)
+    reached, floors = native_floors(network, loaded, device)
+    settings: dict[str, Any] = {"config": config.name, "checkpoint_sha256": checkpoint.sha256, "scales_sha256": sha256(scales)}
+    settings |= {"ceilings": reached} if reached else {}
     result = run_bench(
         network,
         makes,
@@ -228,6 +232,7 @@ def bench(
         device=device,
         out=out,
         settings=settings,
+        floors=floors,
     )
     print_bench(result)
     if profile:
