@@ -90,5 +90,5 @@ class CifarFeatures:
         """uint8 [n, 32, 32, 3] to {"features": [n, 256], "logits": [n, 10]}, float32. Raises InputError on other sizes."""
         if images.shape[1:] != (SIZE, SIZE, 3):
             raise InputError(f"FD-CIFAR is for images of 32 x 32, found {images.shape[1:3]}; use --features inception")
-        features, logits = forward(normalize(torch.from_numpy(np.ascontiguousarray(images)).to(self._device)), self._layer)
+        features, logits = forward(normalize(torch.from_numpy(np.array(images)).to(self._device)), self._layer)
         return {"features": features.cpu().numpy(), "logits": logits.cpu().numpy()}

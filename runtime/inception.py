@@ -114,7 +114,7 @@ class InceptionFeatures:
     @torch.inference_mode()
     def __call__(self, images: Images) -> dict[str, np.ndarray]:
         """uint8 [n, H, W, 3] to {"pool": [n, 2048], "spatial": [n, 2023], "logits": [n, 1008]}."""
-        x = torch.from_numpy(np.ascontiguousarray(images)).to(self._device).permute(0, 3, 1, 2).float()
+        x = torch.from_numpy(np.array(images)).to(self._device).permute(0, 3, 1, 2).float()
         if self._resize == "torch":
             x = F.interpolate(x / 255, size=(SIZE, SIZE), mode="bilinear", align_corners=False) * 2 - 1
         else:

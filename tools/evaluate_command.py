@@ -63,7 +63,7 @@ def evaluate(
         raise InputError(f"{out} is not a results file of `evaluate`; choose another --out")
     entry: dict[str, Any] = describe(images) | provenance(device)
     if exact is not None:
-        entry |= paired(images, exact, batch_size)
+        entry |= paired(images, exact, batch_size, device)
     for network in wanted:
         own = measure(images, network, batch_size, score=True)
         found: dict[str, Any] = {"weights_sha256": network.digest}

@@ -22,7 +22,6 @@ from modiff_trt.runtime.images import MANIFEST
 from modiff_trt.tools.progress import progress_bar
 
 KIND, SCHEMA = "feature statistics", 1
-LEVELS = 255.0
 
 
 class Features(Protocol):
@@ -140,46 +139,32 @@ def distances(found: Statistics, reference: Statistics, features: Features) -> d
     }
 
 
-def paired(images: ImageSet, exact: ImageSet, batch_size: int) -> dict[str, float | None]:
-    """PSNR in dB over all pixels, and mean SSIM (Wang et al., 2004; Gaussian window of 11), of pairs of 8-bit images from one
-    noise. SSIM is None where torchmetrics is not installed, PSNR where the sets are equal and it is infinite."""
+def paired(images: ImageSet, exact: ImageSet, batch_size: int, device: str = "cpu") -> dict[str, float | None]:
+    """PSNR in dB over all pixels, and mean SSIM, of pairs of 8-bit images from one noise. The PSNR of equal sets, which is
+    infinite, is None."""
     if images.count != exact.count or images.shape != exact.shape:
         raise InputError(
             f"{images.path} has {images.count} images of {images.shape}, {exact.path} has {exact.count} of {exact.shape}; "
             "pairs need the same images, made from the same seed"
         )
+    from modiff_trt.runtime.similarity import LEVELS, ssim
+
     squares, similarity = 0.0, 0.0
-    ssim = _ssim()
     with progress_bar() as bar:
         task = bar.add_task("pairs", total=images.count, unit="images")
         for a, b in _pairs(images, exact, batch_size):
             squares += float(((a.astype(np.float64) - b) ** 2).sum())
-            similarity += ssim(a, b) if ssim is not None else 0.0
+            similarity += float(ssim(a, b, device).sum())
             bar.advance(task, len(a))
     mse = squares / (images.count * math.prod(images.shape) * 3)
     return {
         "psnr_db": 10 * math.log10(LEVELS**2 / mse) if mse > 0 else None,
-        "ssim": similarity / images.count if ssim is not None else None,
+        "ssim": similarity / images.count,
     }
 
 
 def _pairs(a: ImageSet, b: ImageSet, batch_size: int) -> Iterator[tuple[Images, Images]]:
     yield from zip(a.batches(batch_size), b.batches(batch_size), strict=True)
-
-
-def _ssim() -> Any:
-    """The sum of SSIM over a batch of pairs, or None."""
-    try:
-        import torch
-        from torchmetrics.functional.image import structural_similarity_index_measure as similarity
-    except ImportError:
-        return None
-
-    def total(a: Images, b: Images) -> float:
-        x, y = (torch.from_numpy(np.ascontiguousarray(v)).permute(0, 3, 1, 2).float() for v in (a, b))
-        return float(similarity(x, y, data_range=LEVELS, reduction="sum"))
-
-    return total
 
 
 def method_name(quantization: dict[str, Any]) -> str:
