@@ -73,9 +73,9 @@ def candidates(
         return TrtDenoiser(load_plan(plan), steps)
 
     known: dict[str, Make] = {
+        "torch-fp16-compiled": float16,
         "torch-fp32": lambda: reference(torch.float32),
         "torch-bf16": lambda: reference(torch.bfloat16),
-        "torch-fp16-compiled": float16,
         "torch-sim": simulated,
         "native-int8": lambda: native(scales.without_modulation()),
         "native-modiff": lambda: native(scales),
@@ -84,16 +84,12 @@ def candidates(
         "onnxruntime-int8": lambda: _onnxruntime(network, checkpoint, scales.without_modulation(), steps, device),
         "onnxruntime-modiff": lambda: _onnxruntime(network, checkpoint, scales, steps, device),
     }
+    known |= {f"tensorrt {plan.stem}": partial(engine, plan) for plan in plans} or {"tensorrt": _no_plan}
     wanted = list(known) if list(names) == ["all"] else list(names)
     for name in wanted:
         if name not in known:
             raise InputError(f"--backends: unknown '{name}'; known: all, {', '.join(known)}")
-    makes = {name: known[name] for name in wanted}
-    for plan in plans:
-        makes[f"tensorrt {plan.stem}"] = partial(engine, plan)
-    if list(names) == ["all"] and not plans:
-        makes["tensorrt"] = _no_plan
-    return makes
+    return {name: known[name] for name in [*wanted, *(n for n in known if n.startswith("tensorrt ") and n not in wanted)]}
 
 
 def _no_plan() -> Denoiser:
