@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,17 @@ def use_full_precision() -> None:
     """Turns TF32 off: the reference is FP32 everywhere."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+@contextmanager
+def _tf32_products(allowed: bool) -> Iterator[None]:
+    """Convolutions through TF32 where `allowed`."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 class _TorchBase:
@@ -128,7 +140,7 @@ class SimDenoiser(_TorchBase):
         exact = self._rows.exact_start and row == 0
         factors = torch.from_numpy(self._rows.multipliers[row]).to(self._device, self._dtype) if self._modulated else ()
         multipliers = dict(zip(self._modulated, factors, strict=True))
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=self._only_integers and not exact):
+        with _tf32_products(self._only_integers and not exact):
             eps, self._state = self._pass(
                 self._network,
                 self._params,
