@@ -25,6 +25,8 @@ OPT_BATCH ?= 4
 MAX_BATCH ?= 16
 BACKENDS ?= torch-fp32,native-int8,native-modiff
 BATCH_SIZES ?= 1,4
+FEATURES ?= fd-cifar
+RESULTS ?= $(OUT)/evaluation.json
 
 RUN := $(VENV)/bin/modiff-trt
 MODEL := --config $(CONFIG) --ckpt $(CKPT)
@@ -89,8 +91,17 @@ sampler: setup $(ONNX) ## a folder that samples by itself, without torch: out/NA
 verify: setup ## a plan against onnxruntime, pass by pass, on this machine's GPU: ONNX=FILE PLAN=FILE
 	$(RUN) verify --onnx $(ONNX) --plan $(PLAN)
 
-fid compare report: ## not built so far; each says so and fails
-	@echo "make $@: this stage does not exist in this version; see 'What works today' in README.md" >&2; exit 2
+fid: setup ## FID, sFID, IS and FD-CIFAR of OUT: REFERENCE=images FEATURES=fd-cifar,inception
+	$(RUN) evaluate --samples $(OUT) $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(SAME_NOISE),--same-noise $(SAME_NOISE)) \
+		--features $(FEATURES) --device $(DEVICE) --out $(RESULTS)
+
+compare: setup $(SCALES) ## every backend in one run: PyTorch, native, onnxruntime, and TensorRT with PLANS=a.plan,b.plan
+	$(RUN) bench $(MODEL) --scales $(SCALES) --device $(DEVICE) --backends all --batch-sizes $(BATCH_SIZES) \
+		$(if $(PLANS),--plans $(PLANS)) --out $(OUT)/compare.json
+
+report: setup $(SCALES) ## one HTML page of what the scales do, with BENCH= and RESULTS= where they exist
+	$(RUN) report $(MODEL) --scales $(SCALES) --device $(DEVICE) $(if $(BENCH),--bench $(BENCH)) \
+		$(if $(wildcard $(RESULTS)),--evaluation $(RESULTS)) $(if $(PLAN),--plan $(PLAN)) --out $(OUT)/report.html
 
 results-tables: setup ## the tables of README.md, from results/
 	$(VENV)/bin/python -m modiff_trt.tools.results_tables README.md

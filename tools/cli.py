@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.tools import engine_commands, evaluate_command
+from modiff_trt.tools import engine_commands, evaluate_command, report_command
 from modiff_trt.tools.options import BatchSize, Ckpt, Config, Device, Seed
 from modiff_trt.tools.progress import errors
 
@@ -26,7 +26,14 @@ app = typer.Typer(
 DEMO_OUT = Path("out/demo")
 INTERRUPTED = 130
 
-for stage in (engine_commands.build, engine_commands.verify, engine_commands.package, evaluate_command.evaluate):
+STAGES = (
+    engine_commands.build,
+    engine_commands.verify,
+    engine_commands.package,
+    evaluate_command.evaluate,
+    report_command.report,
+)
+for stage in STAGES:
     app.command()(stage)
 
 

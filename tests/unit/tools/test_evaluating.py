@@ -1,0 +1,144 @@
+"""`evaluate` on real files: distances by pytorch-fid's arithmetic on the same features, pairs, the cache, the paper's table."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modiff_trt.export.errors import InputError
+from modiff_trt.runtime.image_sets import open_images
+from modiff_trt.runtime.images import to_uint8
+from modiff_trt.tools import evaluating
+from modiff_trt.tools.assets import classifier_path
+from modiff_trt.tools.cli import app
+from modiff_trt.tools.evaluate_command import HEADINGS, rows_of
+from modiff_trt.tools.evaluating import method_name, open_features
+
+
+def pictures(folder, count, seed, noise=0):
+    """Smooth pictures of 32 x 32, and the same with a little noise."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.uniform(-1, 1, (count, 3, 4, 4)).repeat(8, 2).repeat(8, 3)
+    disturbed = coarse + noise * np.random.default_rng(99).standard_normal(coarse.shape)
+    images = to_uint8(disturbed.astype(np.float32))
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:05d}.png")
+    return images
+
+
+@pytest.fixture
+def sets(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODIFF_TRT_CACHE", str(tmp_path / "cache"))
+    real = pictures(tmp_path / "real", 40, 0)
+    exact = pictures(tmp_path / "exact", 24, 1)
+    quantized = pictures(tmp_path / "quantized", 24, 1, noise=0.05)
+    return {"real": real, "exact": exact, "quantized": quantized}
+
+
+def run(*arguments):
+    app(["evaluate", *map(str, arguments)], standalone_mode=False)
+
+
+def test_distances_and_pairs(sets, tmp_path):
+    fid = pytest.importorskip("pytorch_fid.fid_score")
+    out = tmp_path / "results.json"
+    arguments = ["--samples", tmp_path / "quantized", "--reference", tmp_path / "real", "--same-noise", tmp_path / "exact"]
+    run(*arguments, "--out", out, "--batch-size", 7)
+    found = json.loads(out.read_text())["sets"]["quantized"]
+    features = open_features("fd-cifar", None, "cpu", "torch")
+    sides = []
+    for name in ("quantized", "real"):
+        x = features(sets[name])["features"].astype(np.float64)
+        sides += [x.mean(0), np.cov(x, rowvar=False)]
+    assert found["fd-cifar"]["FD-CIFAR"] == pytest.approx(fid.calculate_frechet_distance(*sides), rel=1e-3)
+    mse = ((sets["quantized"].astype(float) - sets["exact"]) ** 2).mean()
+    assert found["psnr_db"] == pytest.approx(10 * np.log10(255**2 / mse))
+    assert 0.5 < found["ssim"] < 1
+    assert found["fd-cifar"]["to full precision"]["FD-CIFAR"] < found["fd-cifar"]["FD-CIFAR"]
+    run(*arguments, "--out", out, "--batch-size", 24, "--name", "again")  # other batches, and the reference from the cache
+    again = json.loads(out.read_text())["sets"]
+    assert set(again) == {"quantized", "again"}
+    assert again["again"]["fd-cifar"]["FD-CIFAR"] == pytest.approx(found["fd-cifar"]["FD-CIFAR"], rel=1e-4)
+
+
+def test_the_reference_is_measured_once_for_each_content(sets, tmp_path):
+    calls = []
+    network = open_features("fd-cifar", None, "cpu", "torch")
+
+    class Counted:
+        name, digest = network.name, network.digest
+
+        def __call__(self, images):
+            calls.append(len(images))
+            return network(images)
+
+    first = evaluating.reference_statistics(tmp_path / "real", Counted(), 16)
+    second = evaluating.reference_statistics(tmp_path / "real", Counted(), 16)
+    assert sum(calls) == 40 and first.count == second.count == 40
+    np.testing.assert_array_equal(first.gaussians["features"].covariance, second.gaussians["features"].covariance)
+    Image.fromarray(sets["real"][0]).save(tmp_path / "real/99999.png")
+    assert evaluating.reference_statistics(tmp_path / "real", Counted(), 16).count == 41
+
+
+def test_statistics_of_pytorch_fid_are_references_for_inception_only(sets, tmp_path):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    network = open_features("fd-cifar", None, "cpu", "torch")
+    with pytest.raises(InputError, match="Inception statistics"):
+        evaluating.reference_statistics(tmp_path / "stats.npz", network, 16)
+
+    class Inception:
+        name, digest = "inception", "x"
+
+    found = evaluating.reference_statistics(tmp_path / "stats.npz", Inception(), 16)
+    assert set(found.gaussians) == {"pool"}
+
+
+def test_pairs_must_fit(sets, tmp_path):
+    with pytest.raises(InputError, match="pairs need the same images"):
+        evaluating.paired(open_images(tmp_path / "real"), open_images(tmp_path / "exact"), 8)
+    assert evaluating.paired(open_images(tmp_path / "exact"), open_images(tmp_path / "exact"), 8)["psnr_db"] is None
+
+
+def test_the_paper_s_figures_stand_beside_the_same_method_and_bits():
+    made = {"method": "modiff", "granularity": "static", "weight_bits": 8, "act_bits": 6}
+    entry = {"images": 10, "made by": {"quantization": made, "checkpoint_sha256": "ab" * 32}, "psnr_db": 40.0}
+    (row,) = rows_of({"sets": {"mine": entry}})
+    cells = dict(zip(HEADINGS, row, strict=True))
+    assert cells["method"] == "Q-Diff + MoDiff" and cells["bits"] == "W8A6"
+    assert cells["paper: IS / FID / sFID"] == "9.38 / 4.19 / 4.32" and cells["ours"] == cells["FD-CIFAR"] == ""
+    assert method_name(made | {"method": "qdiff", "granularity": "tensor"}) == "LTQ"
+    assert method_name({"method": "float"}) == "full precision"
+
+
+def test_the_shipped_classifier_knows_its_classes():
+    from safetensors import safe_open
+
+    path = classifier_path()
+    assert path.stat().st_size < 6_000_000
+    with safe_open(path, "numpy") as file:
+        assert float(file.metadata()["test_accuracy"]) >= 0.93
+
+
+def test_the_classifier_can_be_trained_again(tmp_path):
+    """Two colours, two classes: an epoch on few images learns them, and the folded file answers like the network."""
+    import torch
+
+    from modiff_trt.runtime.cifar_features import CifarFeatures, normalize
+    from modiff_trt.tools.train_classifier import accuracy, main, train
+
+    labels = np.arange(640, dtype=np.uint8) % 2
+    images = np.random.default_rng(0).integers(0, 60, (640, 32, 32, 3), dtype=np.uint8)
+    images[labels == 1] += 190
+    np.savez(tmp_path / "l.npz", images=images, labels=labels, test_images=images[:50], test_labels=labels[:50])
+    main(tmp_path / "l.npz", tmp_path / "c.safetensors", epochs=3, seed=0)
+    assert accuracy(tmp_path / "c.safetensors", (images[:50], labels[:50])) > 0.9
+    network = train((images, labels), 1, 0).eval()
+    from safetensors.numpy import save_file
+
+    save_file(network.folded(), tmp_path / "d.safetensors")
+    with torch.no_grad():
+        expected = network(normalize(torch.from_numpy(images[:4]))).numpy()
+    found = CifarFeatures(tmp_path / "d.safetensors")(images[:4])["logits"]
+    np.testing.assert_allclose(found, expected, rtol=0.05, atol=0.05)

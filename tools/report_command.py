@@ -1,0 +1,73 @@
+"""`modiff-trt report`: one page that shows what a scales file does, with what bench, evaluate and build wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modiff_trt.export.errors import InputError
+from modiff_trt.tools.options import Device, Seed
+
+
+def report(
+    out: Annotated[Path, typer.Option("--out", "--output-dir", help="HTML file to write")] = Path("out/report.html"),
+    config: Annotated[Path | None, typer.Option(help="DDIM configuration (.yml); the shipped demo by default")] = None,
+    ckpt: Annotated[Path | None, typer.Option(help="trained weights")] = None,
+    scales: Annotated[Path | None, typer.Option(help="scales file, modulated")] = None,
+    num_samples: Annotated[int, typer.Option(help="images in the pictures")] = 8,
+    seed: Seed = 0,
+    bench: Annotated[str, typer.Option(help="comma-separated files that `bench` wrote")] = "",
+    evaluation: Annotated[Path | None, typer.Option(help="file that `evaluate` wrote")] = None,
+    plan: Annotated[Path | None, typer.Option(help="plan whose layers are listed (its .json lies beside it)")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Write a self-contained page: images, errors, ranges, speed, metrics and manifests."""
+    from modiff_trt.export.files import atomic_path, sha256
+    from modiff_trt.export.scales import load_scales
+    from modiff_trt.tools.assets import config_path, demo_path
+    from modiff_trt.tools.inspecting import state_elements
+    from modiff_trt.tools.load import check_device, load_model
+    from modiff_trt.tools.provenance import provenance
+    from modiff_trt.tools.report_data import compare
+    from modiff_trt.tools.report_page import page
+
+    given = [value for value in (config, ckpt, scales) if value is not None]
+    if given and len(given) < 3:
+        raise InputError(
+            "--config, --ckpt and --scales go together; without any of them the report is of the shipped demo model"
+        )
+    if num_samples < 1:
+        raise InputError("--num-samples must be at least 1")
+    network, checkpoint = load_model(config or config_path("demo.yml"), ckpt or demo_path("model.safetensors"))
+    file = scales or demo_path("modiff-w8a6.safetensors")
+    loaded = load_scales(file, network, checkpoint.sha256)
+    if not loaded.modulated:
+        raise InputError(f"{file} has no modulated layer; calibrate with --method modiff")
+    benches = [_result(Path(part), "batches") for part in bench.split(",") if part]
+    evaluated = _result(evaluation, "sets") if evaluation is not None else None
+    built = _result(plan.with_suffix(".json"), "report") if plan is not None else None
+    manifest: dict[str, Any] = {
+        "checkpoint_sha256": checkpoint.sha256,
+        "scales_sha256": sha256(file),
+        "method": loaded.method,
+        "ddim_steps": len(loaded.rows.timesteps),
+        "seed": seed,
+        "state_bytes_an_image": 2 * sum(state_elements(loaded, network).values()),
+        **provenance(device),
+    }
+    comparison = compare(network, checkpoint, loaded, num_samples, seed, check_device(device))
+    text = page(comparison, loaded, benches, evaluated, built, manifest)
+    with atomic_path(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, open it in a browser")
+
+
+def _result(path: Path, key: str) -> dict[str, Any]:
+    from modiff_trt.export.files import read_json
+
+    data = read_json(path, "result")
+    if not isinstance(data, dict) or key not in data:
+        raise InputError(f"{path} has no '{key}'; it was not written by the command that this option names")
+    return data
