@@ -22,11 +22,13 @@ BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def demo(data: dict[str, Any]) -> str:
     """The demo's rows, as `modiff-trt demo` wrote them."""
-    lines = ["| | PSNR to FP32, dB | seconds an image | state, MB an image | ONNX, MB |", "|---|---|---|---|---|"]
+    lines = ["| | backend | PSNR to FP32, dB | seconds an image | state, MB an image | ONNX, MB |", "|---|---|---|---|---|---|"]
     for row in data["rows"]:
         decibel = "reference" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
         state, size = row["state_bytes_per_image"] / 1e6, row["onnx_bytes"] / 1e6
-        lines.append(f"| {row['name']} | {decibel} | {row['seconds_per_image']:.2f} | {state:.1f} | {size:.1f} |")
+        lines.append(
+            f"| {row['name']} | {row['backend']} | {decibel} | {row['seconds_per_image']:.2f} | {state:.1f} | {size:.1f} |"
+        )
     lines.append("")
     lines.append(
         f"{data['images']} images, {data['ddim_steps']} DDIM steps, {data['machine']['cores']} CPU cores, "
