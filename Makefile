@@ -103,8 +103,9 @@ report: setup $(SCALES) ## one HTML page of what the scales do, with BENCH= and 
 	$(RUN) report $(MODEL) --scales $(SCALES) --device $(DEVICE) $(if $(BENCH),--bench $(BENCH)) \
 		$(if $(wildcard $(RESULTS)),--evaluation $(RESULTS)) $(if $(PLAN),--plan $(PLAN)) --out $(OUT)/report.html
 
-results-tables: setup ## the tables of README.md, from results/
+results-tables: setup ## the tables of README.md and STUDIES.md, from results/
 	$(VENV)/bin/python -m modiff_trt.tools.results_tables README.md
+	$(VENV)/bin/python -m modiff_trt.tools.results_tables STUDIES.md
 
 test: setup ## what CI runs, without a GPU
 	$(VENV)/bin/pytest -m "not gpu"

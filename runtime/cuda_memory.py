@@ -28,9 +28,9 @@ def driver() -> Any:
     return module
 
 
-def use_device() -> tuple[str, tuple[int, int]]:
-    """The GPU of this thread's current context, or the first one's primary context, which torch and PyCUDA share; returns the
-    name and compute capability. Raises InputError where there is none."""
+def use_device(gpu: int = 0) -> tuple[str, tuple[int, int]]:
+    """The GPU of this thread's current context, or the primary context of the GPU with this index (counted round), which torch
+    and PyCUDA share; returns the name and compute capability. Raises InputError where there is none."""
     cu = driver()
     try:
         check(cu.cuInit(0))
@@ -38,7 +38,8 @@ def use_device() -> tuple[str, tuple[int, int]]:
         if int(check(cu.cuCtxGetCurrent())):
             index = int(check(cu.cuCtxGetDevice()))
         else:
-            check(cu.cuCtxSetCurrent(check(cu.cuDevicePrimaryCtxRetain(check(cu.cuDeviceGet(0))))))
+            index = gpu % max(int(check(cu.cuDeviceGetCount())), 1)
+            check(cu.cuCtxSetCurrent(check(cu.cuDevicePrimaryCtxRetain(check(cu.cuDeviceGet(index))))))
         name = check(cu.cuDeviceGetName(128, check(cu.cuDeviceGet(index)))).decode().rstrip("\0")
         major, minor = divmod(current_capability(index), 10)
         return name, (major, minor)

@@ -22,13 +22,14 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A loaded file: its path, session, graph, configuration and manifest."""
+    """A loaded file: its path, session, graph, configuration and manifest; `gpu` is the index of the GPU it is on, if any."""
 
     path: Path
     session: ort.InferenceSession
     proto: onnx.ModelProto
     config: Config
     manifest: dict[str, Any]
+    gpu: int = 0
 
     @property
     def calibrated_rows(self) -> RowTable | None:
@@ -36,7 +37,7 @@ class OnnxModel:
         return rows_of_manifest(self.manifest)
 
 
-def load_onnx(path: Path, device: str = "cpu", threads: int = 0) -> OnnxModel:
+def load_onnx(path: Path, device: str = "cpu", threads: int = 0, gpu: int = 0) -> OnnxModel:
     """Opens an exported file. Raises InputError if it is missing, damaged, or was not written by this program."""
     if not path.is_file():
         raise InputError(f"ONNX file {path} does not exist; write one with `modiff-trt export`")
@@ -48,7 +49,8 @@ def load_onnx(path: Path, device: str = "cpu", threads: int = 0) -> OnnxModel:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
-        session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[device]])
+        placed = [{"device_id": gpu}] if device == "cuda" else None
+        session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[device]], provider_options=placed)
     except Exception as error:  # onnxruntime raises bare pybind exceptions of many kinds
         first = str(error).splitlines()[0]
         raise InputError(f"ONNX file {path} cannot be loaded (truncated or altered?): {first}") from None
@@ -56,7 +58,7 @@ def load_onnx(path: Path, device: str = "cpu", threads: int = 0) -> OnnxModel:
     manifest = read_manifest(path, proto)
     try:
         config = config_from_dict(manifest["config"], str(path))
-        model = OnnxModel(path, session, proto, config, manifest)
+        model = OnnxModel(path, session, proto, config, manifest, gpu)
         _ = model.calibrated_rows
     except (ValueError, KeyError, TypeError):
         raise InputError(f"ONNX file {path} has a damaged manifest; export again") from None
@@ -73,7 +75,7 @@ class OnnxDenoiser:
             raise ValueError("a float network needs timesteps")
         self._rows = rows if rows is not None else plain_rows(timesteps or ())
         self._session = model.session
-        self._device = device
+        self._device, self._gpu = device, model.gpu
         self._shapes = {i.name: tuple(i.shape[1:]) for i in self._session.get_inputs()}
         self._start = start_state(model.proto, model.manifest, self._shapes)
         types = {i.name: i.type for i in self._session.get_inputs()}
@@ -124,7 +126,7 @@ class OnnxDenoiser:
 
     def _allocate(self, batch: int) -> None:
         def new(shape: tuple[int, ...], dtype: Any) -> ort.OrtValue:
-            return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self._device, 0)
+            return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self._device, self._gpu)
 
         self._batch = batch
         image = (batch, *self._shapes["x"])

@@ -25,8 +25,11 @@ class TrtDenoiser:
     valid until the next pass. `stream` is the handle of a CUDA stream to work on.
     """
 
-    def __init__(self, plan: Plan, timesteps: tuple[int, ...] | None = None, stream: int | None = None) -> None:
-        """`timesteps` is only for float networks. Raises InputError for a plan that this machine cannot run."""
+    def __init__(self, plan: Plan, timesteps: tuple[int, ...] | None = None, stream: int | None = None, gpu: int = 0) -> None:
+        """`timesteps` is only for float networks; `gpu` is the index of the GPU where no context is current.
+
+        Raises InputError for a plan that this machine cannot run.
+        """
         rows = plan.calibrated_rows
         if rows is None and timesteps is None:
             raise ValueError("a float network needs timesteps")
@@ -34,7 +37,7 @@ class TrtDenoiser:
         library = open_library(plan.manifest["runtime"])
         check_plan(plan, library)
         self._plan, self._library, self._trt = plan, library, library.trt
-        name, capability = use_device()
+        name, capability = use_device(gpu)
         check_target(plan, name, capability)
         if plan.manifest["plugin"]:
             trt_plugin.register(library.trt)

@@ -15,7 +15,7 @@ import numpy as np
 from modiff_trt.tools.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLED, EVALUATED = (16, 64, 256), (1_000, 10_000, 50_000)
+SAMPLED, EVALUATED = (8, 32, 128), (1_000, 4_000, 16_000)
 MODEL = ["--config", ROOT / "configs/demo.yml", "--ckpt", ROOT / "calib_cache/demo/model.safetensors"]
 
 

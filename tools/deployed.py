@@ -13,7 +13,7 @@ from typing import Any
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import read_json, sha256
 from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
-from modiff_trt.tools.sampling import Backend, exported, image_range, run_sampling
+from modiff_trt.tools.sampling import Backend, Rank, exported, image_range, run_sampling
 
 NETWORK, PLAN, ABOUT = "network.onnx", "network.plan", "about.json"
 
@@ -64,7 +64,7 @@ def _backend(folder: Path, device: str) -> Backend:
         raise InputError(f"{network} is missing or is not the network of this sampler; deploy it again")
     if device == "cuda" and plan.is_file():
         return _engine(plan, about)
-    model = load_onnx(network, device)
+    model = load_onnx(network, device, gpu=Rank.of_environment().local)
     rows = model.calibrated_rows
     timesteps = rows.timesteps if rows is not None else tuple(about["timesteps"])
     manifest = {"backend": "onnx", "onnx_sha256": about["onnx_sha256"], **exported(model.manifest, timesteps)}
@@ -80,4 +80,4 @@ def _engine(file: Path, about: dict[str, Any]) -> Backend:
         raise InputError(f"{file} is not the plan of this sampler; deploy it again")
     timesteps = tuple(about["timesteps"])
     manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"], **exported(plan.manifest["network"], timesteps)}
-    return Backend(TrtDenoiser(plan, timesteps), plan.config, manifest)
+    return Backend(TrtDenoiser(plan, timesteps, gpu=Rank.of_environment().local), plan.config, manifest)

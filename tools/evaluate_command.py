@@ -91,7 +91,7 @@ def print_table(results: dict[str, Any]) -> None:
 def rows_of(results: dict[str, Any]) -> list[list[str]]:
     """One row of text for each set, under HEADINGS."""
     from modiff_trt.tools.assets import config_path
-    from modiff_trt.tools.evaluating import method_name
+    from modiff_trt.tools.evaluating import FULL, method_name
 
     paper = yaml.safe_load(config_path(PAPER).read_text(encoding="utf-8"))
     rows = []
@@ -100,6 +100,8 @@ def rows_of(results: dict[str, Any]) -> list[list[str]]:
         quantization = made.get("quantization")
         method = method_name(quantization) if quantization else ""
         bits = f"W{quantization['weight_bits']}A{quantization['act_bits']}" if quantization else ""
+        if method == FULL:
+            bits = made.get("dtype", "").upper()
         published = paper.get(method, {}).get(quantization["act_bits"]) if quantization else None
         inception = next((entry[key] for key in ("inception", "inception-tensorflow") if key in entry), {})
         ours = [f"{inception[key]:.2f}" if key in inception else "" for key in SHOWN]

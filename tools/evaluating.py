@@ -22,6 +22,7 @@ from modiff_trt.runtime.images import MANIFEST
 from modiff_trt.tools.progress import progress_bar
 
 KIND, SCHEMA = "feature statistics", 1
+FULL = "full precision"
 
 
 class Features(Protocol):
@@ -170,7 +171,7 @@ def _pairs(a: ImageSet, b: ImageSet, batch_size: int) -> Iterator[tuple[Images, 
 def method_name(quantization: dict[str, Any]) -> str:
     """The row of the paper's table that a network belongs to."""
     if quantization["method"] == "float":
-        return "full precision"
+        return FULL
     grids = {"static": "Q-Diff", "tensor": "LTQ", "channel": "LCQ"}[quantization["granularity"]]
     return f"{grids} + MoDiff" if quantization["method"] == "modiff" else grids
 

@@ -148,7 +148,7 @@ def _onnx_backend(options: SamplingOptions) -> Backend:
     if options.onnx is None:
         raise InputError("--backend onnx needs --onnx FILE; write one with `modiff-trt export`")
     _refuse(options.scales, "--scales", "onnx, whose file carries its scales")
-    model = load_onnx(options.onnx, options.device)
+    model = load_onnx(options.onnx, options.device, gpu=Rank.of_environment().local)
     if options.config is not None and model_fingerprint(load_config(options.config)) != model_fingerprint(model.config):
         raise InputError(f"{options.onnx} was exported from another configuration than --config; leave --config out")
     if options.ckpt is not None and sha256(options.ckpt) != model.manifest["checkpoint_sha256"]:
@@ -188,7 +188,7 @@ def _trt_backend(options: SamplingOptions) -> Backend:
         timesteps = rows.timesteps
         _check_steps(options, plan.config, timesteps, network["skip_type"], options.plan)
     manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"], **exported(network, timesteps)}
-    return Backend(TrtDenoiser(plan, timesteps), plan.config, manifest)
+    return Backend(TrtDenoiser(plan, timesteps, gpu=Rank.of_environment().local), plan.config, manifest)
 
 
 def _refuse(value: Path | None, option: str, backend: str) -> None:

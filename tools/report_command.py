@@ -58,6 +58,9 @@ def report(
         **provenance(device),
     }
     comparison = compare(network, checkpoint, loaded, num_samples, seed, check_device(device))
+    manifest["relative error of eps by step"] = {
+        trace.name: [round(float(error), 6) for error in comparison.eps_error(trace)] for trace in comparison.traces[1:]
+    }
     text = page(comparison, loaded, benches, evaluated, built, manifest)
     with atomic_path(out) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -153,6 +153,49 @@ def native_images(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def evaluation(data: dict[str, Any]) -> str:
+    """Sets of images with the paper's figures of the same method and bits."""
+    from modiff_trt.tools.evaluate_command import HEADINGS, rows_of
+
+    headings = [h for h in HEADINGS if h != "checkpoint"] + ["FD-CIFAR to FP16's", "SSIM"]
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    for row, entry in zip(rows_of(data), data["sets"].values(), strict=True):
+        near = entry["fd-cifar"].get("to full precision", {}).get("FD-CIFAR")
+        ssim = entry.get("ssim")
+        cells = [*row[:-1], f"{near:.4f}" if near is not None else "", f"{ssim:.4f}" if ssim is not None else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    first = next(iter(data["sets"].values()))
+    what = data["what"][0].upper() + data["what"][1:]
+    lines.append(f"\n{what}; {first['machine']['gpu']}. Distances of fewer images are larger by themselves. Empty: not run.")
+    return "\n".join(lines)
+
+
+def scaling(data: dict[str, Any]) -> str:
+    """Images a second on one GPU and on two."""
+    lines = ["| GPUs | images a second | ratio |", "|---|---|---|"]
+    one = data["one"]["images_a_second"]
+    for name, part in (("1", data["one"]), ("2", data["two"])):
+        lines.append(f"| {name} | {part['images_a_second']:.0f} | {part['images_a_second'] / one:.2f}x |")
+    gap = data["difference"]
+    same = (
+        "the same, bit for bit"
+        if data["identical"]
+        else (
+            f"**not all the same**: {gap['images that differ']} of {gap['images looked at']} differ, by at most "
+            f"{gap['largest difference, levels of 255']} of 255 levels; the cause is {gap['cause']}"
+        )
+    )
+    lines.append(f"\n{data['what'][0].upper() + data['what'][1:]}; {data['machine']['gpu']}. The images of both are {same}.")
+    return "\n".join(lines)
+
+
+def memory(data: dict[str, Any]) -> str:
+    """Peak host memory by number of images."""
+    lines = ["| | images | peak host memory, MB |", "|---|---|---|"]
+    lines += [f"| {stage} | {int(n):,} | {mb:.0f} |" for stage in ("sample", "evaluate") for n, mb in data[stage].items()]
+    return "\n".join([*lines, f"\nThe demo model and FD-CIFAR, {data['machine']['cores']} CPU cores."])
+
+
 # Table name -> (file in results/, how it is rendered)
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo", demo),
@@ -166,11 +209,13 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "rows_adaround_100": ("rows100_adaround", rows),
     "trials_50": ("rows50_adaround", trials),
     "bench_h200": ("bench_h200", bench),
-    "bench_h200_stateless": ("bench_h200_stateless", bench),
-    "bench_h200_fp32": ("bench_h200_fp32", bench),
     "no_help": ("residual_scales50", no_help),
     "states_100": ("states100_demo", states),
     "states_1000": ("states1000_demo", states),
+    "bench_h200_small": ("bench_h200_small", bench),
+    "scaling": ("scaling_h200", scaling),
+    "memory": ("memory_trials", memory),
+    "evaluation": ("evaluation_h200", evaluation),
     "native_images": ("native_images_h200", native_images),
     "bench_cpu_cifar10": ("bench_cpu_cifar10", bench),
     "bench_cpu_demo": ("bench_cpu_demo", bench),

@@ -100,3 +100,31 @@ def test_replays_follow_rows_and_batches_do_not_change_an_image(demo, kernels, r
     np.testing.assert_array_equal(denoiser.trajectory(x), together)
     np.testing.assert_array_equal(denoiser.trajectory(x[:1]), together[:1])
     assert np.isfinite(together).all()
+
+
+@pytest.mark.parametrize("recipe", [{}, {"method": "qdiff"}, {"granularity": "tensor"}])
+def test_many_images_are_the_same_every_time(demo, kernels, recipe):
+    """Two halves run side by side here; a race between launches would show in some images of some runs."""
+    denoiser = native(demo, demo.scales(**recipe), kernels)
+    x = ImageNoise(0, range(500), demo.network.config.input_shape).draw()
+    first = denoiser.trajectory(x)
+    for _ in range(4):
+        np.testing.assert_array_equal(denoiser.trajectory(x), first)
+    np.testing.assert_array_equal(denoiser.trajectory(x[:40]), first[:40])
+
+
+def test_grids_that_follow_each_image_give_the_simulation_s_images(demo, kernels):
+    scales = demo.scales(granularity="tensor", act_bits=6)
+    simulated = demo.sample(SimDenoiser(demo.network, demo.checkpoint.params, scales, "cuda"))
+    assert psnr(demo.sample(native(demo, scales, kernels)), simulated) > 38
+
+
+def test_long_trajectories_keep_sums_in_float32(demo, kernels, monkeypatch):
+    from modiff_trt.runtime import native_denoiser
+
+    monkeypatch.setattr(native_denoiser, "LONG", 1)
+    scales = demo.scales(min_intensity=200.0)
+    denoiser = native(demo, scales, kernels)
+    simulated = demo.sample(SimDenoiser(demo.network, demo.checkpoint.params, scales, "cuda"))
+    assert psnr(demo.sample(denoiser), simulated) > 38
+    assert all(t.dtype == torch.float32 for t in denoiser._buffers.o_hat.values())

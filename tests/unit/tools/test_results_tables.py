@@ -5,9 +5,10 @@ from modiff_trt.export.errors import InputError
 from modiff_trt.tools.results_tables import render
 
 
-def test_readme_tables_are_those_of_the_results():
-    text = (ROOT / "README.md").read_text()
-    assert "<!-- table: demo -->" in text
+@pytest.mark.parametrize("document", ["README.md", "STUDIES.md"])
+def test_tables_are_those_of_the_results(document):
+    text = (ROOT / document).read_text()
+    assert "<!-- table: methods -->" in text
     assert render(text, ROOT / "results") == text
 
 
