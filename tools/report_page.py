@@ -112,7 +112,8 @@ def _bench(data: dict[str, Any]) -> str:
     if memory:
         drawn = bars(memory, "GB of GPU memory, weights and state included", "Memory", "native-modiff")
         parts.append(_figure(f"memory at batch {batches[-1][0]}", drawn))
-    headings = ("batch", "backend", "us a pass, p50", "p95", "images/s", "ratio", "of the floor", "state, MB an image")
+    headings = ["batch", "backend", "us a pass, p50", "p95", "images/s", "ratio", "state, MB an image"]
+    floors = any("share_of_floor" in row for _, rows in batches for row in rows.values())
     lines = []
     for batch, rows in batches:
         first = next(iter(rows.values()))["microseconds"]
@@ -120,7 +121,9 @@ def _bench(data: dict[str, Any]) -> str:
             floor = f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else ""
             tail = f"{row['microseconds_p95']:,.0f}" if "microseconds_p95" in row else ""
             cells = [batch, name, f"{row['microseconds']:,.0f}", tail, f"{row['images_a_second']:,.1f}"]
-            lines.append([*cells, f"{first / row['microseconds']:.2f}x", floor, f"{row['state_bytes_an_image'] / 1e6:.1f}"])
+            state = f"{row['state_bytes_an_image'] / 1e6:.1f}"
+            lines.append([*cells, f"{first / row['microseconds']:.2f}x", state, *([floor] if floors else [])])
+    headings += ["floor / time"] if floors else []
     missing = "".join(f"<li>{escape(n)}: {escape(why)}</li>" for n, why in data.get("not_run", {}).items())
     return "".join(parts) + "</div>" + table(headings, lines) + (f"<p>Not run:</p><ul>{missing}</ul>" if missing else "")
 
@@ -181,7 +184,10 @@ def page(
         "<h2>Where the error comes from</h2><div class='pair'>",
         _figure("How far each method's predicted noise is from FP32's, along its own trajectory", eps_errors(comparison)),
         _figure("The range that Q-Diffusion's grids must span", range_map(scales, "activation")),
-        _figure("The range that MoDiff's grids must span (same scale)", range_map(scales, "residual")),
+        _figure(
+            "The range that MoDiff's grids must span (same scale; blank: no step before, or no change)",
+            range_map(scales, "residual"),
+        ),
         "</div>",
     ]
     if benches:

@@ -92,7 +92,8 @@ def bars(values: dict[str, float], unit: str, label: str, best: str | None = Non
         for i, (name, value) in enumerate(values.items()):
             filled = name == best
             axis.barh(i, value, 0.62, color=STYLES[2][0] if filled else "none", edgecolor=INK, hatch=None if filled else "///")
-            axis.text(value, i, f" {value:,.1f}" if value < 1000 else f" {value:,.0f}", va="center")
+            shown = f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+            axis.annotate(shown, (value, i), (5, 0), textcoords="offset points", va="center")
         axis.set_yticks(range(len(values)), list(values))
         axis.invert_yaxis()
         axis.set_xlim(0, max(values.values()) * 1.2)
