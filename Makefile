@@ -46,7 +46,7 @@ $(VENV)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
 	$(VENV)/bin/pip install --quiet "$(TORCH)"
-	$(VENV)/bin/pip install --quiet --editable ".[$(EXTRAS)]"
+	$(VENV)/bin/pip install --quiet --editable ".[$(EXTRAS)]" "$(TORCH)"  # torch again, or torchvision would bring another
 	@touch $@
 
 setup: $(VENV)/.done ## create .venv and install the project into it

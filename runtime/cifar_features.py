@@ -72,7 +72,7 @@ class CifarFeatures:
             params = load_file(path)
         except (SafetensorError, OSError) as error:
             raise InputError(f"classifier {path} cannot be read: {error}") from None
-        expected = {f"{name}.weight": (out, c, 3, 3) for name, (c, out) in LAYERS.items()}
+        expected: dict[str, tuple[int, ...]] = {f"{n}.weight": (out, c, 3, 3) for n, (c, out) in LAYERS.items()}
         expected |= {f"{name}.bias": (out,) for name, (_, out) in LAYERS.items()}
         expected |= {"head.weight": (CLASSES, FEATURES), "head.bias": (CLASSES,)}
         if {k: tuple(v.shape) for k, v in params.items()} != expected:

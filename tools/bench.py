@@ -84,7 +84,10 @@ def candidates(
         "onnxruntime-int8": lambda: _onnxruntime(network, checkpoint, scales.without_modulation(), steps, device),
         "onnxruntime-modiff": lambda: _onnxruntime(network, checkpoint, scales, steps, device),
     }
-    known |= {f"tensorrt {plan.stem}": partial(engine, plan) for plan in plans} or {"tensorrt": _no_plan}
+    for plan in plans:
+        known[f"tensorrt {plan.stem}"] = partial(engine, plan)
+    if not plans:
+        known["tensorrt"] = _no_plan
     wanted = list(known) if list(names) == ["all"] else list(names)
     for name in wanted:
         if name not in known:
@@ -166,7 +169,7 @@ def _row(denoiser: Denoiser, seconds: list[list[float]], batch: int, memory: int
     """One backend at one batch size; `seconds` of every pass of every run."""
     means = [statistics.fmean(run) for run in seconds]
     median, rows = statistics.median(means), len(denoiser.rows)
-    row = {
+    row: dict[str, Any] = {
         "microseconds": median * 1e6,
         "microseconds_all": [mean * 1e6 for mean in means],
         "microseconds_p95": float(np.percentile(np.concatenate(seconds), 95)) * 1e6,

@@ -103,7 +103,8 @@ def rows_of(results: dict[str, Any]) -> list[list[str]]:
         if method == FULL:
             bits = made.get("dtype", "").upper()
         published = paper.get(method, {}).get(quantization["act_bits"]) if quantization else None
-        inception = next((entry[key] for key in ("inception", "inception-tensorflow") if key in entry), {})
+        empty: dict[str, Any] = {}
+        inception = next((entry[key] for key in ("inception", "inception-tensorflow") if key in entry), empty)
         ours = [f"{inception[key]:.2f}" if key in inception else "" for key in SHOWN]
         shown = " / ".join(ours) if any(ours) else ""
         if shown and not inception.get("published weights"):

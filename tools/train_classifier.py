@@ -43,6 +43,8 @@ class _Network(nn.Module):
         """Weights and biases with batch norm folded in, float16."""
         arrays = {}
         for name in LAYERS:
+            conv: Any
+            norm: Any
             conv, norm = self.layers[name]  # type: ignore[misc]
             gain = norm.weight / (norm.running_var + norm.eps).sqrt()
             arrays[f"{name}.weight"] = conv.weight * gain[:, None, None, None]
