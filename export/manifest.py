@@ -23,6 +23,8 @@ FUNCTION, DOMAIN, PLUGIN_VERSION = "ModulatedConv", "modiff", "1"
 CONV_ATTRIBUTES = ("kernel_shape", "pads", "strides")
 
 MANIFEST_KEY = "modiff.manifest"
+# The manifest in a folder of images.
+MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 2
 # The manifest beside a plan, and the arrays that a trajectory begins from.
 PLAN_SCHEMA = 2

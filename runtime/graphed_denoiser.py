@@ -69,6 +69,7 @@ class GraphedDenoiser(ABC):
             self._eps = torch.zeros(shape, device=self._device).contiguous(memory_format=torch.channels_last)
             self._x = torch.zeros_like(self._eps)
         self._batch, self._size = batch, size
+        self._x[batch:size].zero_()  # padding must not go on from where the last trajectory left it: it would grow without end
         self._begin(size)
         self._counter.zero_()
 

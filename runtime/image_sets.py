@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from PIL import Image
 
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import sha256
+from modiff_trt.export.manifest import MANIFEST
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -24,6 +26,8 @@ NPZ_KEYS = ("images", "arr_0")  # ours, and guided-diffusion's
 SHARDS = "images-*.npy"
 CIFAR_RECORD = 1 + 3 * 32 * 32
 CHUNK = 512
+# What numpy, zipfile, zlib and Pillow raise for damaged files.
+READ_ERRORS = (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,14 @@ class ImageSet:
 
 def open_images(path: Path) -> ImageSet:
     """A folder of pictures or of shards, an .npz (`images`, or guided-diffusion's `arr_0`), or cifar-10-binary.tar.gz
-    (its training batches). Raises InputError when nothing fits."""
+    (its training batches). Raises InputError when nothing fits, or there is no image."""
+    found = _open(path)
+    if found.count == 0:
+        raise InputError(f"{path} holds no image")
+    return found
+
+
+def _open(path: Path) -> ImageSet:
     if path.is_dir():
         return _shards(path) if any(path.glob(SHARDS)) else _pictures(path)
     if not path.exists():
@@ -87,42 +98,73 @@ def load_images(path: Path, size: int) -> Images:
 
 
 def _pictures(path: Path) -> ImageSet:
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+    files = sorted((f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES), key=_place)
     if not files:
         raise InputError(f"folder {path} holds no pictures ({', '.join(sorted(SUFFIXES))}) and no shards ({SHARDS})")
+    if (path / MANIFEST).exists():
+        numbers = [int(f.stem) for f in files if f.stem.isdecimal()]
+        if len(numbers) == len(files) and numbers[-1] - numbers[0] + 1 != len(files):
+            raise InputError(f"{path}: some images between {numbers[0]} and {numbers[-1]} are missing; run its `sample` again")
 
     def read(file: Path) -> Images:
         try:
             return np.asarray(Image.open(file).convert("RGB"))[None]
-        except OSError as error:
+        except (*READ_ERRORS, Image.DecompressionBombError) as error:
             raise InputError(f"{file} cannot be read: {error}") from None
 
     height, width, _ = read(files[0])[0].shape
     return ImageSet(path, len(files), (height, width), lambda: map(read, files))
 
 
-def shard_name(indices: list[int]) -> str:
-    return f"images-{indices[0]:06d}-{indices[-1]:06d}.npy"
+def _place(file: Path) -> tuple[Path, int, str]:
+    """Pictures that are named by a number are sorted by it."""
+    return file.parent, int(file.stem) if file.stem.isdecimal() else -1, file.name
+
+
+def shard_name(first: int, last: int) -> str:
+    return f"images-{first:06d}-{last:06d}.npy"
+
+
+def shard_range(file: Path) -> tuple[int, int]:
+    """(first, last) image of a shard, from its name. Raises InputError if the name is not one."""
+    try:
+        first, last = (int(part) for part in file.stem.split("-")[1:])
+    except ValueError:
+        raise InputError(f"{file} is not named like a shard; move it elsewhere") from None
+    return first, last
 
 
 def _shards(path: Path) -> ImageSet:
-    files = sorted(path.glob(SHARDS))
+    files = sorted(path.glob(SHARDS), key=shard_range)
     following: int | None = None
-    arrays = []
+    shape: tuple[int, ...] = ()
     for file in files:
-        try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-            first, last = (int(part) for part in file.stem.split("-")[1:])
-        except (OSError, ValueError) as error:
-            raise InputError(f"shard {file} cannot be read ({error}); delete it and sample again") from None
-        if following is not None and first != following:
+        first, last = shard_range(file)
+        if following is not None and first > following:
             raise InputError(f"{path}: images {following} to {first - 1} are missing; run the same `sample` command again")
-        if array.ndim != 4 or array.dtype != np.uint8 or len(array) != last - first + 1:
+        if following is not None and first < following:
+            raise InputError(f"{path}: {file.name} overlaps the shard before it; delete one of them")
+        try:
+            with file.open("rb") as opened:
+                shape, dtype = _npy_header(opened)
+        except READ_ERRORS as error:
+            raise InputError(f"shard {file} cannot be read ({error}); delete it and sample again") from None
+        if len(shape) != 4 or dtype != np.uint8 or shape[0] != last - first + 1:
             raise InputError(f"shard {file} does not hold the images that its name says; delete it and sample again")
         following = last + 1
-        arrays.append(array)
-    count = sum(map(len, arrays))
-    return ImageSet(path, count, arrays[0].shape[1:3], lambda: (np.array(array) for array in arrays))
+    count = shard_range(files[-1])[1] + 1 - shard_range(files[0])[0]
+    return ImageSet(path, count, (shape[1], shape[2]), lambda: map(_read_shard, files))
+
+
+def _read_shard(file: Path) -> Images:
+    try:
+        return _three_channels(np.load(file, allow_pickle=False))
+    except READ_ERRORS as error:
+        raise InputError(f"shard {file} cannot be read ({error}); delete it and sample again") from None
+
+
+def _three_channels(images: Images) -> Images:
+    return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
 
 
 def _npz(path: Path) -> ImageSet:
@@ -132,11 +174,20 @@ def _npz(path: Path) -> ImageSet:
                 if f"{key}.npy" in archive.namelist():
                     with archive.open(f"{key}.npy") as file:
                         shape, dtype = _npy_header(file)
-                    if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3:
+                    if dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3):
                         return ImageSet(path, shape[0], shape[1:3], partial(_npz_chunks, path, f"{key}.npy"))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except READ_ERRORS as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     raise InputError(f"{path} has no uint8 array [N, H, W, 3] named {' or '.join(NPZ_KEYS)}")
+
+
+def has_images(path: Path) -> bool:
+    """Whether an .npz holds images under one of our names. Raises InputError if it cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(f"{key}.npy" in archive.namelist() for key in NPZ_KEYS)
+    except READ_ERRORS as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
 
 
 def _npy_header(file: Any) -> tuple[Any, Any]:
@@ -156,8 +207,8 @@ def _npz_chunks(path: Path, member: str) -> Iterator[Images]:
             size = int(np.prod(shape[1:]))
             for begin in range(0, shape[0], CHUNK):
                 n = min(CHUNK, shape[0] - begin)
-                yield np.frombuffer(file.read(n * size), np.uint8).reshape(n, *shape[1:])
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+                yield _three_channels(np.frombuffer(file.read(n * size), np.uint8).reshape(n, *shape[1:]))
+    except READ_ERRORS as error:
         raise InputError(f"{path} cannot be read (truncated?): {error}") from None
 
 
@@ -175,7 +226,7 @@ def cifar_batches(path: Path, prefix: str) -> Iterator[tuple[Images, Images]]:
                     rows = np.frombuffer(file.read(), np.uint8).reshape(-1, CIFAR_RECORD)
                     found = True
                     yield rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
-    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+    except (*READ_ERRORS, tarfile.TarError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not found:
         raise InputError(f"{path} holds no {prefix}*.bin; the binary version of CIFAR-10 is needed (no pickle is read)")

@@ -12,12 +12,11 @@ from PIL import Image
 
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import atomic_path, read_json, write_json
-from modiff_trt.runtime.image_sets import SHARDS, shard_name
+from modiff_trt.export.manifest import MANIFEST
+from modiff_trt.runtime.image_sets import SHARDS, shard_name, shard_range
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 UInt8 = np.ndarray[Any, np.dtype[np.uint8]]
-
-MANIFEST = "manifest.json"
 
 
 def to_uint8(samples: Float32) -> UInt8:
@@ -78,23 +77,31 @@ class ImageFolder:
 class ShardFolder:
     """A folder with one uint8 array [n, H, W, C] (.npy) a batch, named by its first and last image, and the manifest."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], batch_size: int) -> None:
-        """Raises InputError if the folder holds images that something else made, or shards of another batch size."""
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Raises InputError if the folder holds images that something else made."""
         self.path = path
-        _claim(path, manifest | {"shards_of": batch_size})
+        _claim(path, manifest)
+        # Other processes write other batches; what they add in the meantime does not matter to this one's.
+        self._last = dict(shard_range(file) for file in path.glob(SHARDS))
 
     def missing(self, indices: list[int]) -> list[int]:
-        """All of a batch, or none. A shard that was the last, and short, of a smaller run goes when the whole one is there."""
-        whole = self.path / shard_name(indices)
-        if not whole.exists():
-            return indices
-        for file in self.path.glob(f"images-{indices[0]:06d}-*.npy"):
-            if file != whole:
-                file.unlink(missing_ok=True)
-        return []
+        """All of a batch, or none. Raises InputError if a shard there is cut at other places."""
+        first, last = indices[0], indices[-1]
+        if self._last.get(first, -1) >= last:
+            return []
+        for begin, end in self._last.items():
+            if begin != first and begin <= last and end >= first:
+                raise InputError(
+                    f"{self.path} has a shard of the images {begin} to {end}, which overlaps {first} to {last}; begin --seeds "
+                    "where a shard begins, or choose another --out"
+                )
+        return indices
 
     def save(self, indices: list[int], samples: Float32) -> None:
-        """Writes a batch as one shard."""
-        with atomic_path(self.path / shard_name(indices)) as temporary, temporary.open("wb") as file:
+        """Writes a batch as one shard; a shorter one that began with the same image, the last of a smaller run, goes."""
+        first, last = indices[0], indices[-1]
+        with atomic_path(self.path / shard_name(first, last)) as temporary, temporary.open("wb") as file:
             np.save(file, np.ascontiguousarray(to_uint8(samples)))
-        self.missing(indices)
+        if first in self._last and self._last[first] < last:
+            (self.path / shard_name(first, self._last[first])).unlink(missing_ok=True)
+        self._last[first] = last

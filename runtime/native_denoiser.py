@@ -65,7 +65,7 @@ class NativeDenoiser(GraphedDenoiser):
     def trajectory(self, x_start: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         x = super().trajectory(x_start)
         # What overflowed once is in every later sum; but the integers between hide it from the images.
-        finite = [t[: self._size].isfinite().all() for t in self._buffers.o_hat.values()]
+        finite = [t[: self._batch].isfinite().all() for t in self._buffers.o_hat.values()]
         if finite and not torch.stack(finite).all():
             raise InputError(f"a sum o_hat left the range of {self._kernels.real}; use --backend torch-sim, or onnx")
         return x

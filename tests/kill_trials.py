@@ -19,7 +19,7 @@ from pathlib import Path
 from modiff_trt.tools.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
-IMAGES, RANKS, KILLS = 48, 2, 20
+IMAGES, RANKS, KILLS = 96, 2, 20
 MODEL = ["--config", ROOT / "configs/demo.yml", "--ckpt", ROOT / "calib_cache/demo/model.safetensors"]
 
 
@@ -46,7 +46,7 @@ def main():
         wrong = 0
         while len(moments) < KILLS:
             processes = start(network, disturbed)
-            moment = chance.uniform(1.0, 7.0)
+            moment = chance.uniform(2.5, 7.0)
             time.sleep(moment)
             if all(process.poll() is not None for process in processes):
                 break  # complete before it could be killed

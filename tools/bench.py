@@ -20,8 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from modiff_trt.export.checkpoint import Checkpoint
 from modiff_trt.export.errors import InputError
@@ -31,6 +29,7 @@ from modiff_trt.export.unet import Network
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.graphed_denoiser import GraphedDenoiser
 from modiff_trt.runtime.noise import ImageNoise
+from modiff_trt.tools.bench_table import not_run
 from modiff_trt.tools.provenance import provenance
 
 Make = Callable[[], Denoiser]
@@ -66,11 +65,14 @@ def candidates(
 
         return NativeDenoiser(network, params, chosen, native_kernels(device), device)
 
-    def engine(plan: Path) -> Denoiser:
+    def engine(path: Path) -> Denoiser:
         from modiff_trt.runtime.plan import load_plan
         from modiff_trt.runtime.trt_denoiser import TrtDenoiser
 
-        return TrtDenoiser(load_plan(plan), steps)
+        plan = load_plan(path)
+        if plan.manifest["network"]["checkpoint_sha256"] != checkpoint.sha256:
+            raise InputError(f"{path} was built from another checkpoint than --ckpt")
+        return TrtDenoiser(plan, steps)
 
     known: dict[str, Make] = {
         "torch-fp16-compiled": float16,
@@ -138,15 +140,15 @@ def run_bench(
             try:
                 denoiser = make()
                 _run(denoiser, x, max(warmup, 1), device)
-            except InputError as error:
-                result["not_run"][name] = str(error)
+            except (InputError, RuntimeError) as error:  # out of memory, or a compiler that fails, is one backend's matter
+                result["not_run"].setdefault(name, {})[str(batch)] = " ".join(str(error).split())[:300]
                 continue
             # An eager backend's temporaries show in the peak, a CUDA graph's in the memory that it reserves.
             peak = torch.cuda.max_memory_allocated() - allocated if device == "cuda" else 0
             ready[name] = (denoiser, max(_memory(device) - before, peak))
             del denoiser
         if not ready:
-            raise InputError("no backend can run here: " + "; ".join(f"{k}: {v}" for k, v in result["not_run"].items()))
+            raise InputError("no backend can run here: " + "; ".join(not_run(result)))
         seconds: dict[str, list[list[float]]] = {name: [] for name in ready}
         for _ in range(runs):
             for name, (denoiser, _) in ready.items():
@@ -254,26 +256,3 @@ def add_profiles(
     assert isinstance(denoiser, NativeDenoiser)
     result["profiles"] = {str(batch): profile(denoiser, network, scales, batch) for batch in batch_sizes}
     write_json(out, result)
-
-
-def print_bench(result: dict[str, Any]) -> None:
-    """One line for each batch size and backend, with its ratio to the first backend."""
-    table = Table(title=f"{result['machine'].get('gpu') or result['machine']['processor']}, one pass")
-    for heading in ("batch", "backend", "us", "us an image", "images/s", "ratio", "memory, GB", "state, MB an image"):
-        table.add_column(heading, justify="left" if heading == "backend" else "right")
-    for batch, rows in result["batches"].items():
-        first = next(iter(rows.values()))["microseconds"]
-        for name, row in rows.items():
-            table.add_row(
-                batch,
-                name,
-                f"{row['microseconds']:.0f}",
-                f"{row['microseconds_an_image']:.1f}",
-                f"{row['images_a_second']:.1f}",
-                f"{first / row['microseconds']:.2f}x",
-                f"{row['memory_bytes'] / 1e9:.2f}",
-                f"{row['state_bytes_an_image'] / 1e6:.1f}",
-            )
-    Console().print(table)
-    for name, reason in result["not_run"].items():
-        Console().print(f"not run: {name}: {reason}", soft_wrap=True)

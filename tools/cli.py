@@ -211,7 +211,8 @@ def bench(
     """Time the backends against each other, interleaved in one run."""
     from modiff_trt.export.files import sha256
     from modiff_trt.export.scales import load_scales
-    from modiff_trt.tools.bench import add_profiles, candidates, native_floors, print_bench, run_bench
+    from modiff_trt.tools.bench import add_profiles, candidates, native_floors, run_bench
+    from modiff_trt.tools.bench_table import print_bench
     from modiff_trt.tools.load import check_device, load_model
 
     network, checkpoint = load_model(config, ckpt)

@@ -27,7 +27,9 @@ def evaluate(
     same_noise: Annotated[
         Path | None, typer.Option(help="images of full precision from the same seed, for PSNR and SSIM")
     ] = None,
-    features: Annotated[str, typer.Option(help="comma-separated: fd-cifar (shipped), inception (FID, sFID, IS)")] = "fd-cifar",
+    features: Annotated[
+        str, typer.Option(help="comma-separated: fd-cifar (shipped), inception (FID, sFID, IS); or none")
+    ] = "fd-cifar",
     inception: Annotated[Path | None, typer.Option(help="weights of pytorch-fid's Inception; downloaded otherwise")] = None,
     resize: Annotated[str, typer.Option(help="of inception: torch as pytorch-fid, tensorflow as torch-fidelity")] = "torch",
     name: Annotated[str | None, typer.Option(help="of this set in the results; the folder's name by default")] = None,
@@ -42,6 +44,7 @@ def evaluate(
         measure,
         measures_of,
         open_features,
+        open_reference,
         paired,
         reference_statistics,
     )
@@ -55,13 +58,22 @@ def evaluate(
     from modiff_trt.runtime.torch_denoiser import use_full_precision
 
     use_full_precision()
+    check_device(device)
     images = open_images(samples)
     exact = open_images(same_noise) if same_noise is not None else None
-    wanted = [open_features(part.strip(), inception, check_device(device), resize) for part in features.split(",")]
-    results = read_json(out, "results") if out.exists() else {"sets": {}}
-    if not isinstance(results, dict) or not isinstance(results.get("sets"), dict):
-        raise InputError(f"{out} is not a results file of `evaluate`; choose another --out")
+    if reference is not None:
+        open_reference(reference)
+    names = [part.strip() for part in features.split(",")] if features != "none" else []
+    wanted = [open_features(part, inception, device, resize) for part in names]
+    if "fd-cifar" in names and images.shape != (32, 32):
+        raise InputError(
+            f"{samples} holds images of {images.shape}, FD-CIFAR is for 32 x 32; use --features inception, or none"
+        )
     entry: dict[str, Any] = describe(images) | provenance(device)
+    place = name or (samples.name if samples.is_dir() else samples.stem)
+    before = _results(out)["sets"].get(place)
+    if before is not None and before["made by"] != entry["made by"]:
+        raise InputError(f"{out} has a set '{place}' that was made otherwise; pass --name, or choose another --out")
     if exact is not None:
         entry |= paired(images, exact, batch_size, device)
     for network in wanted:
@@ -78,14 +90,20 @@ def evaluate(
             baseline = reference_statistics(exact.path, network, batch_size)
             found["to full precision"] = distances(own, baseline, network)
         entry[network.name] = found
-    results["sets"][name or samples.stem] = entry
+    results = _results(out)  # again: another process may have added to it
+    results["sets"][place] = entry
     write_json(out, results)
-    print_table(results)
-
-
-def print_table(results: dict[str, Any]) -> None:
-    """Every set of a results file, and the paper's figures of the same method and bits."""
     Console().print(make_table(results))
+
+
+def _results(path: Path) -> dict[str, Any]:
+    """What a results file holds so far. Raises InputError if it is none of this command's."""
+    results = read_json(path, "results") if path.exists() else {"sets": {}}
+    try:
+        rows_of(results)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise InputError(f"{path} is not a results file of `evaluate`; choose another") from None
+    return dict(results)
 
 
 def rows_of(results: dict[str, Any]) -> list[list[str]]:

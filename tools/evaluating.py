@@ -5,6 +5,7 @@ Images are read batch by batch and features only accumulate, so memory does not 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Iterator
@@ -16,9 +17,9 @@ import numpy as np
 
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import cache_folder, load_arrays, read_json, save_arrays
+from modiff_trt.export.manifest import MANIFEST
 from modiff_trt.runtime.frechet import Gaussian, InceptionScore, Moments, frechet_distance
-from modiff_trt.runtime.image_sets import Images, ImageSet, open_images
-from modiff_trt.runtime.images import MANIFEST
+from modiff_trt.runtime.image_sets import READ_ERRORS, Images, ImageSet, has_images, open_images
 from modiff_trt.tools.progress import progress_bar
 
 KIND, SCHEMA = "feature statistics", 1
@@ -47,7 +48,9 @@ MEASURES = {
     "inception": Measures({"pool": "FID", "spatial": "sFID"}, "IS"),
 }
 # pytorch-fid's statistics files have no name for their array: it is pool3.
-FOREIGN = {"mu": "pool", "sigma": "pool"}
+FOREIGN = "pool"
+# What two sets of images must share to have begun from the same noise.
+SAME = ("seed", "eta", "noise_sha256", "timesteps", "checkpoint_sha256")
 
 
 def open_features(name: str, weights: Path | None, device: str, resize: str) -> Features:
@@ -99,15 +102,16 @@ def measure(images: ImageSet, features: Features, batch_size: int, score: bool) 
 
 def reference_statistics(path: Path, features: Features, batch_size: int) -> Statistics:
     """Statistics of a reference set, computed once for each content and kept in the cache; or pytorch-fid's .npz of them."""
-    foreign = _foreign_statistics(path) if path.suffix == ".npz" and path.is_file() else None
-    if foreign is not None:
+    opened = open_reference(path)
+    if isinstance(opened, Statistics):
         if measures_of(features).score is None:
             raise InputError(f"{path} holds Inception statistics; use --features inception, or pass the images")
-        return foreign
-    images = open_images(path)
+        return opened
+    images = opened
     key = hashlib.sha256(f"{features.name} {features.digest} {images.fingerprint()}".encode()).hexdigest()
     cached = cache_folder() / f"{features.name}-{key[:32]}.safetensors"
-    if cached.exists():
+    # A cache that is damaged, or cannot be written, costs time and nothing else.
+    with contextlib.suppress(InputError, KeyError):
         header, arrays = load_arrays(cached, KIND, SCHEMA)
         count = int(header["count"])
         gaussians = {n: Gaussian(arrays[f"{n}.mean"], arrays[f"{n}.covariance"], count) for n in header["names"]}
@@ -116,18 +120,20 @@ def reference_statistics(path: Path, features: Features, batch_size: int) -> Sta
     arrays = {f"{n}.mean": g.mean for n, g in found.gaussians.items()}
     arrays |= {f"{n}.covariance": g.covariance for n, g in found.gaussians.items()}
     header = {"kind": KIND, "schema": SCHEMA, "count": found.count, "names": list(found.gaussians), "of": str(path)}
-    save_arrays(cached, header, arrays)
+    with contextlib.suppress(InputError):
+        save_arrays(cached, header, arrays)
     return found
 
 
-def _foreign_statistics(path: Path) -> Statistics | None:
+def open_reference(path: Path) -> ImageSet | Statistics:
+    """The images of a reference, or, of an .npz without images, pytorch-fid's statistics. Raises InputError."""
+    if path.suffix != ".npz" or not path.is_file() or has_images(path):
+        return open_images(path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            if "mu" in file and "sigma" in file:
-                return Statistics({FOREIGN["mu"]: Gaussian(file["mu"], file["sigma"], 0)}, 0)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    return None
+            return Statistics({FOREIGN: Gaussian(file["mu"], file["sigma"], 0)}, 0)
+    except (*READ_ERRORS, KeyError):
+        return open_images(path)  # which says what is wrong
 
 
 def distances(found: Statistics, reference: Statistics, features: Features) -> dict[str, float]:
@@ -147,6 +153,12 @@ def paired(images: ImageSet, exact: ImageSet, batch_size: int, device: str = "cp
         raise InputError(
             f"{images.path} has {images.count} images of {images.shape}, {exact.path} has {exact.count} of {exact.shape}; "
             "pairs need the same images, made from the same seed"
+        )
+    mine, theirs = (describe(side)["made by"] for side in (images, exact))
+    unlike = [key for key in SAME if key in mine and key in theirs and mine[key] != theirs[key]]
+    if unlike:
+        raise InputError(
+            f"{images.path} and {exact.path} were not made from the same noise: they differ in {', '.join(unlike)}"
         )
     from modiff_trt.runtime.similarity import LEVELS, ssim
 

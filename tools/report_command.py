@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,11 +28,13 @@ def report(
     from modiff_trt.export.files import atomic_path, sha256
     from modiff_trt.export.scales import load_scales
     from modiff_trt.tools.assets import config_path, demo_path
+    from modiff_trt.tools.evaluate_command import rows_of
     from modiff_trt.tools.inspecting import state_elements
     from modiff_trt.tools.load import check_device, load_model
     from modiff_trt.tools.provenance import provenance
     from modiff_trt.tools.report_data import compare
-    from modiff_trt.tools.report_page import page
+    from modiff_trt.tools.report_page import bench_section, engine_section, page
+    from modiff_trt.tools.sampling import check_seed
 
     given = [value for value in (config, ckpt, scales) if value is not None]
     if given and len(given) < 3:
@@ -40,14 +43,16 @@ def report(
         )
     if num_samples < 1:
         raise InputError("--num-samples must be at least 1")
+    check_device(device)
+    check_seed(seed)
     network, checkpoint = load_model(config or config_path("demo.yml"), ckpt or demo_path("model.safetensors"))
     file = scales or demo_path("modiff-w8a6.safetensors")
     loaded = load_scales(file, network, checkpoint.sha256)
     if not loaded.modulated:
         raise InputError(f"{file} has no modulated layer; calibrate with --method modiff")
-    benches = [_result(Path(part), "batches") for part in bench.split(",") if part]
-    evaluated = _result(evaluation, "sets") if evaluation is not None else None
-    built = _result(plan.with_suffix(".json"), "report") if plan is not None else None
+    benches = [_result(Path(part), bench_section) for part in bench.split(",") if part]
+    evaluated = _result(evaluation, rows_of) if evaluation is not None else None
+    built = _result(plan.with_suffix(".json"), engine_section) if plan is not None else None
     manifest: dict[str, Any] = {
         "checkpoint_sha256": checkpoint.sha256,
         "scales_sha256": sha256(file),
@@ -57,7 +62,7 @@ def report(
         "state_bytes_an_image": 2 * sum(state_elements(loaded, network).values()),
         **provenance(device),
     }
-    comparison = compare(network, checkpoint, loaded, num_samples, seed, check_device(device))
+    comparison = compare(network, checkpoint, loaded, num_samples, seed, device)
     manifest["relative error of eps by step"] = {
         trace.name: [round(float(error), 6) for error in comparison.eps_error(trace)] for trace in comparison.traces[1:]
     }
@@ -67,10 +72,13 @@ def report(
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, open it in a browser")
 
 
-def _result(path: Path, key: str) -> dict[str, Any]:
+def _result(path: Path, shown: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """A file that another command wrote. Raises InputError if `shown`, its part of the page, cannot be made from it."""
     from modiff_trt.export.files import read_json
 
-    data = read_json(path, "result")
-    if not isinstance(data, dict) or key not in data:
-        raise InputError(f"{path} has no '{key}'; it was not written by the command that this option names")
+    data: dict[str, Any] = read_json(path, "result")
+    try:
+        shown(data)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, StopIteration):
+        raise InputError(f"{path} was not written by the command that this option names") from None
     return data

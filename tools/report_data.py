@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from modiff_trt.export.checkpoint import Checkpoint
+from modiff_trt.export.manifest import quantization
 from modiff_trt.export.scales import Scales
 from modiff_trt.export.unet import Network
 from modiff_trt.runtime.denoiser import Denoiser
@@ -16,6 +17,7 @@ from modiff_trt.runtime.images import psnr
 from modiff_trt.runtime.noise import ImageNoise
 from modiff_trt.runtime.sampler import ddim_sample
 from modiff_trt.runtime.schedule import alphas_cumprod
+from modiff_trt.tools.evaluating import method_name
 from modiff_trt.tools.progress import progress_bar
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
@@ -49,17 +51,23 @@ class Comparison:
         return np.asarray(error, np.float32)
 
 
+def _name(scales: Scales) -> str:
+    """Method and bits, as the report calls a network."""
+    about = quantization(scales.method, scales.granularity, scales.layer_table())
+    method = method_name(about).replace("Q-Diff + ", "")
+    return f"{method} W{about['weight_bits']}A{about['act_bits']}"
+
+
 def compare(network: Network, checkpoint: Checkpoint, scales: Scales, images: int, seed: int, device: str) -> Comparison:
     """Samples images 0..images-1 of `seed` with every method."""
     from modiff_trt.runtime.torch_denoiser import SimDenoiser, TorchDenoiser
 
     params, steps = checkpoint.params, scales.rows.timesteps
-    bits = next((entry.act_bits for entry in scales.layers.values() if entry.mode != "float"), 32)
-    weights = next((entry.weight_bits for entry in scales.layers.values() if entry.mode != "float"), 32)
+    plain = scales.without_modulation()
     made: dict[str, Callable[[], Denoiser]] = {
         "FP32": lambda: TorchDenoiser(network, params, steps, device),
-        f"Q-Diff W{weights}A{bits}": lambda: SimDenoiser(network, params, scales.without_modulation(), device),
-        f"MoDiff W{weights}A{bits}": lambda: SimDenoiser(network, params, scales, device),
+        _name(plain): lambda: SimDenoiser(network, params, plain, device),
+        _name(scales): lambda: SimDenoiser(network, params, scales, device),
     }
     start = ImageNoise(seed, range(images), network.config.input_shape).draw()
     alpha_bar = alphas_cumprod(network.config.diffusion)

@@ -11,6 +11,7 @@ import numpy as np
 
 from modiff_trt.export.scales import Scales
 from modiff_trt.runtime.images import to_uint8
+from modiff_trt.tools.bench_table import not_run
 from modiff_trt.tools.evaluate_command import HEADINGS, rows_of
 from modiff_trt.tools.report_data import Comparison, Trace
 from modiff_trt.tools.report_plots import bars, eps_errors, png, range_map, strip
@@ -100,7 +101,7 @@ def _slider(comparison: Comparison) -> str:
     return control + '<div class="images">' + "".join(parts) + "</div>"
 
 
-def _bench(data: dict[str, Any]) -> str:
+def bench_section(data: dict[str, Any]) -> str:
     where = data["machine"].get("gpu") or f"{data['machine']['cores']} CPU cores ({data['machine']['processor']})"
     parts = [f"<h3>{escape(where)}, {escape(str(data['config']))}</h3><div class='pair'>"]
     batches = sorted(data["batches"].items(), key=lambda item: int(item[0]))
@@ -124,11 +125,11 @@ def _bench(data: dict[str, Any]) -> str:
             state = f"{row['state_bytes_an_image'] / 1e6:.1f}"
             lines.append([*cells, f"{first / row['microseconds']:.2f}x", state, *([floor] if floors else [])])
     headings += ["floor / time"] if floors else []
-    missing = "".join(f"<li>{escape(n)}: {escape(why)}</li>" for n, why in data.get("not_run", {}).items())
+    missing = "".join(f"<li>{escape(line)}</li>" for line in not_run(data))
     return "".join(parts) + "</div>" + table(headings, lines) + (f"<p>Not run:</p><ul>{missing}</ul>" if missing else "")
 
 
-def _engine(manifest: dict[str, Any]) -> str:
+def engine_section(manifest: dict[str, Any]) -> str:
     report = manifest["report"]
     rows = [
         [
@@ -145,7 +146,7 @@ def _engine(manifest: dict[str, Any]) -> str:
         f"convolutions of {report['quantized_layers']} quantized layers."
     )
     shown = table(("of", "kind", "inputs", "outputs", "kernel"), rows)
-    return f"<p>{escape(summary)}</p><details><summary>every layer</summary>{shown}</details>"
+    return f"<p>{escape(manifest['runtime'])}. {escape(summary)}</p><details><summary>every layer</summary>{shown}</details>"
 
 
 def page(
@@ -191,7 +192,7 @@ def page(
         "</div>",
     ]
     if benches:
-        sections += ["<h2>Speed and memory</h2>", *map(_bench, benches)]
+        sections += ["<h2>Speed and memory</h2>", *map(bench_section, benches)]
     if evaluation is not None:
         sections += [
             "<h2>The paper's table, and ours</h2><p>Ours is another checkpoint than the paper's; FD-CIFAR is a Frechet "
@@ -199,7 +200,7 @@ def page(
             table(HEADINGS, rows_of(evaluation)),
         ]
     if plan is not None:
-        sections += [f"<h2>The TensorRT engine</h2><p>{escape(plan['runtime'])}</p>", _engine(plan)]
+        sections += ["<h2>The TensorRT engine</h2>", engine_section(plan)]
     told = escape(json.dumps(manifest, indent=2))
     sections += [f"<h2>What it was made from</h2><details><summary>manifest</summary><pre>{told}</pre></details>"]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'

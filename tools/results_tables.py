@@ -83,16 +83,19 @@ def trials(data: dict[str, Any]) -> str:
 def bench(data: dict[str, Any]) -> str:
     """One line for each backend, one column for each batch size: microseconds an image and pass, and the ratio to the first."""
     batches = sorted(data["batches"], key=int)
-    names = list(next(iter(data["batches"].values())))
+    names = list(dict.fromkeys(name for rows in data["batches"].values() for name in rows))
     lines = ["| us an image and pass (ratio) | " + " | ".join(f"batch {b}" for b in batches) + " | state, MB an image |"]
     lines.append("|---|" + "---|" * (len(batches) + 1))
     for name in names:
         cells = []
         for b in batches:
-            row, first = data["batches"][b][name], data["batches"][b][names[0]]
-            ratio = first["microseconds"] / row["microseconds"]
-            cells.append(f"{row['microseconds_an_image']:,.1f} ({ratio:.2f}x)")
-        state = next(iter(data["batches"].values()))[name]["state_bytes_an_image"] / 1e6
+            rows = data["batches"][b]
+            if name not in rows:
+                cells.append("")
+                continue
+            ratio = next(iter(rows.values()))["microseconds"] / rows[name]["microseconds"]
+            cells.append(f"{rows[name]['microseconds_an_image']:,.1f} ({ratio:.2f}x)")
+            state = rows[name]["state_bytes_an_image"] / 1e6
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {state:.1f} |")
     machine = data["machine"].get("gpu") or f"{data['machine']['cores']} cores ({data['machine']['processor']})"
     how = f"Median of {data['runs']} interleaved runs of {data['passes']} passes"

@@ -151,6 +151,8 @@ def run_sampling(
         "seed": seed,
         "eta": eta,
         "noise_sha256": sha256(noise_file) if noise_file is not None else None,
+        # Libraries may sum in another order for another batch: images of one set are computed in one way.
+        "batch_size": batch_size,
     }
     rank = Rank.of_environment()
     batches = rank.batches(indices, batch_size)
@@ -160,7 +162,7 @@ def run_sampling(
         parts = [s for _, s in sample_batches(backend, batches, seed, eta, noise)]
         save_npz(out, np.concatenate(parts), manifest)
         return Sampled(rank, len(indices), len(indices))
-    folder = ShardFolder(out, manifest, batch_size) if shards else ImageFolder(out, manifest)
+    folder = ShardFolder(out, manifest) if shards else ImageFolder(out, manifest)
     missing = [len(folder.missing(batch)) for batch in batches]
     wanted = [batch for batch, lacking in zip(batches, missing, strict=True) if lacking]
     for batch, samples in sample_batches(backend, wanted, seed, eta, noise):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import atomic_path
 from modiff_trt.runtime.cifar_features import CLASSES, FEATURES, LAYERS, CifarFeatures, forward, normalize
-from modiff_trt.runtime.image_sets import cifar_batches
+from modiff_trt.runtime.image_sets import READ_ERRORS, cifar_batches
 from modiff_trt.tools.progress import progress_bar
 
 BATCH, PEAK_RATE, DECAY, SMOOTHING, CUTOUT = 512, 0.4, 5e-4, 0.1, 8
@@ -60,7 +60,7 @@ def load_labelled(path: Path) -> tuple[Labelled, Labelled]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return (file["images"], file["labels"]), (file["test_images"], file["test_labels"])
-        except (OSError, ValueError, KeyError) as error:
+        except (*READ_ERRORS, KeyError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
     both = []
     for prefix in ("data_batch", "test_batch"):

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 
 import cudnn
-import torch  # before cudnn, which then finds the libcudnn that torch loaded
+import torch
 
 from modiff_trt.plugins.modulated_conv.timing import graph_time_us
 

@@ -41,7 +41,7 @@ def kind(request, images, tmp_path):
     if request.param == "archive":
         return archive(tmp_path / "cifar-10-binary.tar.gz", images)
     if request.param == "shards":
-        folder = ShardFolder(tmp_path / "s", {"a": 1}, 4)
+        folder = ShardFolder(tmp_path / "s", {"a": 1})
         for begin in range(0, COUNT, 4):
             indices = list(range(begin, min(begin + 4, COUNT)))
             folder.save(indices, samples(images[indices]))
@@ -62,11 +62,14 @@ def test_every_kind_gives_the_images_in_batches(kind, images, size):
 
 
 def test_shards_grow_with_the_set_and_gaps_are_refused(images, tmp_path):
-    folder = ShardFolder(tmp_path, {}, 4)
+    folder = ShardFolder(tmp_path, {})
     folder.save([0, 1], samples(images[:2]))  # a run of two images, whose last batch is short
     assert folder.missing([0, 1]) == [] and folder.missing([0, 1, 2, 3]) == [0, 1, 2, 3]
     folder.save([0, 1, 2, 3], samples(images[:4]))
-    assert folder.missing([0, 1, 2, 3]) == [] and len(list(tmp_path.glob("*.npy"))) == 1
+    assert folder.missing([0, 1, 2, 3]) == folder.missing([0, 1]) == [] and len(list(tmp_path.glob("*.npy"))) == 1
+    assert ShardFolder(tmp_path, {}).missing([0, 1]) == []  # a smaller run again: nothing goes
+    with pytest.raises(InputError, match="overlaps 2 to 5"):
+        folder.missing([2, 3, 4, 5])
     folder.save([8, 9, 10], samples(images[8:]))
     with pytest.raises(InputError, match="images 4 to 7 are missing"):
         open_images(tmp_path)
@@ -74,7 +77,32 @@ def test_shards_grow_with_the_set_and_gaps_are_refused(images, tmp_path):
     with pytest.raises(InputError, match="delete it"):
         open_images(tmp_path)
     with pytest.raises(InputError, match="another run"):
-        ShardFolder(tmp_path, {}, 5)
+        ShardFolder(tmp_path, {"batch_size": 5})
+
+
+def test_pictures_are_sorted_by_their_number(images, tmp_path):
+    for name, image in zip((9, 10, 11, 100), images[:4], strict=True):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    np.testing.assert_array_equal(np.concatenate(list(open_images(tmp_path).batches(9))), images[:4])
+    (tmp_path / "manifest.json").write_text("{}")  # ours: a hole is an image that is missing
+    with pytest.raises(InputError, match="are missing"):
+        open_images(tmp_path)
+
+
+def test_more_shards_than_files_may_be_open(images, tmp_path):
+    import resource
+
+    folder = ShardFolder(tmp_path, {})
+    for i in range(COUNT):
+        folder.save([i], samples(images[i : i + 1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    import os
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 5, hard))
+    try:
+        assert sum(len(batch) for batch in open_images(tmp_path).batches(4)) == COUNT
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_damaged_sets_are_refused_in_one_line(images, tmp_path):

@@ -98,6 +98,16 @@ def test_a_whole_trajectory_is_the_sampler_s(small):
     np.testing.assert_allclose(denoiser.trajectory(x), stepwise, rtol=1e-4, atol=1e-4)
 
 
+def test_padding_of_a_batch_starts_anew_with_every_trajectory(small, monkeypatch):
+    """On a GPU a batch is padded to a power of two; images that nobody asked for must not grow for ever."""
+    denoiser = native(small, small.scales())
+    monkeypatch.setattr(denoiser, "_padded", lambda batch: 2)
+    small.sample(denoiser, 1)
+    first = denoiser._x[1].clone()
+    small.sample(denoiser, 1)
+    assert torch.equal(denoiser._x[1], first)
+
+
 def test_batch_size_does_not_change_an_image(small):
     denoiser = native(small, small.scales())
     together = small.sample(denoiser, images=2)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import sha256
 from modiff_trt.runtime.image_sets import open_images
 from modiff_trt.runtime.images import to_uint8
 from modiff_trt.tools import evaluating
@@ -93,6 +94,9 @@ def test_statistics_of_pytorch_fid_are_references_for_inception_only(sets, tmp_p
 
     found = evaluating.reference_statistics(tmp_path / "stats.npz", Inception(), 16)
     assert set(found.gaussians) == {"pool"}
+    # guided-diffusion's reference batches carry statistics beside the images: the images count.
+    np.savez(tmp_path / "batch.npz", arr_0=sets["real"], mu=np.zeros(2048), sigma=np.eye(2048))
+    assert evaluating.reference_statistics(tmp_path / "batch.npz", network, 16).count == 40
 
 
 def test_pairs_must_fit(sets, tmp_path):
@@ -112,13 +116,58 @@ def test_the_paper_s_figures_stand_beside_the_same_method_and_bits():
     assert method_name({"method": "float"}) == "full precision"
 
 
-def test_the_shipped_classifier_knows_its_classes():
-    from safetensors import safe_open
-
+def test_the_shipped_classifier_is_the_one_that_was_measured():
+    """Its accuracy, 90.91 % of the test images after JPEG compression, was measured with this very file."""
     path = classifier_path()
     assert path.stat().st_size < 6_000_000
-    with safe_open(path, "numpy") as file:
-        assert float(file.metadata()["test_accuracy"]) > 0.9
+    assert sha256(path) == "18e7556d65986444bcfef9b25579c5614d23b6e0ded0df0fa1a5f4725bd3fcf4"
+
+
+def test_damaged_references_and_results_are_one_line(sets, tmp_path, capsys):
+    from modiff_trt.tools.cli import main
+
+    def said(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            main(["evaluate", "--samples", str(tmp_path / "exact"), *map(str, arguments)])
+        assert exit_.value.code == 2
+        return capsys.readouterr().err
+
+    np.savez(tmp_path / "whole.npz", images=sets["real"])
+    (tmp_path / "half.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:5000])
+    (tmp_path / "empty.npz").touch()
+    np.savez(tmp_path / "none.npz", images=sets["real"][:0])
+    for name, what in (("half", "cannot be read"), ("empty", "cannot be read"), ("none", "holds no image")):
+        assert what in said("--reference", tmp_path / f"{name}.npz", "--out", tmp_path / "r.json")
+    out = tmp_path / "foreign.json"
+    out.write_text('{"sets": {"x": {}}}')
+    assert "not a results file" in said("--same-noise", tmp_path / "quantized", "--out", out)
+    assert out.read_text() == '{"sets": {"x": {}}}'
+    out.write_text(json.dumps({"sets": {"exact": {"images": 1, "made by": {"seed": 1}}}}))
+    assert "pass --name" in said("--same-noise", tmp_path / "quantized", "--out", out)
+    for folder, seed in (("exact", 0), ("quantized", 1)):
+        (tmp_path / folder / "manifest.json").write_text(json.dumps({"seed": seed}))
+    assert "differ in seed" in said("--same-noise", tmp_path / "quantized", "--out", tmp_path / "r.json")
+    (tmp_path / "exact/00003.png").unlink()
+    assert "are missing" in said("--same-noise", tmp_path / "quantized", "--out", tmp_path / "r.json")
+
+
+def test_pairs_of_any_size_need_no_features(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", images=rng.integers(0, 256, (3, 20, 14, 1), dtype=np.uint8))
+    run("--samples", tmp_path / "a.npz", "--same-noise", tmp_path / "b.npz", "--features", "none", "--out", tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["sets"]["a"]["psnr_db"] > 0
+
+
+def test_a_cache_that_cannot_be_used_costs_time_only(sets, tmp_path, monkeypatch):
+    network = open_features("fd-cifar", None, "cpu", "torch")
+    first = evaluating.reference_statistics(tmp_path / "real", network, 16)
+    (cached,) = (tmp_path / "cache").iterdir()
+    cached.write_bytes(b"damaged")
+    again = evaluating.reference_statistics(tmp_path / "real", network, 16)
+    np.testing.assert_array_equal(first.gaussians["features"].mean, again.gaussians["features"].mean)
+    monkeypatch.setenv("MODIFF_TRT_CACHE", "/dev/null/nowhere")
+    assert evaluating.reference_statistics(tmp_path / "real", network, 16).count == 40
 
 
 def test_the_classifier_can_be_trained_again(tmp_path):

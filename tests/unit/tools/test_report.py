@@ -16,7 +16,7 @@ BENCH = {
     "config": "x.yml",
     "machine": {"processor": "cpu", "cores": 2},
     "batches": {"4": {name: None for name in ("torch-fp32", "native-modiff")}},
-    "not_run": {"tensorrt": "no plan <given>"},
+    "not_run": {"tensorrt": {"1": "no plan <given>", "4": "no plan <given>"}},
 }
 for place, name in enumerate(BENCH["batches"]["4"]):
     BENCH["batches"]["4"][name] = {
@@ -65,9 +65,21 @@ def test_the_page_has_its_sections_and_no_address_of_the_network(tmp_path):
     assert found[1] > found[0] + 10  # MoDiff against Q-Diff
 
 
+def test_what_other_commands_did_not_write_is_refused_before_any_work(tmp_path, capsys):
+    from modiff_trt.tools.cli import main
+
+    (tmp_path / "x.json").write_text(json.dumps({"batches": {"1": {}}, "sets": {"a": {}}, "report": {}}))
+    for option in ("--bench", "--evaluation", "--plan"):
+        with pytest.raises(SystemExit) as exit_:
+            main(["report", option, str(tmp_path / "x.json"), "--out", str(tmp_path / "r.html")])
+        assert exit_.value.code == 2 and "was not written by the command" in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()
+
+
 def test_errors_are_those_of_the_trajectories(tiny):
-    scales = tiny.scales(act_bits=6)
+    scales = tiny.scales(act_bits=6, edge_bits=8)
     found = compare(tiny.network, tiny.checkpoint, scales, 2, 0, "cpu")
+    assert [trace.name for trace in found.traces] == ["FP32", "Q-Diff W8A6", "MoDiff W8A6"]
     assert [trace.x.shape for trace in found.traces] == [(len(found.timesteps), 2, *tiny.network.config.input_shape)] * 3
     exact, _, modulated = found.traces
     assert found.eps_error(exact).max() == 0

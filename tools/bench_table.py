@@ -1,0 +1,41 @@
+"""What `bench` prints of its result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def not_run(result: dict[str, Any]) -> list[str]:
+    """A line for each backend that did not run at some batch size, with the reason."""
+    lines = []
+    for name, reasons in result.get("not_run", {}).items():
+        for reason in dict.fromkeys(reasons.values()):
+            batches = ", ".join(batch for batch, why in reasons.items() if why == reason)
+            lines.append(f"{name} (batch {batches}): {reason}")
+    return lines
+
+
+def print_bench(result: dict[str, Any]) -> None:
+    """One line for each batch size and backend, with its ratio to the first backend."""
+    table = Table(title=f"{result['machine'].get('gpu') or result['machine']['processor']}, one pass")
+    for heading in ("batch", "backend", "us", "us an image", "images/s", "ratio", "memory, GB", "state, MB an image"):
+        table.add_column(heading, justify="left" if heading == "backend" else "right")
+    for batch, rows in result["batches"].items():
+        first = next(iter(rows.values()))["microseconds"]
+        for name, row in rows.items():
+            table.add_row(
+                batch,
+                name,
+                f"{row['microseconds']:.0f}",
+                f"{row['microseconds_an_image']:.1f}",
+                f"{row['images_a_second']:.1f}",
+                f"{first / row['microseconds']:.2f}x",
+                f"{row['memory_bytes'] / 1e9:.2f}",
+                f"{row['state_bytes_an_image'] / 1e6:.1f}",
+            )
+    Console().print(table)
+    for line in not_run(result):
+        Console().print(f"not run: {line}", soft_wrap=True)
