@@ -69,13 +69,17 @@ def evaluate(
         raise InputError(
             f"{samples} holds images of {images.shape}, FD-CIFAR is for 32 x 32; use --features inception, or none"
         )
+    if not wanted and exact is None:
+        raise InputError("--features none leaves PSNR and SSIM, which need --same-noise")
     entry: dict[str, Any] = describe(images) | provenance(device)
     place = name or (samples.name if samples.is_dir() else samples.stem)
     before = _results(out)["sets"].get(place)
     if before is not None and before["made by"] != entry["made by"]:
         raise InputError(f"{out} has a set '{place}' that was made otherwise; pass --name, or choose another --out")
+    entry = (before or {}) | entry  # what other features have said of the set stays
     if exact is not None:
         entry |= paired(images, exact, batch_size, device)
+        _record(out, place, entry)
     for network in wanted:
         own = measure(images, network, batch_size, score=True)
         found: dict[str, Any] = {"weights_sha256": network.digest}
@@ -90,10 +94,15 @@ def evaluate(
             baseline = reference_statistics(exact.path, network, batch_size)
             found["to full precision"] = distances(own, baseline, network)
         entry[network.name] = found
-    results = _results(out)  # again: another process may have added to it
+        _record(out, place, entry)  # what was measured is kept if the next features fail
+    Console().print(make_table(_results(out)))
+
+
+def _record(path: Path, place: str, entry: dict[str, Any]) -> None:
+    """Adds a set to the results file as it is now: another process may have written to it."""
+    results = _results(path)
     results["sets"][place] = entry
-    write_json(out, results)
-    Console().print(make_table(results))
+    write_json(path, results)
 
 
 def _results(path: Path) -> dict[str, Any]:

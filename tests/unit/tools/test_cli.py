@@ -85,13 +85,14 @@ def test_png_folder_resumes_and_keeps_what_is_there(files, tmp_path, capsys):
     assert run(*job, "--num_samples", 2) == 0
     before = {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in out.glob("*.png")}
     (out / "00001.png").unlink()
-    assert run(*job, "--num_samples", 4, "--batch-size", 3) == 0
+    assert run(*job, "--num_samples", 4) == 0
     assert "(1 were there already)" in capsys.readouterr().out
     assert sorted(f.name for f in out.glob("*.png")) == [f"{i:05d}.png" for i in range(4)]
     assert (out / "00000.png").stat().st_mtime_ns == before["00000.png"][1]
     again = np.asarray(Image.open(out / "00001.png")).astype(int)
     assert again.shape == (32, 32, 3)
-    assert "another run" in refusal(capsys, *job[:-2], "--seed", 4, "--out", out)
+    for other in (("--seed", 4), ("--batch-size", 3)):
+        assert "another run" in refusal(capsys, *job[:-2], *other, "--out", out)
 
 
 def test_bench_times_every_backend_at_every_size(files, tmp_path):

@@ -156,7 +156,15 @@ def test_pairs_of_any_size_need_no_features(tmp_path):
     for name in ("a", "b"):
         np.savez(tmp_path / f"{name}.npz", images=rng.integers(0, 256, (3, 20, 14, 1), dtype=np.uint8))
     run("--samples", tmp_path / "a.npz", "--same-noise", tmp_path / "b.npz", "--features", "none", "--out", tmp_path / "r.json")
-    assert json.loads((tmp_path / "r.json").read_text())["sets"]["a"]["psnr_db"] > 0
+    found = json.loads((tmp_path / "r.json").read_text())["sets"]["a"]
+    assert found["psnr_db"] > 0 and "fd-cifar" not in found
+
+
+def test_what_was_measured_before_stays(sets, tmp_path):
+    out = tmp_path / "r.json"
+    run("--samples", tmp_path / "quantized", "--same-noise", tmp_path / "exact", "--features", "none", "--out", out)
+    run("--samples", tmp_path / "quantized", "--reference", tmp_path / "real", "--out", out)
+    assert {"psnr_db", "ssim", "fd-cifar"} <= set(json.loads(out.read_text())["sets"]["quantized"])
 
 
 def test_a_cache_that_cannot_be_used_costs_time_only(sets, tmp_path, monkeypatch):
