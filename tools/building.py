@@ -8,6 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 
+def shown_name(layer: dict[str, Any]) -> str:
+    """What an engine's layer computes: its first ONNX node that has a name, or the builder's name for it."""
+    return str(next((node for node in layer["nodes"] if not node.startswith("node_of_")), layer["name"]))
+
+
 def print_report(report: dict[str, Any], layers: bool) -> None:
     """The summary in two lines, and with `layers` every layer of the engine."""
     console = Console(highlight=False)
@@ -19,10 +24,9 @@ def print_report(report: dict[str, Any], layers: bool) -> None:
         for heading in ("kind", "of", "inputs", "weights", "outputs", "kernel"):
             table.add_column(heading)
         for layer in report["table"]:
-            known = [node for node in layer["nodes"] if not node.startswith("node_of_")]
             table.add_row(
                 layer["kind"],
-                (known or [layer["name"]])[0],
+                shown_name(layer),
                 ", ".join(layer["inputs"][:2]),
                 ", ".join(layer["constants"][:1]),
                 ", ".join(layer["outputs"][:2]),

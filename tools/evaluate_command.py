@@ -61,8 +61,7 @@ def evaluate(
     check_device(device)
     images = open_images(samples)
     exact = open_images(same_noise) if same_noise is not None else None
-    if reference is not None:
-        open_reference(reference)
+    real = open_reference(reference) if reference is not None else None
     names = [part.strip() for part in features.split(",")] if features != "none" else []
     wanted = [open_features(part, inception, device, resize) for part in names]
     if "fd-cifar" in names and images.shape != (32, 32):
@@ -87,11 +86,11 @@ def evaluate(
             found |= {"published weights": getattr(network, "published", False)}
         if own.score is not None:
             found |= {"IS": own.score[0], "IS deviation": own.score[1]}
-        if reference is not None:
-            against = reference_statistics(reference, network, batch_size)
+        if reference is not None and real is not None:
+            against = reference_statistics(real, network, batch_size)
             found |= distances(own, against, network) | {"reference": reference.name, "reference images": against.count}
         if exact is not None:
-            baseline = reference_statistics(exact.path, network, batch_size)
+            baseline = reference_statistics(exact, network, batch_size)
             found["to full precision"] = distances(own, baseline, network)
         entry[network.name] = found
         _record(out, place, entry)  # what was measured is kept if the next features fail

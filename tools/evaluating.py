@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,14 +99,13 @@ def measure(images: ImageSet, features: Features, batch_size: int, score: bool) 
     return Statistics(gaussians, images.count, inception.result() if inception is not None else None)
 
 
-def reference_statistics(path: Path, features: Features, batch_size: int) -> Statistics:
-    """Statistics of a reference set, computed once for each content and kept in the cache; or pytorch-fid's .npz of them."""
-    opened = open_reference(path)
-    if isinstance(opened, Statistics):
+def reference_statistics(images: ImageSet | Statistics, features: Features, batch_size: int) -> Statistics:
+    """Statistics of a reference, as `open_reference` gives it: computed once for each content of images and kept in the cache,
+    or pytorch-fid's own."""
+    if isinstance(images, Statistics):
         if measures_of(features).score is None:
-            raise InputError(f"{path} holds Inception statistics; use --features inception, or pass the images")
-        return opened
-    images = opened
+            raise InputError("the reference holds Inception statistics; use --features inception, or pass the images")
+        return images
     key = hashlib.sha256(f"{features.name} {features.digest} {images.fingerprint()}".encode()).hexdigest()
     cached = cache_folder() / f"{features.name}-{key[:32]}.safetensors"
     # A cache that is damaged, or cannot be written, costs time and nothing else.
@@ -119,7 +117,7 @@ def reference_statistics(path: Path, features: Features, batch_size: int) -> Sta
     found = measure(images, features, batch_size, score=False)
     arrays = {f"{n}.mean": g.mean for n, g in found.gaussians.items()}
     arrays |= {f"{n}.covariance": g.covariance for n, g in found.gaussians.items()}
-    header = {"kind": KIND, "schema": SCHEMA, "count": found.count, "names": list(found.gaussians), "of": str(path)}
+    header = {"kind": KIND, "schema": SCHEMA, "count": found.count, "names": list(found.gaussians), "of": str(images.path)}
     with contextlib.suppress(InputError):
         save_arrays(cached, header, arrays)
     return found
@@ -165,7 +163,7 @@ def paired(images: ImageSet, exact: ImageSet, batch_size: int, device: str = "cp
     squares, similarity = 0.0, 0.0
     with progress_bar() as bar:
         task = bar.add_task("pairs", total=images.count, unit="images")
-        for a, b in _pairs(images, exact, batch_size):
+        for a, b in zip(images.batches(batch_size), exact.batches(batch_size), strict=True):
             squares += float(((a.astype(np.float64) - b) ** 2).sum())
             similarity += float(ssim(a, b, device).sum())
             bar.advance(task, len(a))
@@ -174,10 +172,6 @@ def paired(images: ImageSet, exact: ImageSet, batch_size: int, device: str = "cp
         "psnr_db": 10 * math.log10(LEVELS**2 / mse) if mse > 0 else None,
         "ssim": similarity / images.count,
     }
-
-
-def _pairs(a: ImageSet, b: ImageSet, batch_size: int) -> Iterator[tuple[Images, Images]]:
-    yield from zip(a.batches(batch_size), b.batches(batch_size), strict=True)
 
 
 def method_name(quantization: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from modiff_trt.export.scales import Scales
 from modiff_trt.runtime.images import to_uint8
 from modiff_trt.tools.bench_table import not_run
+from modiff_trt.tools.building import shown_name
 from modiff_trt.tools.evaluate_command import HEADINGS, rows_of
 from modiff_trt.tools.report_data import Comparison, Trace
 from modiff_trt.tools.report_plots import bars, eps_errors, png, range_map, strip
@@ -133,7 +134,7 @@ def engine_section(manifest: dict[str, Any]) -> str:
     report = manifest["report"]
     rows = [
         [
-            next((n for n in layer["nodes"] if not n.startswith("node_of_")), layer["name"]),
+            shown_name(layer),
             layer["kind"],
             ", ".join(layer["inputs"][:2]),
             ", ".join(layer["outputs"][:2]),

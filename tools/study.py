@@ -36,6 +36,7 @@ from modiff_trt.tools.calibrating import TRIAL_SEED, learn_weights, measure, res
 from modiff_trt.tools.collecting import collect
 from modiff_trt.tools.load import check_device, load_model
 from modiff_trt.tools.provenance import provenance
+from modiff_trt.tools.refusals import refuses_bad_input
 from modiff_trt.tools.trials import PERCENTILES, Trials, search_rows, search_scales
 
 PARTS = "methods,scales,rows,starts,weights"
@@ -324,6 +325,7 @@ class Study:
         write_json(self.out, self.figures)
 
 
+@refuses_bad_input
 def main(
     config: Annotated[Path, typer.Option(help="DDIM configuration (.yml)")],
     ckpt: Annotated[Path, typer.Option(help="trained weights")],
@@ -342,30 +344,26 @@ def main(
     seconds: Annotated[float, typer.Option(help="begin no new figure after this long")] = 1e9,
 ) -> None:
     """Measures methods, starts and weight rounding against FP32 in simulation."""
-    try:
-        widths = [int(b) for b in bits.split(",")]
-        study = Study(config, ckpt, timesteps, images, calibration_images, device, out, seconds, skip_type)
-        if learned is not None:
-            study.use_learned(learned)
-        for part in parts.split(","):
-            if part == "methods":
-                study.methods(widths)
-            elif part == "scales":
-                study.static_scales(widths)
-            elif part == "rows":
-                study.rows(widths)
-            elif part == "state":
-                study.states(widths)
-            elif part == "starts":
-                study.starts(widths, list(STARTS), percentile)
-            elif part == "weights":
-                for b in weight_bits.split(","):
-                    study.weights(int(b), iterations)
-            else:
-                raise InputError(f"--parts: unknown part '{part}'; known: methods, scales, rows, starts, state, weights")
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    widths = [int(b) for b in bits.split(",")]
+    study = Study(config, ckpt, timesteps, images, calibration_images, device, out, seconds, skip_type)
+    if learned is not None:
+        study.use_learned(learned)
+    for part in parts.split(","):
+        if part == "methods":
+            study.methods(widths)
+        elif part == "scales":
+            study.static_scales(widths)
+        elif part == "rows":
+            study.rows(widths)
+        elif part == "state":
+            study.states(widths)
+        elif part == "starts":
+            study.starts(widths, list(STARTS), percentile)
+        elif part == "weights":
+            for b in weight_bits.split(","):
+                study.weights(int(b), iterations)
+        else:
+            raise InputError(f"--parts: unknown part '{part}'; known: methods, scales, rows, starts, state, weights")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from modiff_trt.export.files import atomic_path
 from modiff_trt.export.torch_ops import UNet
 from modiff_trt.runtime.image_sets import load_images
 from modiff_trt.runtime.schedule import alphas_cumprod
+from modiff_trt.tools.refusals import refuses_bad_input
 
 SAVE_SECONDS = 60.0
 
@@ -136,6 +137,7 @@ def train(config: Config, images: np.ndarray, out: Path, minutes: float, seed: i
     state_file.unlink(missing_ok=True)
 
 
+@refuses_bad_input
 def main(
     config: Annotated[Path, typer.Option(help="DDIM configuration file")],
     images: Annotated[Path, typer.Option(help="folder of pictures, .npz of uint8 images, or cifar-10-binary.tar.gz")],
@@ -144,12 +146,8 @@ def main(
     seed: Annotated[int, typer.Option(help="seed of initialization and batches")] = 0,
 ) -> None:
     """Trains the UNet of a configuration on an image set."""
-    try:
-        settings = load_config(config)
-        train(settings, load_images(images, settings.data.image_size), out, minutes, seed)
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    settings = load_config(config)
+    train(settings, load_images(images, settings.data.image_size), out, minutes, seed)
 
 
 if __name__ == "__main__":

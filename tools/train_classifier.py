@@ -22,6 +22,7 @@ from modiff_trt.export.files import atomic_path
 from modiff_trt.runtime.cifar_features import CLASSES, FEATURES, LAYERS, CifarFeatures, forward, normalize
 from modiff_trt.runtime.image_sets import READ_ERRORS, cifar_batches
 from modiff_trt.tools.progress import progress_bar
+from modiff_trt.tools.refusals import refuses_bad_input
 
 BATCH, PEAK_RATE, DECAY, SMOOTHING, CUTOUT = 512, 0.4, 5e-4, 0.1, 8
 Labelled = tuple[np.ndarray, np.ndarray]
@@ -134,6 +135,7 @@ def accuracy(path: Path, test_set: Labelled) -> float:
     return right / len(images)
 
 
+@refuses_bad_input
 def main(
     images: Annotated[Path, typer.Option(help="cifar-10-binary.tar.gz")],
     out: Annotated[Path, typer.Option(help="classifier to write (.safetensors)")],
@@ -141,20 +143,16 @@ def main(
     seed: Annotated[int, typer.Option(help="seed of initialization, order and augmentation")] = 0,
 ) -> None:
     """Trains the FD-CIFAR classifier."""
-    try:
-        if epochs < 1:
-            raise InputError("--epochs must be at least 1")
-        train_set, test_set = load_labelled(images)
-        arrays = train(train_set, epochs, seed).folded()
-        meta = {"epochs": str(epochs), "seed": str(seed), "torch": torch.__version__}
-        with atomic_path(out) as temporary:
-            save_file(arrays, temporary, meta)
-            found = accuracy(temporary, test_set)
-            save_file(arrays, temporary, meta | {"test_accuracy": f"{found:.4f}"})
-        typer.echo(f"{out}: {100 * found:.2f} % of {len(test_set[0])} test images, {out.stat().st_size / 1e6:.1f} MB")
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    if epochs < 1:
+        raise InputError("--epochs must be at least 1")
+    train_set, test_set = load_labelled(images)
+    arrays = train(train_set, epochs, seed).folded()
+    meta = {"epochs": str(epochs), "seed": str(seed), "torch": torch.__version__}
+    with atomic_path(out) as temporary:
+        save_file(arrays, temporary, meta)
+        found = accuracy(temporary, test_set)
+        save_file(arrays, temporary, meta | {"test_accuracy": f"{found:.4f}"})
+    typer.echo(f"{out}: {100 * found:.2f} % of {len(test_set[0])} test images, {out.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,10 @@ def sets(tmp_path, monkeypatch):
     return {"real": real, "exact": exact, "quantized": quantized}
 
 
+def statistics_of(path, network, batch_size):
+    return evaluating.reference_statistics(evaluating.open_reference(path), network, batch_size)
+
+
 def run(*arguments):
     app(["evaluate", *map(str, arguments)], standalone_mode=False)
 
@@ -75,28 +79,28 @@ def test_the_reference_is_measured_once_for_each_content(sets, tmp_path):
             calls.append(len(images))
             return network(images)
 
-    first = evaluating.reference_statistics(tmp_path / "real", Counted(), 16)
-    second = evaluating.reference_statistics(tmp_path / "real", Counted(), 16)
+    first = statistics_of(tmp_path / "real", Counted(), 16)
+    second = statistics_of(tmp_path / "real", Counted(), 16)
     assert sum(calls) == 40 and first.count == second.count == 40
     np.testing.assert_array_equal(first.gaussians["features"].covariance, second.gaussians["features"].covariance)
     Image.fromarray(sets["real"][0]).save(tmp_path / "real/99999.png")
-    assert evaluating.reference_statistics(tmp_path / "real", Counted(), 16).count == 41
+    assert statistics_of(tmp_path / "real", Counted(), 16).count == 41
 
 
 def test_statistics_of_pytorch_fid_are_references_for_inception_only(sets, tmp_path):
     np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     network = open_features("fd-cifar", None, "cpu", "torch")
     with pytest.raises(InputError, match="Inception statistics"):
-        evaluating.reference_statistics(tmp_path / "stats.npz", network, 16)
+        statistics_of(tmp_path / "stats.npz", network, 16)
 
     class Inception:
         name, digest = "inception", "x"
 
-    found = evaluating.reference_statistics(tmp_path / "stats.npz", Inception(), 16)
+    found = statistics_of(tmp_path / "stats.npz", Inception(), 16)
     assert set(found.gaussians) == {"pool"}
     # guided-diffusion's reference batches carry statistics beside the images: the images count.
     np.savez(tmp_path / "batch.npz", arr_0=sets["real"], mu=np.zeros(2048), sigma=np.eye(2048))
-    assert evaluating.reference_statistics(tmp_path / "batch.npz", network, 16).count == 40
+    assert statistics_of(tmp_path / "batch.npz", network, 16).count == 40
 
 
 def test_pairs_must_fit(sets, tmp_path):
@@ -169,13 +173,13 @@ def test_what_was_measured_before_stays(sets, tmp_path):
 
 def test_a_cache_that_cannot_be_used_costs_time_only(sets, tmp_path, monkeypatch):
     network = open_features("fd-cifar", None, "cpu", "torch")
-    first = evaluating.reference_statistics(tmp_path / "real", network, 16)
+    first = statistics_of(tmp_path / "real", network, 16)
     (cached,) = (tmp_path / "cache").iterdir()
     cached.write_bytes(b"damaged")
-    again = evaluating.reference_statistics(tmp_path / "real", network, 16)
+    again = statistics_of(tmp_path / "real", network, 16)
     np.testing.assert_array_equal(first.gaussians["features"].mean, again.gaussians["features"].mean)
     monkeypatch.setenv("MODIFF_TRT_CACHE", "/dev/null/nowhere")
-    assert evaluating.reference_statistics(tmp_path / "real", network, 16).count == 40
+    assert statistics_of(tmp_path / "real", network, 16).count == 40
 
 
 def test_the_classifier_can_be_trained_again(tmp_path):
