@@ -98,6 +98,13 @@ def bench(data: dict[str, Any]) -> str:
             state = rows[name]["state_bytes_an_image"] / 1e6
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {state:.1f} |")
     machine = data["machine"].get("gpu") or f"{data['machine']['cores']} cores ({data['machine']['processor']})"
+    costs = [
+        f"{rows['native-modiff']['microseconds'] / rows['native-int8']['microseconds']:.2f}x at batch {b}"
+        for b, rows in ((b, data["batches"][b]) for b in batches)
+        if {"native-modiff", "native-int8"} <= set(rows)
+    ]
+    if costs:
+        lines.append(f"\nMoDiff takes of the same backend without state: {', '.join(costs)}.")
     how = f"Median of {data['runs']} interleaved runs of {data['passes']} passes"
     lines.append(f"\n{how}, {machine}, torch {data['versions']['torch']}.")
     return "\n".join(lines)
@@ -173,6 +180,13 @@ def evaluation(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def classifier(data: dict[str, Any]) -> str:
+    """The network behind FD-CIFAR."""
+    head = "| FD-CIFAR's classifier | MB | test images named rightly, % |\n|---|---|---|\n"
+    row = f"| `{data['file']}` | {data['bytes'] / 1e6:.1f} | {100 * data['test_accuracy']:.1f} |\n"
+    return f"{head}{row}\nTrained on {data['what'].split('trained on ')[1]}; {data['machine']['gpu']}."
+
+
 def scaling(data: dict[str, Any]) -> str:
     """Images a second on one GPU and on two."""
     lines = ["| GPUs | images a second | ratio |", "|---|---|---|"]
@@ -190,6 +204,13 @@ def scaling(data: dict[str, Any]) -> str:
     )
     lines.append(f"\n{data['what'][0].upper() + data['what'][1:]}; {data['machine']['gpu']}. The images of both are {same}.")
     return "\n".join(lines)
+
+
+def kills(data: dict[str, Any]) -> str:
+    """Sampling that is killed again and again, and then runs to its end."""
+    counts = " | ".join(str(data[key]) for key in ("kills", "shards", "lost", "doubled", "changed"))
+    what = data["what"][0].upper() + data["what"][1:]
+    return f"| kills | shards at the end | lost | doubled | changed |\n|---|---|---|---|---|\n| {counts} |\n\n{what}."
 
 
 def memory(data: dict[str, Any]) -> str:
@@ -216,7 +237,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "states_100": ("states100_demo", states),
     "states_1000": ("states1000_demo", states),
     "bench_h200_small": ("bench_h200_small", bench),
+    "classifier": ("fd_cifar", classifier),
     "scaling": ("scaling_h200", scaling),
+    "kills": ("kill_trials", kills),
     "memory": ("memory_trials", memory),
     "evaluation": ("evaluation_h200", evaluation),
     "native_images": ("native_images_h200", native_images),
