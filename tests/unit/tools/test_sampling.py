@@ -24,10 +24,10 @@ def network(tiny, tmp_path_factory):
     return path
 
 
-def start(network, out, **environment):
+def start(network, out, *more, **environment):
     import os
 
-    arguments = ["--backend", "onnx", "--onnx", network, "--num-samples", COUNT, "--batch-size", 2, "--out", out]
+    arguments = ["--backend", "onnx", "--onnx", network, "--num-samples", COUNT, "--batch-size", 2, "--out", out, *more]
     command = [sys.executable, "-m", "modiff_trt.tools.cli", "sample", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=os.environ | environment, text=True, **pipes)
@@ -52,6 +52,12 @@ def test_ranks_make_the_same_files_between_them(network, alone, tmp_path):
     assert [process.wait() for process in processes] == [0, 0, 0], processes[0].stderr.read()
     assert "share 1 of 3, 4 images" in processes[0].stdout.read()
     assert pictures(tmp_path / "images") == alone
+
+
+def test_a_range_of_images_is_that_part_of_the_series(network, alone, tmp_path):
+    process = start(network, tmp_path / "part", "--seeds", "4-7")
+    assert process.wait() == 0, process.stderr.read()
+    assert pictures(tmp_path / "part") == {f"{i:05d}.png": alone[f"{i:05d}.png"] for i in range(4, 8)}
 
 
 def test_batches_are_cut_before_they_are_dealt_out():
