@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.modulated import QuantizedLayer, initial_state, integer_product, quantize_layers
+from modiff_trt.export.modulated import QuantizedLayer, initial_state, quantize_layers
 from modiff_trt.export.scales import Scales
 from modiff_trt.export.split import skip_factors
-from modiff_trt.export.torch_ops import Params, layer_bias, layer_weight, time_table
+from modiff_trt.export.torch_ops import Params, convolve, layer_bias, layer_weight, time_table
 from modiff_trt.export.unet import LayerSpec, Network
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX
@@ -168,7 +168,10 @@ def _grid(scales: Scales, layer: QuantizedLayer, largest: float) -> tuple[float,
 def _start(layer: QuantizedLayer, unit: float, out_channels: int) -> tuple[Tensor, Tensor]:
     a_hat = initial_state(layer, 1).a_hat
     state = (a_hat / unit).round()
-    o_hat = layer.bias[:, None, None] + integer_product(layer, state * unit)
+    # Integers in float64 sum exactly, in any order. In float32 the order, and so the start, is another with another number of
+    # threads, which torchrun sets.
+    sums = convolve(layer.spec, state.double(), layer.weight.double())
+    o_hat = layer.bias.double()[:, None, None] + sums * (unit * layer.weight_scale.double())[:, None, None]
     padded = torch.zeros(out_channels, o_hat[0, 0].numel())
     padded[: o_hat.shape[1]] = o_hat[0].flatten(1)
     stored = state[0, :, ::2, ::2] if layer.spec.upsampled else state[0]

@@ -10,6 +10,7 @@ from modiff_trt.plugins.modulated_conv.onednn_conv import OneDnnConv
 from modiff_trt.runtime.cpu_kernels import CpuKernels
 from modiff_trt.runtime.images import psnr
 from modiff_trt.runtime.native_denoiser import NativeDenoiser
+from modiff_trt.runtime.native_layers import build
 from modiff_trt.runtime.torch_denoiser import SimDenoiser
 from modiff_trt.tools.trials import with_modes
 
@@ -65,3 +66,15 @@ def test_state_is_reset_between_trajectories_and_batches_do_not_mix(demo):
     first = demo.sample(denoiser, images=3)
     np.testing.assert_array_equal(demo.sample(denoiser, images=3), first)
     assert psnr(demo.sample(denoiser, images=1), first[:1]) > 40
+
+
+def test_the_start_does_not_depend_on_the_number_of_threads(demo):
+    threads, models = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        models.append(build(demo.network, demo.checkpoint.params, demo.scales()))
+    torch.set_num_threads(threads)
+    one, three = models
+    assert torch.equal(one.table, three.table)
+    for name, start in one.start.items():
+        assert all(map(torch.equal, start, three.start[name])), name
