@@ -11,7 +11,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -154,6 +154,7 @@ def run_bench(
             for name, (denoiser, _) in ready.items():
                 seconds[name].append(_run(denoiser, x, passes, device))
         del denoiser
+        result["passes"] = max(len(timed[0]) for timed in seconds.values())  # fewer where a trajectory is shorter
         rows = {}
         for name in list(ready):
             denoiser, memory = ready.pop(name)
@@ -234,15 +235,25 @@ def _run(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device: str) 
     return [b - a for a, b in pairwise(times)]
 
 
-def native_floors(network: Network, scales: Scales, device: str) -> tuple[dict[str, float], dict[str, float]]:
-    """(ceilings, least microseconds an image and pass of the native backends), by what this GPU reaches now; empty on a CPU."""
-    if device != "cuda":
+def native_floors(
+    network: Network, scales: Scales, device: str, names: Iterable[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(ceilings, least microseconds an image and pass of the native backends among `names`), by what this GPU reaches now;
+    empty where none of them can run."""
+    chosen = {"native-modiff": scales, "native-int8": scales.without_modulation()}
+    if device != "cuda" or not chosen.keys() & set(names):
         return {}, {}
-    from modiff_trt.tools.profiling import ceilings, floors
+    from modiff_trt.runtime.cuda_kernels import check_gpu
+
+    try:
+        check_gpu()
+    except InputError:
+        return {}, {}  # why, says the backend's own row
+    from modiff_trt.tools.floors import pass_floor, work
+    from modiff_trt.tools.profiling import ceilings
 
     reached = ceilings()
-    chosen = {"native-modiff": scales, "native-int8": scales.without_modulation()}
-    return reached, {name: sum(floors(network, s, reached).values()) for name, s in chosen.items()}
+    return reached, {name: pass_floor(work(network, s), reached) for name, s in chosen.items()}
 
 
 def add_profiles(
@@ -250,9 +261,10 @@ def add_profiles(
 ) -> None:
     """Adds the native backend's time by class of kernel to a result, and writes it again."""
     from modiff_trt.runtime.native_denoiser import NativeDenoiser
+    from modiff_trt.tools.floors import floors, work
     from modiff_trt.tools.profiling import profile
 
-    denoiser = make()
+    denoiser, least = make(), floors(work(network, scales), result["ceilings"])
     assert isinstance(denoiser, NativeDenoiser)
-    result["profiles"] = {str(batch): profile(denoiser, network, scales, batch) for batch in batch_sizes}
+    result["profiles"] = {str(batch): profile(denoiser, least, batch) for batch in batch_sizes}
     write_json(out, result)

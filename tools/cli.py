@@ -227,7 +227,7 @@ def bench(
         raise InputError("--profile is for --device cuda and the backend native-modiff")
     files = [Path(plan) for plan in plans.split(",") if plan]
     makes = candidates(network, checkpoint, loaded, check_device(device), backends.split(","), files)
-    reached, floors = native_floors(network, loaded, device)
+    reached, floors = native_floors(network, loaded, device, makes)
     settings: dict[str, Any] = {"config": config.name, "checkpoint_sha256": checkpoint.sha256, "scales_sha256": sha256(scales)}
     settings |= {"ceilings": reached} if reached else {}
     result = run_bench(
