@@ -6,6 +6,7 @@ Such a distance ranks image sets of CIFAR-10 like FID does, on another scale. It
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,19 @@ from modiff_trt.runtime.image_sets import Images
 NAME = "fd-cifar"
 SIZE = 32
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-# name: (input channels, output channels); "pool" follows widening layers, pairs named res* add their input.
-LAYERS = {
-    "stem": (3, 64),
-    "wide1": (64, 128),
-    "res1a": (128, 128),
-    "res1b": (128, 128),
-    "wide2": (128, 256),
-    "wide3": (256, 256),
-    "res3a": (256, 256),
-    "res3b": (256, 256),
-}
-FEATURES, CLASSES = 256, 10
+# A residual network of three stages, 32, 16 and 8 pixels wide, with two blocks each. Convolutions by name: (input channels,
+# output channels, kernel, stride). The first block of the later stages halves the image and has a shortcut of its own.
+WIDTHS = (96, 192, 320)
+LAYERS: dict[str, tuple[int, int, int, int]] = {"stem": (3, WIDTHS[0], 3, 1)}
+for stage, width in enumerate(WIDTHS):
+    before = WIDTHS[max(stage - 1, 0)]
+    for block in range(2):
+        into, stride = (before, 2 if stage else 1) if block == 0 else (width, 1)
+        LAYERS[f"{stage}.{block}.a"] = (into, width, 3, stride)
+        LAYERS[f"{stage}.{block}.b"] = (width, width, 3, 1)
+        if into != width:
+            LAYERS[f"{stage}.{block}.short"] = (into, width, 1, stride)
+FEATURES, CLASSES = WIDTHS[-1], 10
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -43,26 +45,29 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def forward(x: Tensor, layer: Mapping[str, object]) -> tuple[Tensor, Tensor]:
-    """(features [n, 256], logits [n, 10]) of normalized images. `layer` maps each name of LAYERS to a function that convolves
+    """(features [n, 320], logits [n, 10]) of normalized images. `layer` maps each name of LAYERS to a function that convolves
     (with whatever norm belongs to it), and `head` to the last one."""
 
     def apply(name: str, h: Tensor) -> Tensor:
         result: Tensor = layer[name](h)  # type: ignore[operator]
-        return F.relu(result)
+        return result
 
-    h = apply("stem", x)
-    h = F.max_pool2d(apply("wide1", h), 2)
-    h = h + apply("res1b", apply("res1a", h))
-    h = F.max_pool2d(apply("wide2", h), 2)
-    h = F.max_pool2d(apply("wide3", h), 2)
-    h = h + apply("res3b", apply("res3a", h))
+    h = F.relu(apply("stem", x))
+    for stage in range(len(WIDTHS)):
+        for block in range(2):
+            at = f"{stage}.{block}"
+            short = apply(f"{at}.short", h) if f"{at}.short" in LAYERS else h
+            h = F.relu(short + apply(f"{at}.b", F.relu(apply(f"{at}.a", h))))
     features = h.mean((2, 3))
     logits: Tensor = layer["head"](features)  # type: ignore[operator]
     return features, logits
 
 
 class CifarFeatures:
-    """The shipped classifier, batch norm folded into its convolutions."""
+    """The shipped classifier: batch norm folded into its convolutions, weights in int8 with a scale for each output channel.
+
+    Features and logits are the mean over an image and its mirror image.
+    """
 
     name = NAME
 
@@ -72,23 +77,28 @@ class CifarFeatures:
             params = load_file(path)
         except (SafetensorError, OSError) as error:
             raise InputError(f"classifier {path} cannot be read: {error}") from None
-        expected: dict[str, tuple[int, ...]] = {f"{n}.weight": (out, c, 3, 3) for n, (c, out) in LAYERS.items()}
-        expected |= {f"{name}.bias": (out,) for name, (_, out) in LAYERS.items()}
-        expected |= {"head.weight": (CLASSES, FEATURES), "head.bias": (CLASSES,)}
+        expected: dict[str, tuple[int, ...]] = {"head.weight": (CLASSES, FEATURES), "head.bias": (CLASSES,)}
+        for name, (c, out, kernel, _) in LAYERS.items():
+            expected |= {f"{name}.weight": (out, c, kernel, kernel), f"{name}.scale": (out,), f"{name}.bias": (out,)}
         if {k: tuple(v.shape) for k, v in params.items()} != expected:
             raise InputError(f"{path} is not the FD-CIFAR classifier; install modiff-trt again, or train it anew")
         self.digest = sha256(path)
         self._device = device
         on_device = {k: v.float().to(device) for k, v in params.items()}
-        self._layer: dict[str, object] = {
-            name: lambda h, n=name: F.conv2d(h, on_device[f"{n}.weight"], on_device[f"{n}.bias"], padding=1) for name in LAYERS
-        }
+        self._layer: dict[str, object] = {}
+        for name, (_, _, kernel, stride) in LAYERS.items():
+            weight = on_device[f"{name}.weight"] * on_device[f"{name}.scale"][:, None, None, None]
+            self._layer[name] = partial(
+                F.conv2d, weight=weight, bias=on_device[f"{name}.bias"], stride=stride, padding=kernel // 2
+            )
         self._layer["head"] = lambda h: F.linear(h, on_device["head.weight"], on_device["head.bias"])
 
     @torch.inference_mode()
     def __call__(self, images: Images) -> dict[str, np.ndarray]:
-        """uint8 [n, 32, 32, 3] to {"features": [n, 256], "logits": [n, 10]}, float32. Raises InputError on other sizes."""
+        """uint8 [n, 32, 32, 3] to {"features": [n, 320], "logits": [n, 10]}, float32. Raises InputError on other sizes."""
         if images.shape[1:] != (SIZE, SIZE, 3):
             raise InputError(f"FD-CIFAR is for images of 32 x 32, found {images.shape[1:3]}; use --features inception")
-        features, logits = forward(normalize(torch.from_numpy(np.array(images)).to(self._device)), self._layer)
+        x = normalize(torch.from_numpy(np.array(images)).to(self._device))
+        both = [forward(view, self._layer) for view in (x, x.flip(3))]
+        features, logits = ((a + b) / 2 for a, b in zip(*both, strict=True))
         return {"features": features.cpu().numpy(), "logits": logits.cpu().numpy()}
