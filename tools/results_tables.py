@@ -110,6 +110,51 @@ def bench(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def profile(data: dict[str, Any]) -> str:
+    """Time of the native backend's pass by class of kernel, one column for each batch size, beside the floor."""
+    parts = {batch: data["profiles"][batch]["classes"] for batch in sorted(data["profiles"], key=int)}
+    largest = list(parts)[-1]
+    lines = ["| us an image and pass (share) | " + " | ".join(f"batch {b}" for b in parts) + " | floor | launches |"]
+    lines.append("|---|" + "---|" * (len(parts) + 2))
+    totals = {b: sum(row["microseconds_an_image"] for row in classes.values()) for b, classes in parts.items()}
+    for name, row in parts[largest].items():
+        times = {b: classes[name]["microseconds_an_image"] for b, classes in parts.items()}
+        floor = row["floor_microseconds_an_image"]
+        least = f"{floor:.1f} ({times[largest] / floor:.1f}x at {largest})" if floor else ""
+        cells = [f"{t:.1f} ({t / totals[b]:.0%})" for b, t in times.items()]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {least} | {next(iter(parts.values()))[name]['launches']:.0f} |")
+    rows = {b: data["batches"][b]["native-modiff"] for b in parts}
+    lines.append("| all kernels | " + " | ".join(f"{t:.1f}" for t in totals.values()) + " | | |")
+    lines.append("| the pass | " + " | ".join(f"{row['microseconds_an_image']:.1f}" for row in rows.values()))
+    lines[-1] += f" | {rows[largest]['floor_microseconds_an_image']:.1f} | |"
+    reached = data["ceilings"]
+    lines.append(
+        f"\nMoDiff W8A8, {data['machine']['gpu']}. Ceilings: {reached['copy_bytes_a_second'] / 1e12:.2f} TB/s, "
+        f"{reached['int8_operations_a_second'] / 1e12:.0f} TOPS INT8, {reached['fp16_operations_a_second'] / 1e12:.0f} TFLOP/s "
+        f"FP16, measured in {reached.get('measured', 'the same process')}."
+    )
+    return "\n".join(lines)
+
+
+def agreement(data: dict[str, Any], again: dict[str, Any]) -> str:
+    """The ratios to the first backend in two runs, and how far the second is from the first."""
+    batches = sorted(data["batches"], key=int)
+    lines = ["| ratio in one run, in another (difference) | " + " | ".join(f"batch {b}" for b in batches) + " |"]
+    lines.append("|---|" + "---|" * len(batches))
+    names = list(dict.fromkeys(name for rows in data["batches"].values() for name in rows))
+    for name in names[1:]:
+        cells = []
+        for b in batches:
+            pair = [run["batches"][b] for run in (data, again)]
+            if not all(name in rows for rows in pair):
+                cells.append("")
+                continue
+            one, two = (next(iter(rows.values()))["microseconds"] / rows[name]["microseconds"] for rows in pair)
+            cells.append(f"{one:.3f}x, {two:.3f}x ({two / one - 1:+.1%})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def weights(data: dict[str, Any]) -> str:
     """Rounding of weights alone."""
     part = data["weights"]
@@ -170,13 +215,17 @@ def evaluation(data: dict[str, Any]) -> str:
     headings = [h for h in HEADINGS if h != "checkpoint"] + ["FD-CIFAR to FP16's", "SSIM"]
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for row, entry in zip(rows_of(data), data["sets"].values(), strict=True):
-        near = entry["fd-cifar"].get("to full precision", {}).get("FD-CIFAR")
+        near = entry.get("fd-cifar", {}).get("to full precision", {}).get("FD-CIFAR")
         ssim = entry.get("ssim")
         cells = [*row[:-1], f"{near:.4f}" if near is not None else "", f"{ssim:.4f}" if ssim is not None else ""]
         lines.append("| " + " | ".join(cells) + " |")
     first = next(iter(data["sets"].values()))
     what = data["what"][0].upper() + data["what"][1:]
     lines.append(f"\n{what}; {first['machine']['gpu']}. Distances of fewer images are larger by themselves. Empty: not run.")
+    for name, entry in data["sets"].items():
+        if before := entry.get("fd-cifar by the classifier before"):
+            values = f"{before['FD-CIFAR']:.4f} where FP16 had {before['FP16']:.4f}"
+            lines[-1] += f" By a classifier before this one {name} had {values}."
     return "\n".join(lines)
 
 
@@ -193,15 +242,7 @@ def scaling(data: dict[str, Any]) -> str:
     one = data["one"]["images_a_second"]
     for name, part in (("1", data["one"]), ("2", data["two"])):
         lines.append(f"| {name} | {part['images_a_second']:.0f} | {part['images_a_second'] / one:.2f}x |")
-    gap = data["difference"]
-    same = (
-        "the same, bit for bit"
-        if data["identical"]
-        else (
-            f"**not all the same**: {gap['images that differ']} of {gap['images looked at']} differ, by at most "
-            f"{gap['largest difference, levels of 255']} of 255 levels; the cause is {gap['cause']}"
-        )
-    )
+    same = "the same, bit for bit" if data["identical"] else "**not all the same**"
     lines.append(f"\n{data['what'][0].upper() + data['what'][1:]}; {data['machine']['gpu']}. The images of both are {same}.")
     return "\n".join(lines)
 
@@ -220,8 +261,8 @@ def memory(data: dict[str, Any]) -> str:
     return "\n".join([*lines, f"\nThe demo model and FD-CIFAR, {data['machine']['cores']} CPU cores."])
 
 
-# Table name -> (file in results/, how it is rendered)
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+# Table name -> (files in results/, how they are rendered)
+TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "demo": ("demo", demo),
     "methods": ("methods100_adaround", methods),
     "methods_50": ("methods50_adaround", methods),
@@ -236,7 +277,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "no_help": ("residual_scales50", no_help),
     "states_100": ("states100_demo", states),
     "states_1000": ("states1000_demo", states),
-    "bench_h200_small": ("bench_h200_small", bench),
+    "profile": ("bench_h200", profile),
+    "agreement": ("bench_h200 bench_h200_second", agreement),
     "classifier": ("fd_cifar", classifier),
     "scaling": ("scaling_h200", scaling),
     "kills": ("kill_trials", kills),
@@ -255,8 +297,8 @@ def render(text: str, results: Path) -> str:
         name = match[2]
         if name not in TABLES:
             raise InputError(f"unknown table '{name}'; known: {', '.join(TABLES)}")
-        file, table = TABLES[name]
-        return f"{match[1]}{table(read_json(results / f'{file}.json', 'result'))}\n{match[3]}"
+        files, table = TABLES[name]
+        return f"{match[1]}{table(*(read_json(results / f'{file}.json', 'result') for file in files.split()))}\n{match[3]}"
 
     return BLOCK.sub(replace, text)
 
