@@ -42,14 +42,17 @@ ONNX := $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-$(DTYPE).onnx
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z -]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(VENV)/.done: pyproject.toml
+# Another choice of packages is another stamp.
+STAMP := $(VENV)/.setup-$(shell printf '%s' '$(EXTRAS) $(TORCH)' | cksum | cut -d' ' -f1)
+
+$(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
 	$(VENV)/bin/pip install --quiet "$(TORCH)"
 	$(VENV)/bin/pip install --quiet --editable ".[$(EXTRAS)]" "$(TORCH)"  # torch again, or torchvision would bring another
-	@touch $@
+	@rm -f $(VENV)/.setup-* && touch $@
 
-setup: $(VENV)/.done ## create .venv and install the project into it
+setup: $(STAMP) ## create .venv and install the project into it
 
 demo: setup ## FP32, Q-Diff and MoDiff from the same noise, with the shipped model
 	$(RUN) demo --out out/demo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,5 +148,5 @@ def target_of(options: BuildOptions) -> str:
     try:
         return f"sm{current_capability()}"
     except (InputError, ImportError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise InputError(f"no NVIDIA GPU is here to build for ({reason}); name one with --target, for TensorRT-RTX") from None

@@ -46,6 +46,8 @@ def load_checkpoint(path: Path, network: Network) -> Checkpoint:
         raise InputError(f"checkpoint {path} has an unknown suffix; expected one of {', '.join(SUFFIXES)}")
     raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     state = {key.removeprefix("module."): value for key, value in raw.items()}
+    if len(state) != len(raw):
+        raise InputError(f"checkpoint {path} has some weights twice, with and without 'module.'; keep one of each")
     _check(state, network, path)
     params = {key: state[key].to(torch.float32).contiguous() for key in network.parameters}
     for key, value in params.items():
@@ -80,14 +82,15 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(content, (list, tuple)) and content:
-        content = content[-1]
+        # [model, optimizer, epoch, step, EMA]; the last is not there with `ema: false`.
+        content = content[-1] if isinstance(content[-1], Mapping) else content[0]
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
         return {str(key): value for key, value in content.items()}
     raise InputError(
         f"checkpoint {path} holds no state dict; expected a dictionary of tensors, {{'state_dict': ...}}, or DDIM's "
-        "training list whose last entry is the EMA"
+        "training list (its EMA, or without one its model)"
     )
 
 
@@ -99,6 +102,11 @@ def _check(state: Mapping[str, Tensor], network: Network, path: Path) -> None:
         f"{key} has shape {tuple(state[key].shape)}, expected {shape}"
         for key, shape in wanted.items()
         if key in state and tuple(state[key].shape) != shape
+    ]
+    problems += [
+        f"{key} is {value.dtype}, {value.layout}"
+        for key, value in state.items()
+        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta
     ]
     if problems:
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""

@@ -14,6 +14,7 @@ import yaml
 
 from modiff_trt.export.errors import InputError
 
+MOST_TIMESTEPS = 100_000
 BETA_SCHEDULES = ("linear", "quad", "const", "jsd", "sigmoid")
 
 
@@ -109,7 +110,7 @@ def load_config(path: Path) -> Config:
         raise InputError(f"config {path} cannot be read: {error}") from None
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = " ".join(str(error).split())
         raise InputError(f"config {path} is not valid YAML: {where}") from None
     return config_from_dict(tree, str(path))
@@ -137,7 +138,9 @@ def model_fingerprint(config: Config) -> str:
 
 def _build(cls: Any, tree: Any, source: str, prefix: str) -> Any:
     if not isinstance(tree, dict):
-        raise InputError(f"{source}: '{prefix or 'the file'}' must be a mapping of keys, found {type(tree).__name__}")
+        raise InputError(
+            f"{source}: '{prefix.rstrip('.') or 'the file'}' must be a mapping of keys, found {type(tree).__name__}"
+        )
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in tree:
@@ -178,6 +181,8 @@ def _validate(config: Config, source: str) -> None:
             raise InputError(f"{source}: {message}")
 
     model, size = config.model, config.data.image_size
+    check(config.data.rescaled, "data.rescaled false is not supported: images are mapped from [-1, 1]")
+    check(not config.data.logit_transform, "data.logit_transform is not supported")
     check(model.type == "simple", f"model.type '{model.type}' is not supported; only 'simple' is")
     check(bool(model.ch_mult), "model.ch_mult must not be empty")
     check(all(m > 0 for m in model.ch_mult), "model.ch_mult must be positive")
@@ -193,7 +198,10 @@ def _validate(config: Config, source: str) -> None:
         diffusion.beta_schedule in BETA_SCHEDULES,
         f"diffusion.beta_schedule '{diffusion.beta_schedule}' is unknown; use one of {', '.join(BETA_SCHEDULES)}",
     )
-    check(diffusion.num_diffusion_timesteps > 1, "diffusion.num_diffusion_timesteps must be at least 2")
+    check(
+        1 < diffusion.num_diffusion_timesteps <= MOST_TIMESTEPS,
+        f"diffusion.num_diffusion_timesteps must lie between 2 and {MOST_TIMESTEPS}",
+    )
     check(
         0 < diffusion.beta_start <= diffusion.beta_end < 1,
         "diffusion.beta_start and beta_end must satisfy 0 < start <= end < 1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -19,13 +20,18 @@ from safetensors.numpy import save_file
 from modiff_trt.export.errors import InputError
 
 HEADER_KEY = "modiff"
+DIGEST = "sha256"
 CACHE_VARIABLE = "MODIFF_TRT_CACHE"
 
 
 def cache_folder() -> Path:
-    """Where tuned convolutions and reference statistics are kept: $MODIFF_TRT_CACHE, or ~/.cache/modiff-trt."""
+    """Where tuned convolutions and reference statistics are kept: $MODIFF_TRT_CACHE, or ~/.cache/modiff-trt. Raises InputError
+    if there is neither."""
     named = os.environ.get(CACHE_VARIABLE)
-    return Path(named) if named else Path.home() / ".cache" / "modiff-trt"
+    try:
+        return Path(named) if named else Path.home() / ".cache" / "modiff-trt"
+    except RuntimeError:  # a user without a home
+        raise InputError(f"there is no home folder for the cache; set {CACHE_VARIABLE} to a folder") from None
 
 
 @contextlib.contextmanager
@@ -35,6 +41,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises InputError when the folder cannot be written or the disk is full.
     """
     try:
+        if path.is_dir() or (path.exists() and not path.is_file()):
+            raise InputError(f"{path} exists and is not a file; choose another output")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:
@@ -59,10 +67,32 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes that ask for the same folder waiting. Does nothing where the file system has no locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def unwritable(path: Path, error: OSError) -> InputError:
     if error.errno == errno.ENOSPC:
         return InputError(f"{path} was not written: the disk is full; free some space or choose another --output-dir")
     return InputError(f"{path} cannot be written: {error.strerror or error}; choose a folder that you may write to")
+
+
+def check_writable(path: Path) -> None:
+    """Raises InputError if a file could not be written at `path`, before work begins whose result goes there."""
+    with contextlib.suppress(_Unwritten), atomic_path(path):
+        raise _Unwritten
+
+
+class _Unwritten(Exception):
+    pass
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -75,7 +105,7 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{what} {path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{what} {path} is not readable JSON: {error}") from None
 
 
@@ -98,9 +128,10 @@ def _digest(path: Path, algorithm: str) -> str:
 
 
 def save_arrays(path: Path, header: dict[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Writes a safetensors file whose metadata holds `header` as JSON. Atomic; a digest of the arrays goes with it."""
+    """Writes a safetensors file whose metadata holds `header` as JSON. Atomic; a digest of header and arrays goes with it."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
-    meta = {HEADER_KEY: json.dumps({**header, "arrays_sha256": _arrays_digest(contiguous)})}
+    header = json.loads(json.dumps(header))  # as it will be read: lists for tuples, and every key a string
+    meta = {HEADER_KEY: json.dumps({**header, DIGEST: _content_digest(header, contiguous)})}
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, meta)
 
@@ -126,13 +157,13 @@ def load_arrays(path: Path, kind: str, schema: int) -> tuple[dict[str, Any], dic
         raise InputError(f"{path} is a {found[0]} file, but a {kind} file is needed here")
     if found[1] != schema:
         raise InputError(f"{path} has schema version {found[1]}, this program reads {schema}; make the {kind} file again")
-    if header.pop("arrays_sha256", None) != _arrays_digest(arrays):
-        raise InputError(f"{kind} file {path} was altered: its arrays do not match the digest in its header; make it again")
+    if header.pop(DIGEST, None) != _content_digest(header, arrays):
+        raise InputError(f"{kind} file {path} was altered: its content does not match the digest in its header; make it again")
     return header, arrays
 
 
-def _arrays_digest(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
-    digest = hashlib.sha256()
+def _content_digest(header: dict[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
         digest.update(array.tobytes())

@@ -25,20 +25,24 @@ CONV_ATTRIBUTES = ("kernel_shape", "pads", "strides")
 MANIFEST_KEY = "modiff.manifest"
 # The manifest in a folder of images.
 MANIFEST = "manifest.json"
-MANIFEST_SCHEMA = 2
+MANIFEST_SCHEMA = 3
+DIGEST = "content_sha256"
 # The manifest beside a plan, and the arrays that a trajectory begins from.
 PLAN_SCHEMA = 2
 START_KIND, START_SCHEMA = "start state", 1
 
 
-def graph_digest(graph: Any) -> str:
-    """SHA-256 over the constants and nodes of an ONNX graph: what the manifest says of the file it travels in."""
+def content_digest(model: Any, manifest: dict[str, Any]) -> str:
+    """SHA-256 over an ONNX model's graph and functions, and its manifest but for the digest itself, which stands there."""
     digest = hashlib.sha256()
+    graph = model.graph
     for tensor in graph.initializer:
         digest.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)} ".encode())
         digest.update(tensor.raw_data)
-    for node in graph.node:
-        digest.update(f"{node.op_type} {node.name} {list(node.input)} {list(node.output)} ".encode())
+    for part in (*graph.node, *graph.input, *graph.output, *model.functions, *model.opset_import):
+        digest.update(part.SerializeToString(deterministic=True))
+    rest = {key: value for key, value in manifest.items() if key != DIGEST}
+    digest.update(json.dumps(rest, sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -50,12 +54,12 @@ def read_manifest(path: Path, model: Any) -> dict[str, Any]:
         raise InputError(f"ONNX file {path} has no manifest; it was not written by `modiff-trt export`")
     try:
         manifest: dict[str, Any] = json.loads(text)
-        schema, digest = manifest["schema"], manifest["graph_sha256"]
+        schema, digest = manifest["schema"], manifest[DIGEST]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"ONNX file {path} has a damaged manifest; export again") from None
     if schema != MANIFEST_SCHEMA:
         raise InputError(f"ONNX file {path} has manifest schema {schema}, not {MANIFEST_SCHEMA}; export again")
-    if graph_digest(model.graph) != digest:
+    if content_digest(model, manifest) != digest:
         raise InputError(f"ONNX file {path} was altered after it was written; export again")
     return manifest
 

@@ -19,7 +19,7 @@ from modiff_trt.export.checkpoint import Checkpoint
 from modiff_trt.export.config import config_to_dict
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import atomic_path
-from modiff_trt.export.manifest import DOMAIN, MANIFEST_KEY, MANIFEST_SCHEMA, encode_array, graph_digest
+from modiff_trt.export.manifest import DIGEST, DOMAIN, MANIFEST_KEY, MANIFEST_SCHEMA, content_digest, encode_array
 from modiff_trt.export.modulated import quantize_layers
 from modiff_trt.export.onnx_ops import IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
 from modiff_trt.export.scales import LayerScales, Scales
@@ -84,7 +84,7 @@ def build_onnx(
         graph, opset_imports=opsets, functions=functions, ir_version=IR_VERSION, producer_name="modiff-trt"
     )
     manifest = _manifest(network, checkpoint, scales, dtype, scales_sha256, constants)
-    manifest["graph_sha256"] = graph_digest(model.graph)
+    manifest[DIGEST] = content_digest(model, manifest)
     helper.set_model_props(model, {MANIFEST_KEY: json.dumps(manifest)})
     return model
 

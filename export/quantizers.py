@@ -70,6 +70,9 @@ def unpack_rounding(packed: np.ndarray[Any, np.dtype[np.uint8]] | None, weight: 
     return torch.from_numpy(bits).to(weight.device, torch.bool)
 
 
+COUNTABLE = 2**24
+
+
 class RangeHistogram:
     """Magnitudes of a stream of tensors in constant memory: exact maximum, and a histogram whose range doubles."""
 
@@ -92,7 +95,9 @@ class RangeHistogram:
         while top > self._range:
             self._counts = torch.cat([self._counts.reshape(-1, 2).sum(1), torch.zeros(self.BINS // 2, dtype=torch.float64)])
             self._range *= 2
-        self._counts += torch.histc(magnitude.float(), self.BINS, 0, self._range).double().cpu()
+        # histc counts in float32, which stops at 2^24 in a bin.
+        for part in magnitude.float().split(COUNTABLE):
+            self._counts += torch.histc(part, self.BINS, 0, self._range).double().cpu()
 
     def minmax_scale(self, bits: int) -> float:
         return max(self.absmax / grid_max(bits), SMALLEST_SCALE)

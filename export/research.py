@@ -51,6 +51,8 @@ class QuantModel:
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor | int) -> Tensor:
         step = int(t if isinstance(t, int) else t.flatten()[0])
+        if not 0 <= step < self._network.config.diffusion.num_diffusion_timesteps:
+            raise ValueError(f"timestep {step} does not exist")
         if not isinstance(t, int) and not bool((t == t.flatten()[0]).all()):
             raise ValueError("all images of a trajectory are at the same timestep")
         bias = {block: table[step : step + 1] for block, table in self._table.items()}
@@ -62,6 +64,10 @@ class QuantModel:
         first, last = self._row, max(self._row, rows.warmup)
         if last >= len(rows):
             raise RuntimeError(f"the scales hold {len(rows)} rows and all have run; call reset_cache() before a trajectory")
+        if step != int(rows.t[last]):
+            raise ValueError(f"the scales expect timestep {int(rows.t[last])} now, found {step}; they hold for their own steps")
+        if any(len(state.a_hat) != len(x) for state in self._state.values()):
+            raise ValueError("the batch changed within a trajectory; call reset_cache() before another one")
         eps = x
         for row in range(first, last + 1):
             multipliers = dict(zip(names, rows.multipliers[row].tolist(), strict=True)) if names else {}

@@ -7,6 +7,7 @@ An array here is a guest everywhere: `__cuda_array_interface__` hands it to PyCU
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -44,7 +45,7 @@ def use_device(gpu: int = 0) -> tuple[str, tuple[int, int]]:
         major, minor = divmod(current_capability(index), 10)
         return name, (major, minor)
     except (InputError, RuntimeError, OSError) as error:  # cuda-python raises its own kinds where the driver library is missing
-        raise InputError(f"no NVIDIA GPU can be used here ({' '.join(str(error).split())[:120]})") from None
+        raise InputError(f"no NVIDIA GPU can be used here ({textwrap.shorten(str(error), 200, placeholder=' ...')})") from None
 
 
 class Stream:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import sha256
+from modiff_trt.export.files import read_json, sha256
 from modiff_trt.export.manifest import MANIFEST
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
@@ -32,12 +33,15 @@ READ_ERRORS = (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile, z
 
 @dataclass(frozen=True)
 class ImageSet:
-    """`count` images uint8 [height, width, 3]; nothing is held in memory but the batch that is read."""
+    """`count` images uint8 [height, width, 3]; nothing is held in memory but the batch that is read. `first` is the index of
+    the first one in its series, and `manifest` what made them, where `modiff-trt sample` did."""
 
     path: Path
     count: int
     shape: tuple[int, int]
     chunks: Callable[[], Iterator[Images]]
+    first: int | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
 
     def batches(self, size: int) -> Iterator[Images]:
         """The images in order, uint8 [n, H, W, 3] with n = size but for the last. Raises InputError if one cannot be read."""
@@ -101,10 +105,12 @@ def _pictures(path: Path) -> ImageSet:
     files = sorted((f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES), key=_place)
     if not files:
         raise InputError(f"folder {path} holds no pictures ({', '.join(sorted(SUFFIXES))}) and no shards ({SHARDS})")
+    first, manifest = None, _manifest(path)
     if (path / MANIFEST).exists():
         numbers = [int(f.stem) for f in files if f.stem.isdecimal()]
         if len(numbers) == len(files) and numbers[-1] - numbers[0] + 1 != len(files):
             raise InputError(f"{path}: some images between {numbers[0]} and {numbers[-1]} are missing; run its `sample` again")
+        first = numbers[0] if len(numbers) == len(files) else None
 
     def read(file: Path) -> Images:
         try:
@@ -113,7 +119,7 @@ def _pictures(path: Path) -> ImageSet:
             raise InputError(f"{file} cannot be read: {error}") from None
 
     height, width, _ = read(files[0])[0].shape
-    return ImageSet(path, len(files), (height, width), lambda: map(read, files))
+    return ImageSet(path, len(files), (height, width), lambda: map(read, files), first, manifest)
 
 
 def _place(file: Path) -> tuple[Path, int, str]:
@@ -152,8 +158,8 @@ def _shards(path: Path) -> ImageSet:
         if len(shape) != 4 or dtype != np.uint8 or shape[0] != last - first + 1:
             raise InputError(f"shard {file} does not hold the images that its name says; delete it and sample again")
         following = last + 1
-    count = shard_range(files[-1])[1] + 1 - shard_range(files[0])[0]
-    return ImageSet(path, count, (shape[1], shape[2]), lambda: map(_read_shard, files))
+    begin, end = shard_range(files[0])[0], shard_range(files[-1])[1] + 1
+    return ImageSet(path, end - begin, (shape[1], shape[2]), lambda: map(_read_shard, files), begin, _manifest(path))
 
 
 def _read_shard(file: Path) -> Images:
@@ -175,10 +181,26 @@ def _npz(path: Path) -> ImageSet:
                     with archive.open(f"{key}.npy") as file:
                         shape, dtype = _npy_header(file)
                     if dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3):
-                        return ImageSet(path, shape[0], shape[1:3], partial(_npz_chunks, path, f"{key}.npy"))
+                        chunks = partial(_npz_chunks, path, f"{key}.npy")
+                        return ImageSet(path, shape[0], shape[1:3], chunks, *_npz_origin(path))
     except READ_ERRORS as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     raise InputError(f"{path} has no uint8 array [N, H, W, 3] named {' or '.join(NPZ_KEYS)}")
+
+
+def _npz_origin(path: Path) -> tuple[int | None, dict[str, Any]]:
+    """(`first`, `manifest`) of an .npz that `sample` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        if not {"indices", "manifest"} <= set(file.files) or file["indices"].size == 0:
+            return None, {}
+        manifest = json.loads(str(file["manifest"]))
+        return int(file["indices"][0]), manifest if isinstance(manifest, dict) else {}
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    about = read_json(file, "manifest") if file.exists() else {}
+    return about if isinstance(about, dict) else {}
 
 
 def has_images(path: Path) -> bool:

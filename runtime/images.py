@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +35,28 @@ def psnr(samples: Float32, reference: Float32) -> float:
     return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
-def save_npz(path: Path, samples: Float32, manifest: dict[str, Any]) -> None:
-    """`samples` float32 NCHW before clipping, `images` uint8 NHWC, and the manifest as JSON text."""
+def save_npz(path: Path, samples: Float32, indices: Sequence[int], manifest: dict[str, Any]) -> None:
+    """`samples` float32 NCHW before clipping, `images` uint8 NHWC, their `indices` int64, and the manifest as JSON text."""
+    places, text = np.asarray(indices, np.int64), np.asarray(json.dumps(manifest))
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, samples=samples, images=to_uint8(samples), manifest=np.asarray(json.dumps(manifest)))
+        np.savez(file, samples=samples, images=to_uint8(samples), indices=places, manifest=text)
 
 
 def _claim(path: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest into a new folder. Raises InputError if the folder holds images that something else made."""
     file = path / MANIFEST
-    if file.exists():
-        if read_json(file, "manifest") != manifest:
-            raise InputError(f"{path} holds images of another run (see its {MANIFEST}); choose another --out")
-    elif path.exists() and (any(path.glob("*.png")) or any(path.glob(SHARDS))):
+    for left in path.glob(".*.part"):  # of a killed process; a file is written within seconds
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+    if not (any(path.glob("*.png")) or any(path.glob(SHARDS))):
+        # A run that came to nothing may have left its manifest; and ranks that begin together write the same one.
+        if not file.exists() or read_json(file, "manifest") != manifest:
+            write_json(file, manifest)
+    elif not file.exists():
         raise InputError(f"{path} holds images without a {MANIFEST}; choose another --out")
-    else:
-        write_json(file, manifest)
+    elif read_json(file, "manifest") != manifest:
+        raise InputError(f"{path} holds images of another run (see its {MANIFEST}); choose another --out")
 
 
 class ImageFolder:
@@ -82,7 +91,11 @@ class ShardFolder:
         self.path = path
         _claim(path, manifest)
         # Other processes write other batches; what they add in the meantime does not matter to this one's.
-        self._last = dict(shard_range(file) for file in path.glob(SHARDS))
+        self._last: dict[int, int] = {}
+        for first, last in sorted(map(shard_range, path.glob(SHARDS))):
+            if first in self._last:  # a run that was killed between writing a longer shard and deleting the shorter
+                (path / shard_name(first, self._last[first])).unlink(missing_ok=True)
+            self._last[first] = last
 
     def missing(self, indices: list[int]) -> list[int]:
         """All of a batch, or none. Raises InputError if a shard there is cut at other places."""

@@ -55,7 +55,9 @@ def build_network() -> Any:
     except ImportError:
         raise InputError("Inception features need pytorch-fid; pip install 'modiff-trt[fid]'") from None
     except RuntimeError as error:  # a torchvision for another torch fails while it is imported
-        raise InputError(f"torchvision does not fit this torch ({error}); install the torchvision of its version") from None
+        raise InputError(
+            f"torchvision does not fit this torch ({error}); install the torchvision of its version and build (CPU or CUDA)"
+        ) from None
     network = torchvision.models.inception_v3(num_classes=CLASSES, aux_logits=False, weights=None, init_weights=False)
     for name, features in (("5b", 32), ("5c", 64), ("5d", 64)):
         channels = {"5b": 192, "5c": 256, "5d": 288}[name]

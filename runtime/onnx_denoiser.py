@@ -99,7 +99,7 @@ class OnnxDenoiser:
     @property
     def state(self) -> dict[str, np.ndarray[Any, Any]]:
         """Copies of the state after the last pass, by input name."""
-        return {name: value.numpy() for name, value in self._buffers[self._turn].items()}
+        return {name: value.numpy().copy() for name, value in self._buffers[self._turn].items()}
 
     def from_host(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return x
@@ -122,13 +122,13 @@ class OnnxDenoiser:
             self._fixed["row_scale"].update_inplace(np.ascontiguousarray(self._rows.multipliers[row]))
         self._session.run_with_iobinding(self._bindings[self._turn])
         self._turn = 1 - self._turn
-        return np.asarray(self._fixed["eps"].numpy())
+        return np.array(self._fixed["eps"].numpy())  # onnxruntime hands out the buffer itself
 
     def _allocate(self, batch: int) -> None:
         def new(shape: tuple[int, ...], dtype: Any) -> ort.OrtValue:
             return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self._device, self._gpu)
 
-        self._batch = batch
+        self._batch = 0  # what fails here must not leave another batch's buffers behind
         image = (batch, *self._shapes["x"])
         self._fixed = {"x": new(image, np.float32), "t": new((batch,), np.int64), "eps": new(image, np.float32)}
         if "row_scale" in self._shapes:
@@ -144,6 +144,7 @@ class OnnxDenoiser:
                 kind, layer = name.split(".", 1)
                 binding.bind_ortvalue_output(f"{kind}_out.{layer}", self._buffers[1 - turn][name])
             self._bindings.append(binding)
+        self._batch = batch
 
     def _shapes_full(self, name: str) -> tuple[int, ...]:
         return tuple(next(i.shape for i in self._session.get_inputs() if i.name == name))

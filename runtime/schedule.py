@@ -70,6 +70,8 @@ def ddim_steps(alpha_bar: Array, timesteps: tuple[int, ...], eta: float) -> tupl
     for i, t in enumerate(timesteps):
         now = alpha_bar[t]
         after = alpha_bar[timesteps[i + 1]] if i + 1 < len(timesteps) else 1.0
+        if now == 0:
+            raise InputError(f"timestep {t} is pure noise in this beta_schedule, and DDIM divides by its signal; use fewer")
         sigma = eta * np.sqrt((1 - now / after) * (1 - after) / (1 - now))
         x_coef = np.sqrt(after / now)
         eps_coef = np.sqrt(1 - after - sigma**2) - np.sqrt((1 - now) * after / now)

@@ -21,7 +21,7 @@ def not_run(result: dict[str, Any]) -> list[str]:
 def print_bench(result: dict[str, Any]) -> None:
     """One line for each batch size and backend, with its ratio to the first backend."""
     table = Table(title=f"{result['machine'].get('gpu') or result['machine']['processor']}, one pass")
-    for heading in ("batch", "backend", "us", "us an image", "images/s", "ratio", "memory, GB", "state, MB an image"):
+    for heading in ("batch", "backend", "us", "us an image", "whole images/s", "ratio", "memory, GB", "state, MB an image"):
         table.add_column(heading, justify="left" if heading == "backend" else "right")
     for batch, rows in result["batches"].items():
         first = next(iter(rows.values()))["microseconds"]
@@ -31,9 +31,9 @@ def print_bench(result: dict[str, Any]) -> None:
                 name,
                 f"{row['microseconds']:.0f}",
                 f"{row['microseconds_an_image']:.1f}",
-                f"{row['images_a_second']:.1f}",
+                f"{row['images_a_second']:.3g}",
                 f"{first / row['microseconds']:.2f}x",
-                f"{row['memory_bytes'] / 1e9:.2f}",
+                f"{row['memory_bytes'] / 1e9:.2f}" if row["memory_bytes"] else "",
                 f"{row['state_bytes_an_image'] / 1e6:.1f}",
             )
     Console().print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -78,7 +79,7 @@ def learn_weights(
         "kind": ROUNDING_KIND,
         "schema": ROUNDING_SCHEMA,
         "checkpoint_sha256": checkpoint.sha256,
-        "trajectories": [trajectories.seed, list(trajectories.x.shape), list(trajectories.timesteps)],
+        "trajectories": [trajectories.seed, list(trajectories.x.shape), list(trajectories.timesteps), _digest(trajectories)],
         "weight_bits": {name: scales.layers[name].weight_bits for name in grids},
         "scale_method": scales.scale_method,
         "skip_ratios": {name: layer.skip_ratio for name, layer in scales.layers.items() if layer.skip_ratio != 1.0},
@@ -196,6 +197,10 @@ def _samples(trajectories: Trajectories) -> Samples:
     x = torch.from_numpy(trajectories.x.reshape(steps * images, *trajectories.x.shape[2:]))
     t = torch.tensor([trajectories.timesteps[int(s)] for s in trajectories.steps]).repeat_interleave(images)
     return Samples(x, t)
+
+
+def _digest(trajectories: Trajectories) -> str:
+    return hashlib.sha256(trajectories.x.tobytes() + trajectories.steps.tobytes()).hexdigest()
 
 
 def _resume(part: Path, header: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:

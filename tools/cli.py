@@ -23,6 +23,24 @@ app = typer.Typer(
     context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
 )
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"modiff-trt {version('modiff-trt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and end", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Calibrate, export and deploy INT8 diffusion UNets with MoDiff state kept on the device."""
+
+
 DEMO_OUT = Path("out/demo")
 INTERRUPTED = 130
 
@@ -88,7 +106,9 @@ def calibrate(
     ] = "float",
     split: Annotated[bool, typer.Option(help="a grid of its own for the skip half of a concatenated input")] = False,
     start: Annotated[str, typer.Option(help="warmup rows, or exact: a full-precision first step (simulation only)")] = "warmup",
-    granularity: Annotated[str, typer.Option(help="activation grids: static, tensor (LTQ) or channel (LCQ)")] = "static",
+    granularity: Annotated[
+        str, typer.Option(help="activation grids: static, tensor (LTQ) or channel (LCQ; simulation only)")
+    ] = "static",
     rounding: Annotated[str, typer.Option(help="of the weights: nearest, or adaround (learned, block by block)")] = "nearest",
     iterations: Annotated[int, typer.Option(help="adaround: training steps per block")] = 1000,
     search: Annotated[str, typer.Option(help="by trial: none, scales (static grids), rows (then one a row)")] = "none",
@@ -109,6 +129,7 @@ def calibrate(
     """Find the scales of every layer and write them to a scales file."""
     from modiff_trt.export.adaround import AdaRoundOptions
     from modiff_trt.export.calibrate import Recipe, make_scales
+    from modiff_trt.export.files import check_writable
     from modiff_trt.export.scales import save_scales
     from modiff_trt.export.trajectories import load_trajectories
     from modiff_trt.tools.calibrating import TRIAL_SEED, improve, learn_weights, measure, refit_residuals, residual_scales
@@ -122,6 +143,8 @@ def calibrate(
         raise InputError(f"--search must be none, scales or rows, found '{search}'")
     if search != "none" and (method != "modiff" or granularity != "static"):
         raise InputError("--search is for --method modiff with --granularity static")
+    if auto and method != "modiff":
+        raise InputError("--auto takes state from layers, which --method modiff gives them")
     if trial_images < 1 or not max_loss >= 0:
         raise InputError("--trial-images must be at least 1 and --max-loss not negative")
     if iterations < 1 or batch_size < 1:
@@ -143,6 +166,7 @@ def calibrate(
         percentile if percentile is not None else Recipe().percentile,
         min_intensity,
     )
+    check_writable(out)
     part = out.with_name(out.name + ".part")
     network, checkpoint = load_model(config, ckpt)
     stored = load_trajectories(trajectories, network.config, checkpoint.sha256)
@@ -260,7 +284,7 @@ def sample(
     skip_type: Annotated[str | None, typer.Option(help="uniform or quad (quad)")] = None,
     eta: Annotated[float, typer.Option(help="0: deterministic, 1: as noisy as DDPM")] = 0.0,
     modulate: Annotated[bool, typer.Option(help="keep MoDiff state; off: plain Q-Diffusion")] = True,
-    num_samples: Annotated[int, typer.Option(help="number of images")] = 16,
+    num_samples: Annotated[int | None, typer.Option(help="number of images (16)")] = None,
     seeds: Annotated[
         str | None, typer.Option(help="a-b: images a to b of the series of --seed, instead of the first ones")
     ] = None,
@@ -278,7 +302,9 @@ def sample(
     from modiff_trt.tools.load import SamplingOptions, load_backend
     from modiff_trt.tools.sampling import image_range, run_sampling
 
-    indices = image_range(num_samples, seeds)
+    if num_samples is not None and seeds is not None:
+        raise InputError("--num-samples and --seeds both say how many images; pass one of them")
+    indices = image_range(num_samples if num_samples is not None else 16, seeds)
     options = SamplingOptions(
         backend, config, ckpt, scales, onnx, timesteps, skip_type, modulate, device, dtype, compile_network, plan
     )
@@ -335,6 +361,8 @@ def _run(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         errors.print("interrupted; run the same command again to go on")
         return INTERRUPTED
+    except OSError as error:
+        message = f"{error.filename or 'a file'}: {error.strerror or error}; choose another"
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; this file does not import it
             message = "the GPU's memory is full; pass a smaller --batch-size, or free the memory that other programs hold"

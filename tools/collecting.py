@@ -10,6 +10,7 @@ import numpy as np
 
 from modiff_trt.export.checkpoint import Checkpoint
 from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import check_writable
 from modiff_trt.export.trajectories import Trajectories, choose_steps, load_trajectories, save_trajectories
 from modiff_trt.export.unet import Network
 from modiff_trt.runtime.noise import ImageNoise
@@ -40,6 +41,7 @@ def collect(
     if min(num_samples, batch_size, calib_steps) < 1:
         raise InputError("--num-samples, --batch-size and --calib-steps must be at least 1")
     check_seed(seed)
+    check_writable(out)
     config = network.config
     sequence = timestep_sequence(config.diffusion, timesteps, skip_type)
     chosen, stored = choose_steps(len(sequence), calib_steps)

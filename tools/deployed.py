@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import read_json, sha256
@@ -18,9 +18,15 @@ from modiff_trt.tools.sampling import Backend, Rank, exported, image_range, run_
 NETWORK, PLAN, ABOUT = "network.onnx", "network.plan", "about.json"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake."""
+        self.exit(2, f"error: {message}; see --help\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Samples, and returns the exit code: 2 for bad input, with one line that says what is wrong."""
-    parser = argparse.ArgumentParser(prog="modiff-sampler", description="Sample images with DDIM from a deployed INT8 network.")
+    parser = _Parser(prog="modiff-sampler", description="Sample images with DDIM from a deployed INT8 network.")
     parser.add_argument("-n", "--num-samples", type=int, default=16, help="number of images (16)")
     parser.add_argument("--seeds", help="a-b: images a to b of the series of --seed, instead of the first ones")
     parser.add_argument("-o", "--out", "--output-dir", type=Path, required=True, help="FILE.npz, or a folder for PNG files")
@@ -55,9 +61,11 @@ def main(argv: list[str] | None = None) -> int:
 def _backend(folder: Path, device: str) -> Backend:
     network, plan = folder / NETWORK, folder / PLAN
     about = read_json(folder / ABOUT, "deployed sampler")
+    steps = about.get("timesteps") if isinstance(about, dict) else None
     if (
-        not isinstance(about, dict)
-        or "timesteps" not in about
+        not isinstance(steps, list)
+        or not steps
+        or not all(isinstance(step, int) for step in steps)
         or not network.is_file()
         or sha256(network) != about.get("onnx_sha256")
     ):
@@ -65,8 +73,10 @@ def _backend(folder: Path, device: str) -> Backend:
     if device == "cuda" and plan.is_file():
         return _engine(plan, about)
     model = load_onnx(network, device, gpu=Rank.of_environment().local)
+    if not all(0 <= step < model.config.diffusion.num_diffusion_timesteps for step in steps):
+        raise InputError(f"{folder / ABOUT} names timesteps that the network does not have; deploy it again")
     rows = model.calibrated_rows
-    timesteps = rows.timesteps if rows is not None else tuple(about["timesteps"])
+    timesteps = rows.timesteps if rows is not None else tuple(steps)
     manifest = {"backend": "onnx", "onnx_sha256": about["onnx_sha256"], **exported(model.manifest, timesteps)}
     return Backend(OnnxDenoiser(model, timesteps, device), model.config, manifest)
 

@@ -14,11 +14,11 @@ from modiff_trt.tools.options import Seed
 def build(
     onnx: Annotated[Path, typer.Option(help="file written by `export --dtype fp16`")],
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="folder for the plan")] = Path("engines/plans"),
-    name: Annotated[str | None, typer.Option(help="of the plan; the ONNX file's by default")] = None,
+    name: Annotated[str | None, typer.Option(help="of the plan; the ONNX file's by default, with -noplugin")] = None,
     runtime: Annotated[str, typer.Option(help="auto, tensorrt or rtx")] = "auto",
     target: Annotated[str | None, typer.Option(help="rtx: sm80, sm86, sm89, sm120, ...; no GPU is needed then")] = None,
     min_batch: Annotated[int, typer.Option(help="smallest batch of the profile")] = 1,
-    opt_batch: Annotated[int, typer.Option(help="batch to optimize for")] = 4,
+    opt_batch: Annotated[int | None, typer.Option(help="batch to optimize for (4, or the nearest in the profile)")] = None,
     max_batch: Annotated[int, typer.Option(help="largest batch of the profile")] = 16,
     level: Annotated[int | None, typer.Option(help="builder optimization level, 0 to 5")] = None,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="run on later versions too")] = False,
@@ -28,16 +28,21 @@ def build(
     layers: Annotated[bool, typer.Option("--layers", help="print every layer of the engine")] = False,
 ) -> None:
     """Build a TensorRT plan from an exported file, and say what became of its layers."""
-    from modiff_trt.engines.build import BuildOptions
+    from modiff_trt.engines.build import BuildOptions, target_of
     from modiff_trt.engines.onnx_network import load_network
     from modiff_trt.engines.plan_files import build_into
     from modiff_trt.plugins.tensorrt_library import open_library
     from modiff_trt.tools.building import print_report
 
+    if opt_batch is None:
+        opt_batch = min(max(4, min_batch), max_batch)
     options = BuildOptions(min_batch, opt_batch, max_batch, target, level, version_compatible)
     network = load_network(onnx, plugin)
     library = open_library(runtime)
-    path, manifest = build_into(out, name or onnx.stem, library, network, options)
+    if network.manifest["dtype"] == "fp32":
+        typer.echo(f"{onnx} is in fp32: for speed, build from `export --dtype fp16`", err=True)
+    typer.echo(f"building {onnx.name} for {target_of(options)}: half a minute to some minutes", err=True)
+    path, manifest = build_into(out, name or onnx.stem + ("" if plugin else "-noplugin"), library, network, options)
     print_report(manifest["report"], layers)
     typer.echo(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, {library.name} {library.version}, batch {min_batch} to {max_batch}"

@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import read_json, write_json
+from modiff_trt.export.files import locked, read_json, write_json
 from modiff_trt.tools.options import Device
 
 PAPER = "paper_cifar10.yml"
 SHOWN = ("IS", "FID", "sFID")
+# Below the number of Inception's features its covariance has no full rank.
+FEW = 2048
 
 
 def evaluate(
@@ -72,13 +74,22 @@ def evaluate(
         raise InputError("--features none leaves PSNR and SSIM, which need --same-noise")
     entry: dict[str, Any] = describe(images) | provenance(device)
     place = name or (samples.name if samples.is_dir() else samples.stem)
+    if not _shows({"sets": {place: entry}}):
+        raise InputError(f"the manifest of {samples} is damaged; sample again, or evaluate the images from another folder")
     before = _results(out)["sets"].get(place)
     if before is not None and before["made by"] != entry["made by"]:
         raise InputError(f"{out} has a set '{place}' that was made otherwise; pass --name, or choose another --out")
-    entry = (before or {}) | entry  # what other features have said of the set stays
+    if before is not None and before.get("fingerprint") == entry["fingerprint"]:
+        entry = before | entry  # what other features have said of the very same images stays
+    elif before is not None:
+        typer.echo(f"the images of '{place}' are others than those {out} knows; its figures are measured anew")
     if exact is not None:
         entry |= paired(images, exact, batch_size, device)
         _record(out, place, entry)
+    if wanted and images.count < FEW:
+        typer.echo(
+            f"{images.count} images are few for a Frechet distance, which grows as they get fewer; compare equal numbers"
+        )
     for network in wanted:
         own = measure(images, network, batch_size, score=True)
         found: dict[str, Any] = {"weights_sha256": network.digest}
@@ -98,20 +109,28 @@ def evaluate(
 
 
 def _record(path: Path, place: str, entry: dict[str, Any]) -> None:
-    """Adds a set to the results file as it is now: another process may have written to it."""
-    results = _results(path)
-    results["sets"][place] = entry
-    write_json(path, results)
+    """Adds a set to the results file as it is now; another process that adds to it waits."""
+    with locked(path.parent):
+        results = _results(path)
+        results["sets"][place] = entry
+        write_json(path, results)
 
 
 def _results(path: Path) -> dict[str, Any]:
     """What a results file holds so far. Raises InputError if it is none of this command's."""
     results = read_json(path, "results") if path.exists() else {"sets": {}}
+    if not _shows(results):
+        raise InputError(f"{path} is not a results file of `evaluate`; choose another")
+    return dict(results)
+
+
+def _shows(results: Any) -> bool:
+    """Whether the table can be made of such results."""
     try:
         rows_of(results)
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise InputError(f"{path} is not a results file of `evaluate`; choose another") from None
-    return dict(results)
+        return False
+    return True
 
 
 def rows_of(results: dict[str, Any]) -> list[list[str]]:
@@ -134,9 +153,9 @@ def rows_of(results: dict[str, Any]) -> list[list[str]]:
         ours = [f"{inception[key]:.2f}" if key in inception else "" for key in SHOWN]
         shown = " / ".join(ours) if any(ours) else ""
         if shown and not inception.get("published weights"):
-            shown += " (not the published weights)"
+            shown = "(other weights: see the file)"  # beside the paper's such figures would mislead
         fd = entry.get("fd-cifar", {})
-        psnr = entry.get("psnr_db")
+        psnr, ssim = entry.get("psnr_db"), entry.get("ssim")
         rows.append(
             [
                 name,
@@ -147,13 +166,14 @@ def rows_of(results: dict[str, Any]) -> list[list[str]]:
                 shown,
                 f"{fd['FD-CIFAR']:.4f}" if "FD-CIFAR" in fd else "",
                 f"{psnr:.1f}" if psnr is not None else "",
+                f"{ssim:.4f}" if ssim is not None else "",
                 made.get("checkpoint_sha256", "")[:8],
             ]
         )
     return rows
 
 
-HEADINGS = ("set", "method", "bits", "images", "paper: IS / FID / sFID", "ours", "FD-CIFAR", "PSNR, dB", "checkpoint")
+HEADINGS = ("set", "method", "bits", "images", "paper: IS / FID / sFID", "ours", "FD-CIFAR", "PSNR, dB", "SSIM", "checkpoint")
 
 
 def make_table(results: dict[str, Any]) -> Table:

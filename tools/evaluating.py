@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import cache_folder, load_arrays, read_json, save_arrays
-from modiff_trt.export.manifest import MANIFEST
+from modiff_trt.export.files import cache_folder, load_arrays, save_arrays
 from modiff_trt.runtime.frechet import Gaussian, InceptionScore, Moments, frechet_distance
 from modiff_trt.runtime.image_sets import READ_ERRORS, Images, ImageSet, has_images, open_images
 from modiff_trt.tools.progress import progress_bar
@@ -152,8 +151,10 @@ def paired(images: ImageSet, exact: ImageSet, batch_size: int, device: str = "cp
             f"{images.path} has {images.count} images of {images.shape}, {exact.path} has {exact.count} of {exact.shape}; "
             "pairs need the same images, made from the same seed"
         )
-    mine, theirs = (describe(side)["made by"] for side in (images, exact))
+    mine, theirs = images.manifest, exact.manifest
     unlike = [key for key in SAME if key in mine and key in theirs and mine[key] != theirs[key]]
+    if None not in (images.first, exact.first) and images.first != exact.first:
+        unlike.append("the first image")
     if unlike:
         raise InputError(
             f"{images.path} and {exact.path} were not made from the same noise: they differ in {', '.join(unlike)}"
@@ -183,7 +184,5 @@ def method_name(quantization: dict[str, Any]) -> str:
 
 
 def describe(images: ImageSet) -> dict[str, Any]:
-    """What a set says of itself: its count and, where it has one, its manifest."""
-    manifest = images.path / MANIFEST
-    about = read_json(manifest, "manifest") if images.path.is_dir() and manifest.exists() else {}
-    return {"images": images.count, "made by": about if isinstance(about, dict) else {}}
+    """What a set says of itself: its count, a fingerprint of its images and, where it has one, its manifest."""
+    return {"images": images.count, "fingerprint": images.fingerprint(), "made by": images.manifest}

@@ -25,7 +25,11 @@ def state_elements(scales: Scales, network: Network) -> dict[str, int]:
 
 def print_table(scales: Scales, network: Network) -> None:
     """One line per layer: mode, bits, scales, how much smaller the residual is, and its state."""
-    table = Table(title=f"{scales.method}, {len(scales.rows.timesteps)} {scales.skip_type} steps, {len(scales.rows)} passes")
+    grids = {"static": "static", "tensor": "LTQ", "channel": "LCQ"}[scales.granularity]
+    recipe = f"{scales.method}, {grids} grids ({scales.scale_method}){', dither' if scales.dither else ''}"
+    split = ", skip halves apart" if any(layer.skip_ratio != 1 for layer in scales.layers.values()) else ""
+    steps = f"{len(scales.rows.timesteps)} {scales.skip_type} steps, {len(scales.rows)} passes"
+    table = Table(title=f"{recipe}{split}; {steps}; checkpoint {scales.checkpoint_sha256[:8]}")
     for heading in (
         "layer",
         "mode",
@@ -99,6 +103,8 @@ def save_plots(scales: Scales, folder: Path) -> list[Path]:
         axis.axvline(reach, color="black", linestyle="--", label=f"end of the {layer.act_bits}-bit grid")
         axis.axvline(layer.residual_scale / 2, color="black", linestyle=":", label="rounds to zero below")
         axis.set_title(f"{name} ({layer.mode})", fontsize=9)
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter("")
         axis.set_xlabel("|residual|")
     layers.axes[0].set_ylabel("share of values")
     layers.axes[0].legend(fontsize=8)

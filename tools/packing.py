@@ -31,12 +31,17 @@ MODULES = {
 REQUIREMENTS = ("numpy>=1.26", "onnx>=1.18", "onnxruntime>=1.22", "pillow>=10", "pyyaml>=6", "rich>=13", "safetensors>=0.5")
 ENTRY = """import sys
 
+def refuse(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 if sys.version_info < (3, 11):
-    sys.exit("error: modiff-sampler needs Python 3.11 or later")
+    refuse("modiff-sampler needs Python 3.11 or later")
 try:
     from modiff_trt.tools.deployed import main
 except ModuleNotFoundError as error:
-    sys.exit(f"error: the package {error.name} is missing; pip install -r requirements.txt (beside this program)")
+    refuse(f"the package {error.name} is missing; pip install -r requirements.txt (beside this program)")
 sys.exit(main())
 """
 

@@ -40,8 +40,10 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    git, here = ["git", "-C", str(Path(__file__).parent)], Path(__file__).name
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # An installed package may lie inside another project's checkout.
+        subprocess.run([*git, "ls-files", "--error-unmatch", here], capture_output=True, check=True)
+        return subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -212,12 +212,11 @@ def evaluation(data: dict[str, Any]) -> str:
     """Sets of images with the paper's figures of the same method and bits."""
     from modiff_trt.tools.evaluate_command import HEADINGS, rows_of
 
-    headings = [h for h in HEADINGS if h != "checkpoint"] + ["FD-CIFAR to FP16's", "SSIM"]
+    headings = [h for h in HEADINGS if h != "checkpoint"] + ["FD-CIFAR to FP16's"]
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for row, entry in zip(rows_of(data), data["sets"].values(), strict=True):
         near = entry.get("fd-cifar", {}).get("to full precision", {}).get("FD-CIFAR")
-        ssim = entry.get("ssim")
-        cells = [*row[:-1], f"{near:.4f}" if near is not None else "", f"{ssim:.4f}" if ssim is not None else ""]
+        cells = [*row[:-1], f"{near:.4f}" if near is not None else ""]
         lines.append("| " + " | ".join(cells) + " |")
     first = next(iter(data["sets"].values()))
     what = data["what"][0].upper() + data["what"][1:]

@@ -21,6 +21,8 @@ from modiff_trt.runtime.sampler import ddim_sample
 from modiff_trt.runtime.schedule import alphas_cumprod
 from modiff_trt.tools.progress import progress_bar
 
+MOST_IMAGES, LAST_IMAGE = 10_000_000, 10**12
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -49,13 +51,16 @@ def check_seed(seed: int) -> None:
 def image_range(num_samples: int, seeds: str | None) -> range:
     """The indices of the images to make: 0..num_samples-1, or `a-b` (both ends included). Raises InputError."""
     if seeds is None:
-        if num_samples < 1:
-            raise InputError("--num-samples must be at least 1")
+        if not 1 <= num_samples <= MOST_IMAGES:
+            raise InputError(f"--num-samples must lie between 1 and {MOST_IMAGES}")
         return range(num_samples)
     first, dash, last = seeds.partition("-")
     if not (dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
         raise InputError(f"--seeds must be a range like 0-49999, found '{seeds}'")
-    return range(int(first), int(last) + 1)
+    found = range(int(first), int(last) + 1)
+    if found[-1] >= LAST_IMAGE or len(found) > MOST_IMAGES:
+        raise InputError(f"--seeds must lie below {LAST_IMAGE}, and name at most {MOST_IMAGES} images")
+    return found
 
 
 @dataclass(frozen=True)
@@ -144,9 +149,11 @@ def run_sampling(
     if batch_size < 1:
         raise InputError("--batch-size must be at least 1")
     check_seed(seed)
+    if not 0 <= eta <= 1:
+        raise InputError(f"--eta must lie between 0 and 1, found {eta}")
     noise = None
     if noise_file is not None:
-        noise = dict(zip(indices, load_noise(noise_file, len(indices), backend.config.input_shape), strict=True))
+        noise = dict(enumerate(load_noise(noise_file, indices[-1] + 1, backend.config.input_shape)))
     manifest = backend.manifest | {
         "seed": seed,
         "eta": eta,
@@ -160,7 +167,7 @@ def run_sampling(
         if rank.world > 1 or shards:
             raise InputError("shards, and several processes, cannot write one .npz; pass a folder as --out")
         parts = [s for _, s in sample_batches(backend, batches, seed, eta, noise)]
-        save_npz(out, np.concatenate(parts), manifest)
+        save_npz(out, np.concatenate(parts), indices, manifest)
         return Sampled(rank, len(indices), len(indices))
     folder = ShardFolder(out, manifest) if shards else ImageFolder(out, manifest)
     missing = [len(folder.missing(batch)) for batch in batches]

@@ -98,20 +98,21 @@ def search_scales(trials: Trials, scales: Scales, candidates: Mapping[float, Map
     A residual beyond its grid is not lost: a_hat follows it at the next passes. So at few bits a grid that clips the rare
     large residuals is better than one that holds them all; which share to clip is measured here on whole trajectories.
     """
-    best, top_score = scales, trials.decibels(scales)
+    best, top_score, kept = scales, trials.decibels(scales), "as calibrated"
     report(f"scales: as calibrated: {top_score:.2f} dB")
     for percentile, steps in candidates.items():
         candidate = refit(scales, steps)
         score = trials.decibels(candidate)
         report(f"scales: percentile {percentile}: {score:.2f} dB")
         if score > top_score:
-            best, top_score = candidate, score
+            best, top_score, kept = candidate, score, f"percentile {percentile}"
     if best.dither:
         plain = replace(best, dither=False)
         score = trials.decibels(plain)
         report(f"scales: the best without dither: {score:.2f} dB")
         if score > top_score:
-            best = plain
+            best, top_score, kept = plain, score, f"{kept}, without dither"
+    report(f"scales: kept {kept}: {top_score:.2f} dB")
     return best
 
 
@@ -124,7 +125,7 @@ def search_rows(trials: Trials, scales: Scales, report: Report) -> Scales:
     """
     if not scales.modulated:
         return scales
-    best, (top_score, seen) = scales, trials.residuals(scales)
+    best, kept, (top_score, seen) = scales, "static", trials.residuals(scales)
     report(f"rows: static: {top_score:.2f} dB")
     for margin in MARGINS:
         residuals = seen
@@ -133,8 +134,9 @@ def search_rows(trials: Trials, scales: Scales, report: Report) -> Scales:
             score, found = trials.residuals(candidate)
             report(f"rows: margin {margin}, attempt {attempt}: {score:.2f} dB")
             if score > top_score:
-                best, top_score = candidate, score
+                best, top_score, kept = candidate, score, f"margin {margin}, attempt {attempt}"
             residuals = np.maximum(residuals, found)
+    report(f"rows: kept {kept}: {top_score:.2f} dB")
     return best
 
 

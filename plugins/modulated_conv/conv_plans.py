@@ -92,7 +92,7 @@ class ConvPlans:
                 return None if blob == OWN_KERNEL else Int8Conv(key, blob=blob)
         except torch.OutOfMemoryError:
             raise
-        except (*PLAN_ERRORS, OSError, ValueError):
+        except (*PLAN_ERRORS, OSError, ValueError, InputError):
             pass  # not there, or of no use: tuned anew
         conv = Int8Conv(key)
         own = self._own_time(key) < conv.plan.time_us

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from modiff_trt.export.errors import InputError
 from modiff_trt.plugins.modulated_conv.device_code import Variant
 
 # Integer inputs and weights are padded to a multiple of so many channels.
@@ -46,10 +47,10 @@ class Geometry:
 
     @property
     def constants(self) -> dict[str, int]:
-        """What the convolution's kernel is specialized for. Raises ValueError beyond 32-bit offsets."""
+        """What the convolution's kernel is specialized for. Raises InputError beyond 32-bit offsets."""
         (p, q), (top, left, _, _) = self.out_size, self.padding
         if max(self.integer_bytes, self.sites * self.out_channels) >= 2**31:
-            raise ValueError(f"{self} has more than 2^31 elements; use a smaller batch")
+            raise InputError(f"a layer of {self.channels} channels has over 2^31 elements at this batch; use a smaller one")
         names = ("C", "H", "W", "K", "P", "Q", "STRIDE", "TOP", "LEFT", "R")
         values = (self.padded, self.height, self.width, self.out_channels, p, q, self.stride, top, left, self.kernel)
         return dict(zip(names, values, strict=True))

@@ -41,6 +41,20 @@ def test_ddim_training_list_uses_the_ema(tmp_path, state):
     torch.testing.assert_close(load_checkpoint(file, NETWORK).params["conv_out.bias"], ema["conv_out.bias"])
 
 
+def test_ddim_training_list_without_an_ema_uses_the_model(tmp_path, state):
+    file = write(tmp_path / "ckpt.pth", [state, {"state": {}, "param_groups": []}, 3, 1000])
+    torch.testing.assert_close(load_checkpoint(file, NETWORK).params["conv_out.bias"], state["conv_out.bias"])
+
+
+@pytest.mark.parametrize("kind", ["complex", "sparse", "integer", "twice"])
+def test_tensors_that_are_no_weights(tmp_path, state, kind):
+    bias = state["conv_in.bias"]
+    other = {"complex": bias + 1j, "sparse": bias.to_sparse(), "integer": bias.int(), "twice": bias}[kind]
+    name = "module.conv_in.bias" if kind == "twice" else "conv_in.bias"
+    with pytest.raises(InputError, match="twice" if kind == "twice" else "conv_in.bias is torch"):
+        load_checkpoint(write(tmp_path / "c.pt", state | {name: other}), NETWORK)
+
+
 def test_nested_state_dict(tmp_path, state):
     assert load_checkpoint(write(tmp_path / "c.pt", {"state_dict": state, "epoch": 3}), NETWORK).params
 

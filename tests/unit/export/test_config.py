@@ -44,7 +44,10 @@ def test_ddim_spelling_of_floats_and_extra_known_keys(tmp_path):
         (lambda t: t["data"].update(channels=1), "differ"),
         (lambda t: t["diffusion"].update(beta_schedule="cosine"), "'cosine' is unknown"),
         (lambda t: t["diffusion"].update(beta_end=2.0), "beta_start and beta_end"),
-        (lambda t: t.update(model=[1]), "'model.' must be a mapping"),
+        (lambda t: t.update(model=[1]), "'model' must be a mapping"),
+        (lambda t: t["data"].update(rescaled=False), "data.rescaled"),
+        (lambda t: t["data"].update(logit_transform=True), "logit_transform"),
+        (lambda t: t["diffusion"].update(num_diffusion_timesteps=10**12), "must lie between 2 and"),
     ],
 )
 def test_errors_name_the_key(change, message):
@@ -55,7 +58,14 @@ def test_errors_name_the_key(change, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "not valid YAML"), ("", "must be a mapping"), ("- 1", "must be a mapping")]
+    ("text", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("a: 2024-99-99", "not valid YAML"),
+        ("{" * 3000, "not valid YAML"),
+        ("", "must be a mapping"),
+        ("- 1", "must be a mapping"),
+    ],
 )
 def test_not_a_configuration(tmp_path, text, message):
     file = tmp_path / "c.yml"

@@ -1,11 +1,13 @@
 import errno
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import atomic_path, load_arrays, save_arrays, write_json
+from modiff_trt.export.files import atomic_path, check_writable, load_arrays, read_json, save_arrays, write_json
 
 HEADER = {"kind": "scales", "schema": 1, "note": "x"}
 
@@ -53,6 +55,41 @@ def test_altered_arrays_are_refused(tmp_path):
     file.write_bytes(content)
     with pytest.raises(InputError, match="was altered"):
         load_arrays(file, "scales", 1)
+
+
+def test_altered_headers_are_refused(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_arrays(file, {**HEADER, "bits": 8, "pairs": {1: (2, 3), 10: ()}}, {"v": np.ones(3, np.float32)})
+    assert load_arrays(file, "scales", 1)[0]["bits"] == 8
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'bits\\": 8', b'bits\\": 4'))
+    assert file.read_bytes() != content
+    with pytest.raises(InputError, match="was altered"):
+        load_arrays(file, "scales", 1)
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(InputError, match="is not a file"):
+            check_writable(tmp_path / name)
+    check_writable(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_writers_of_one_folder_wait_for_each_other(tmp_path):
+    code = f"""
+from pathlib import Path
+from modiff_trt.export.files import locked, read_json, write_json
+path = Path({str(tmp_path / "n.json")!r})
+for _ in range(100):
+    with locked(path.parent):
+        write_json(path, read_json(path, "count") + 1)
+"""
+    write_json(tmp_path / "n.json", 0)
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert read_json(tmp_path / "n.json", "count") == 200
 
 
 @pytest.mark.parametrize("keep", [0, 5, 60, -1])

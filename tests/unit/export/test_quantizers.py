@@ -55,6 +55,14 @@ def test_histogram_keeps_the_maximum_over_growing_batches():
     assert float(histogram._counts.sum()) == 4000
 
 
+def test_histogram_counts_more_than_float32_can():
+    histogram = RangeHistogram()
+    x = torch.zeros(2**25 + 3)
+    x[0] = 1.0
+    histogram.update(x)
+    assert float(histogram._counts.sum()) == 2**25 + 3
+
+
 def test_percentile_ignores_rare_outliers():
     histogram = RangeHistogram()
     x = torch.rand(100_000)

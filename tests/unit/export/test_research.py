@@ -24,7 +24,8 @@ def test_equals_the_functional_core(tiny):
     expected = tiny.sample(SimDenoiser(tiny.network, tiny.checkpoint.params, scales))
     np.testing.assert_array_equal(loop(model, tiny), expected)
     np.testing.assert_array_equal(loop(model, tiny), expected)  # a second trajectory begins afresh
-    assert np.abs(loop(model, tiny, reset_inside=True) - expected).max() > 1e-3
+    with pytest.raises(ValueError, match="expect timestep"):
+        loop(model, tiny, reset_inside=True)
 
 
 def test_quant_states(tiny):
@@ -37,6 +38,16 @@ def test_quant_states(tiny):
     np.testing.assert_array_equal(loop(model, tiny), tiny.sample(weights))
     with pytest.raises(ValueError, match="weight_quant"):
         model.set_quant_state(False, True)
+
+
+def test_another_batch_and_timesteps_of_no_schedule_are_noticed(tiny):
+    model = QuantModel(tiny.network, tiny.checkpoint.params, tiny.scales())
+    x = torch.zeros(2, *tiny.network.config.input_shape)
+    model(x, tiny.timesteps[0])
+    with pytest.raises(ValueError, match="batch changed"):
+        model(x[:1], tiny.timesteps[1])
+    with pytest.raises(ValueError, match="does not exist"):
+        model(x, 1000)
 
 
 def test_a_forgotten_reset_is_noticed(tiny):

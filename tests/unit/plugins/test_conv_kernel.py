@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from modiff_trt.export.errors import InputError
 from modiff_trt.plugins.modulated_conv import conv_kernel as conv
 from modiff_trt.plugins.modulated_conv import reference
 from modiff_trt.plugins.modulated_conv.geometry import RESIDUAL_TILE, ConvTile, Geometry, conv_tile
@@ -75,7 +76,7 @@ def test_tiles_fill_a_gpu_before_they_grow():
     many = conv_tile(Geometry(256, 256, 32, 32, 256, 3, 1, (1, 1, 1, 1)))
     assert one.split > 1 and one.sites < many.sites and many.split == 1
     assert conv_tile(Geometry(1, 256, 8, 8, 256, 3, 1, (1, 1, 1, 1)), may_split=False).split == 1
-    with pytest.raises(ValueError, match="smaller batch"):
+    with pytest.raises(InputError, match="a smaller one"):
         _ = Geometry(10_000, 512, 32, 32, 512, 3, 1, (1, 1, 1, 1)).constants
 
 

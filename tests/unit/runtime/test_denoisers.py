@@ -155,6 +155,24 @@ def test_onnx_state_is_bound_not_copied(tiny, tmp_path):
     assert info["a_hat.conv_in"].shape == (3, 12, 12) and info["a_hat.conv_in"].nbytes == 3 * 144 * 4
 
 
+def test_what_onnxruntime_returns_stays_as_it_was(tiny, tmp_path, monkeypatch):
+    denoiser = onnx_denoiser(tiny, tmp_path, tiny.scales())
+    x = ImageNoise(0, range(2), tiny.network.config.input_shape).draw()
+    denoiser.reset(2)
+    eps, state = denoiser(x, 0), denoiser.state
+    before = eps.copy(), {name: value.copy() for name, value in state.items()}
+    for row in (1, 2):
+        denoiser(x, row)
+    np.testing.assert_array_equal(eps, before[0])
+    assert all((state[name] == before[1][name]).all() for name in state)
+    with monkeypatch.context() as patch:
+        patch.setattr(denoiser._session, "io_binding", lambda: (_ for _ in ()).throw(RuntimeError("memory")))
+        with pytest.raises(RuntimeError):
+            denoiser.reset(3)
+    denoiser.reset(3)
+    assert denoiser(x[[0, 0, 1]], 0).shape == (3, *x.shape[1:])
+
+
 def test_fp16_file_samples(tiny, tmp_path):
     scales = tiny.scales()
     wide = tiny.sample(onnx_denoiser(tiny, tmp_path, scales))

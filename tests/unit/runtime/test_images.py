@@ -1,10 +1,12 @@
 import math
+import os
+import time
 
 import numpy as np
 import pytest
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.runtime.images import ImageFolder, psnr, to_uint8
+from modiff_trt.runtime.images import ImageFolder, ShardFolder, psnr, to_uint8
 from modiff_trt.runtime.noise import ImageNoise, load_noise
 
 
@@ -36,6 +38,32 @@ def test_noise_file(tmp_path):
         np.save(tmp_path / "bad.npy", bad)
         with pytest.raises(InputError):
             load_noise(tmp_path / "bad.npy", 2, (3, 5, 5))
+
+
+def test_a_longer_shard_takes_the_place_of_one_that_a_killed_run_left(tmp_path):
+    folder = ShardFolder(tmp_path, {})
+    folder.save([0, 1], np.zeros((2, 3, 4, 4), np.float32))
+    short = (tmp_path / "images-000000-000001.npy").read_bytes()
+    folder.save([0, 1, 2], np.zeros((3, 3, 4, 4), np.float32))
+    (tmp_path / "images-000000-000001.npy").write_bytes(short)  # as if killed before it was deleted
+    again = ShardFolder(tmp_path, {})
+    assert again.missing([0, 1, 2]) == [] and [f.name for f in tmp_path.glob("*.npy")] == ["images-000000-000002.npy"]
+
+
+def test_what_killed_processes_left_goes_after_an_hour(tmp_path):
+    for name, age in ((".old.png.x.part", 7200), (".new.png.x.part", 60)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    ImageFolder(tmp_path, {})
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".new.png.x.part", "manifest.json"]
+
+
+def test_a_manifest_without_images_does_not_claim_a_folder(tmp_path):
+    ImageFolder(tmp_path, {"eta": 2})
+    folder = ImageFolder(tmp_path, {"eta": 0})
+    folder.save([0], np.zeros((1, 3, 4, 4), np.float32))
+    with pytest.raises(InputError, match="another run"):
+        ImageFolder(tmp_path, {"eta": 1})
 
 
 def test_folder_of_something_else_is_not_touched(tmp_path):

@@ -165,7 +165,16 @@ REFUSED = {
         ["sample", "--backend", "onnx", "--onnx", "ONNX", "--config", "CIFAR", "--out", "OUT"],
         "another configuration",
     ),
-    "zero images": (["sample", *MODEL, "--num-samples", "0", "--timesteps", "2", "--out", "OUT"], "at least 1"),
+    "zero images": (["sample", *MODEL, "--num-samples", "0", "--timesteps", "2", "--out", "OUT"], "between 1 and"),
+    "too many images": (["sample", *MODEL, "--num-samples", "9" * 20, "--out", "OUT"], "between 1 and"),
+    "images beyond all": (["sample", *MODEL, "--seeds", f"{10**22}-{10**22}", "--out", "OUT"], "must lie below"),
+    "images said twice": (["sample", *MODEL, "--num-samples", "2", "--seeds", "2-3", "--out", "OUT"], "pass one of them"),
+    "eta of nothing": (["sample", *MODEL, "--eta", "nan", "--timesteps", "2", "--out", "OUT"], "--eta must lie between"),
+    "no name": (["collect", *MODEL, "--out", "."], "is not a file"),
+    "state of nothing": (
+        ["calibrate", *MODEL, "--trajectories", "TRAJ", "--method", "qdiff", "--auto", "--out", "OUT"],
+        "--auto takes state",
+    ),
     "negative seed": (["sample", *MODEL, "--seed", "-1", "--timesteps", "2", "--out", "OUT"], "--seed must lie between"),
     "eta": (["sample", *MODEL, "--eta", "2", "--timesteps", "2", "--out", "OUT"], "--eta must lie between 0 and 1"),
     "timesteps": (["sample", *MODEL, "--timesteps", "0", "--out", "OUT"], "--timesteps must lie between 1 and 1000"),
@@ -264,6 +273,22 @@ def test_damaged_files_are_refused(files, tmp_path, capsys, name, damage):
     assert not out.exists()
 
 
+def test_an_altered_manifest_is_refused(files, tmp_path, capsys):
+    import onnx
+
+    model = onnx.load(files["m.onnx"])
+    entry = next(e for e in model.metadata_props if e.key == "modiff.manifest")
+    entry.value = entry.value.replace('"dtype": "fp32"', '"dtype": "fp16"')
+    onnx.save(model, tmp_path / "a.onnx")
+    model = onnx.load(files["m.onnx"])
+    function = model.functions[0]
+    next(node for node in function.node if node.op_type == "Mul").op_type = "Div"
+    onnx.save(model, tmp_path / "b.onnx")
+    for name in ("a", "b"):
+        text = refusal(capsys, "sample", "--backend", "onnx", "--onnx", tmp_path / f"{name}.onnx", "--out", tmp_path / "o")
+        assert "was altered" in text
+
+
 def test_nan_in_trajectories_and_scales(files, tmp_path, capsys):
     header, arrays = load_arrays(files["traj.safetensors"], "trajectories", 1)
     arrays["x"][0, 0, 0, 0, 0] = np.nan
@@ -295,6 +320,11 @@ def test_installed_command_shows_no_traceback():
         check=False,
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("modiff-trt ")
 
 
 def test_help_names_every_stage_and_both_spellings_exist(capsys):

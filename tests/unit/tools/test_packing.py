@@ -32,6 +32,13 @@ def run(folder, *arguments, python=sys.executable, **environment):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=clean | environment)
 
 
+def test_mistakes_are_one_line(folder, tmp_path):
+    for arguments in ([], ["-n", "x", "-o", tmp_path / "o"], ["-n", 1, "--eta", 2, "-o", tmp_path / "o"]):
+        result = run(folder, *arguments)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result
+    assert not (tmp_path / "o").exists()
+
+
 def expected(folder, count):
     model = load_onnx(folder / "network.onnx")
     noise = ImageNoise(0, range(count), model.config.input_shape).draw()

@@ -12,6 +12,7 @@ from PIL import Image
 
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.onnx_export import build_onnx, save_onnx
+from modiff_trt.runtime.onnx_denoiser import load_onnx
 from modiff_trt.tools.sampling import Rank
 
 COUNT = 11
@@ -27,7 +28,8 @@ def network(tiny, tmp_path_factory):
 def start(network, out, *more, **environment):
     import os
 
-    arguments = ["--backend", "onnx", "--onnx", network, "--num-samples", COUNT, "--batch-size", 2, "--out", out, *more]
+    which = [] if "--seeds" in more else ["--num-samples", COUNT]
+    arguments = ["--backend", "onnx", "--onnx", network, *which, "--batch-size", 2, "--out", out, *more]
     command = [sys.executable, "-m", "modiff_trt.tools.cli", "sample", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=os.environ | environment, text=True, **pipes)
@@ -58,6 +60,15 @@ def test_a_range_of_images_is_that_part_of_the_series(network, alone, tmp_path):
     process = start(network, tmp_path / "part", "--seeds", "4-7")
     assert process.wait() == 0, process.stderr.read()
     assert pictures(tmp_path / "part") == {f"{i:05d}.png": alone[f"{i:05d}.png"] for i in range(4, 8)}
+
+
+def test_given_noise_belongs_to_the_image_of_its_row(network, tmp_path):
+    noise = np.random.default_rng(0).standard_normal((4, *load_onnx(network).config.input_shape), np.float32)
+    np.save(tmp_path / "x.npy", noise)
+    for out, seeds in (("all", "0-3"), ("part", "2-3")):
+        process = start(network, tmp_path / out, "--seeds", seeds, "--noise", tmp_path / "x.npy")
+        assert process.wait() == 0, process.stderr.read()
+    assert pictures(tmp_path / "part").items() < pictures(tmp_path / "all").items()
 
 
 def test_batches_are_cut_before_they_are_dealt_out():
