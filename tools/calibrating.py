@@ -31,7 +31,7 @@ from modiff_trt.runtime.sampler import ddim_sample
 from modiff_trt.runtime.schedule import alphas_cumprod
 from modiff_trt.runtime.torch_denoiser import SimDenoiser, use_full_precision
 from modiff_trt.tools.progress import progress_bar
-from modiff_trt.tools.trials import Trials, search_modes, search_rows, search_scales
+from modiff_trt.tools.trials import MARGINS, Trials, search_modes, search_rows, search_scales
 
 ROUNDING_KIND, ROUNDING_SCHEMA = "rounding", 1
 # Trials run on noise that neither calibration (seed 1) nor the default sampling (seed 0) uses.
@@ -174,10 +174,18 @@ def improve(
     PSNR in dB that `search_modes` may spend; None leaves the modes as they are. Prints what was tried.
     """
     console = Console(highlight=False)
-    if candidates:
-        scales = search_scales(trials, scales, candidates, console.print)
-    if rows:
-        scales = search_rows(trials, scales, console.print)
+    with progress_bar() as bar:
+        lines = (len(candidates) + 3 if candidates else 0) + (2 * len(MARGINS) + 2 if rows else 0)
+        task = bar.add_task("search", total=lines, unit="trials", visible=lines > 0)
+
+        def report(text: str) -> None:
+            console.print(text)
+            bar.advance(task)
+
+        if candidates:
+            scales = search_scales(trials, scales, candidates, report)
+        if rows:
+            scales = search_rows(trials, scales, report)
     if max_loss is not None:
         with progress_bar() as bar:
             task = bar.add_task("modes", total=len(scales.modulated), unit="layers")

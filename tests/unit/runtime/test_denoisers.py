@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_checkpoint, tiny_config
+from conftest import ROOT, random_checkpoint, tiny_config
 from reference import ReferenceUNet, linear_alpha_bar, reference_ddim
 
 from modiff_trt.export.onnx_export import build_onnx, save_onnx
@@ -171,6 +171,16 @@ def test_what_onnxruntime_returns_stays_as_it_was(tiny, tmp_path, monkeypatch):
             denoiser.reset(3)
     denoiser.reset(3)
     assert denoiser(x[[0, 0, 1]], 0).shape == (3, *x.shape[1:])
+
+
+def test_the_loop_of_the_interface_s_description(tiny, tmp_path):
+    expected = tiny.sample(onnx_denoiser(tiny, tmp_path, tiny.scales()))
+    text = (ROOT / "export/INTERFACE.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    path = next(tmp_path.glob("*.onnx"))
+    names = {"path": path, "x": ImageNoise(0, range(len(expected)), tiny.network.config.input_shape).draw()}
+    exec(code, names)
+    np.testing.assert_allclose(names["x"], expected, rtol=0, atol=1e-5)
 
 
 def test_fp16_file_samples(tiny, tmp_path):

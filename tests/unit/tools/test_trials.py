@@ -28,7 +28,8 @@ def test_searched_scales_are_never_worse_on_the_trials_and_say_what_they_clip(tr
     half = {name: scales.layers[name].residual_scale / 2 for name in scales.modulated}
     best = search_scales(trials, scales, {0.9999: half, 0.5: {n: s / 50 for n, s in half.items()}}, lines.append)
     assert trials.decibels(best) >= trials.decibels(scales)
-    assert len(lines) == 4 and "0.9999" in lines[1] and "without dither" in lines[3]
+    assert len(lines) == 5 and "0.9999" in lines[1] and "without dither" in lines[3]
+    assert lines[4].startswith("scales: kept ") and f"{trials.decibels(best):.2f} dB" in lines[4]
 
 
 def test_residuals_are_those_that_the_quantized_network_rounds(trials, tiny):
