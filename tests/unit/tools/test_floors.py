@@ -27,6 +27,8 @@ def test_bytes_and_operations_are_those_of_the_shapes(small):
     assert Work("INT8 convolution", (1 + 2) * channels * 64, int8=2 * first.macs) in items
     # With MoDiff: state int16 is read and written too, and o_hat of float16 is read and written.
     assert Work("quantize", (2 + 4 + 1) * channels * 64) in items
+    second = small.network.layer("down.0.block.0.conv2")
+    assert Work("INT8 convolution", (1 + 4) * channels * 64, int8=2 * second.macs) in items
     assert sum(item.int8 for item in items) + sum(item.fp16 for item in items) == 2 * sum(s.macs for s in small.network.layers)
 
 
