@@ -46,9 +46,6 @@ class CompiledDenoiser(GraphedDenoiser):
     def _begin(self, size: int) -> None:
         """Nothing is kept between passes."""
 
-    def _mutable(self, size: int) -> list[Tensor]:
-        return []
-
 
 def _half(parameter: Tensor) -> Tensor:
     tensor = parameter.cuda().half()

@@ -49,16 +49,13 @@ class GraphedDenoiser(ABC):
     def _predict(self, x: Tensor) -> Tensor:
         """Epsilon of x [N, C, H, W] float32 channels_last, for the pass whose vector is `self._row`."""
 
-    @abstractmethod
-    def _mutable(self, size: int) -> list[Tensor]:
-        """State that a pass changes."""
-
     def _padded(self, batch: int) -> int:
         """The batch size that runs in place of `batch`."""
         return batch
 
+    @torch.no_grad()
     def reset(self, batch: int) -> None:
-        """Begins a trajectory. Allocates only if this batch is larger than every one before it."""
+        """Begins a trajectory. Allocates only if this batch is larger than every one before it; captures a size that is new."""
         size = self._padded(batch)
         if size > len(self._x):
             # What fails here must not leave the old buffers behind with a new size.
@@ -68,8 +65,10 @@ class GraphedDenoiser(ABC):
             shape = (size, *self._config.input_shape)
             self._eps = torch.zeros(shape, device=self._device).contiguous(memory_format=torch.channels_last)
             self._x = torch.zeros_like(self._eps)
+        if self._device.type == "cuda" and size not in self._graphs:
+            self._capture(size)  # here, because the passes that this takes may then leave anything in the state
         self._batch, self._size = batch, size
-        self._x[batch:size].zero_()  # padding must not go on from where the last trajectory left it: it would grow without end
+        self._x[:size].zero_()  # padding must not go on from where the last trajectory left it: it would grow without end
         self._begin(size)
         self._counter.zero_()
 
@@ -106,8 +105,6 @@ class GraphedDenoiser(ABC):
         if self._device.type != "cuda":
             self._pass(self._size)
             return
-        if self._size not in self._graphs:
-            self._capture(self._size)
         self._graphs[self._size].replay()
 
     def _pass(self, size: int) -> None:
@@ -119,9 +116,8 @@ class GraphedDenoiser(ABC):
         self._counter.add_(1)
 
     def _capture(self, size: int) -> None:
-        """Runs the step once to compile and tune, captures it, and puts everything back."""
-        changed = [*self._mutable(size), self._x[:size], self._counter]
-        kept = [t.clone() for t in changed]
+        """Runs the step once to compile and tune, and captures it. Leaves state, x and the counter as they happen to be."""
+        self._counter.zero_()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -130,6 +126,4 @@ class GraphedDenoiser(ABC):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._pass(size)
-        for tensor, before in zip(changed, kept, strict=True):
-            tensor.copy_(before)
         self._graphs[size] = graph

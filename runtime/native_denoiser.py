@@ -88,10 +88,6 @@ class NativeDenoiser(GraphedDenoiser):
         out = unet(ops, model.network.config, Value(Stream(pixels), channels, height, width)).main.tensor()
         return out[:, :, :channels].reshape(n, height, width, channels).permute(0, 3, 1, 2)
 
-    def _mutable(self, size: int) -> list[Tensor]:
-        unique = {t.data_ptr(): t[:size] for t in (*self._buffers.state.values(), *self._buffers.o_hat.values())}
-        return list(unique.values())
-
     def _starts(self) -> dict[str, tuple[Tensor, Tensor]]:
         """State and o_hat to begin from; a shared accumulator begins from the sum of both layers'."""
         start = dict(self._model.start)

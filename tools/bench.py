@@ -213,8 +213,6 @@ def _run(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device: str) 
     if isinstance(denoiser, GraphedDenoiser):
         steps: Callable[[int], Any] = lambda row: denoiser.step()  # noqa: E731
         denoiser.begin(x)
-        denoiser.step()  # captures where it has not been
-        denoiser.begin(x)
     else:
         denoiser.reset(len(x))
         on_device = denoiser.from_host(x)

@@ -8,7 +8,7 @@ from math import prod
 
 from modiff_trt.export.scales import Scales
 from modiff_trt.export.unet import LayerSpec, Network
-from modiff_trt.plugins.modulated_conv.quantize_kernel import SMALL
+from modiff_trt.plugins.modulated_conv.geometry import SMALL
 
 REAL = 2  # bytes of float16
 

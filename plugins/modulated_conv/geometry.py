@@ -14,6 +14,8 @@ RESIDUAL_TILE = (64, 64, 4)
 # With fewer programs than this a GPU is mostly empty; sums are split until they are about as many.
 FULL = 100
 MOST_TILES = 4096
+# Images of at most so many pixels are normalized in one launch.
+SMALL = 64
 
 
 @dataclass(frozen=True)

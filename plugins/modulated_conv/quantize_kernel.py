@@ -17,11 +17,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from modiff_trt.export.grid import grid_max
 from modiff_trt.export.quantizers import SMALLEST_SCALE
+from modiff_trt.plugins.modulated_conv.geometry import SMALL
 from modiff_trt.plugins.modulated_conv.kernel_parts import channels_of, over_groups, silu_of, source, tile_mask, to_channels
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
 
-# Images of at most so many pixels are normalized in one launch.
-SMALL = 64
 # Pixels whose sums one program of the first launch takes, and pixels that one of the second covers.
 SLAB, SUM_WARPS = 64, 4
 ROWS, WARPS = 32, 4

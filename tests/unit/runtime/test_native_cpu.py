@@ -68,6 +68,17 @@ def test_state_is_reset_between_trajectories_and_batches_do_not_mix(demo):
     assert psnr(demo.sample(denoiser, images=1), first[:1]) > 40
 
 
+def test_what_stood_in_the_buffers_before_a_trajectory_does_not_matter(demo):
+    """On a GPU the passes that capture a graph leave anything there."""
+    denoiser = native(demo, demo.scales())
+    expected = demo.sample(denoiser, images=2)
+    for tensor in (*denoiser._buffers.state.values(), *denoiser._buffers.o_hat.values(), denoiser._x, denoiser._eps):
+        tensor.fill_(float("nan"))
+    denoiser._counter.zero_()
+    denoiser._pass(2)
+    np.testing.assert_array_equal(demo.sample(denoiser, images=2), expected)
+
+
 def test_the_start_does_not_depend_on_the_number_of_threads(demo):
     threads, models = torch.get_num_threads(), []
     for count in (1, 3):
