@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,14 @@ def unwritable(path: Path, error: OSError) -> InputError:
     return InputError(f"{path} cannot be written: {error.strerror or error}; choose a folder that you may write to")
 
 
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Deletes what killed processes left of writing files of a name, or a pattern; a file is written within the hour."""
+    for left in folder.glob(f".{name}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+
+
 def check_writable(path: Path) -> None:
     """Raises InputError if a file could not be written at `path`, before work begins whose result goes there."""
     with contextlib.suppress(_Unwritten), atomic_path(path):
@@ -132,6 +142,7 @@ def save_arrays(path: Path, header: dict[str, Any], arrays: Mapping[str, np.ndar
     contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
     header = json.loads(json.dumps(header))  # as it will be read: lists for tuples, and every key a string
     meta = {HEADER_KEY: json.dumps({**header, DIGEST: _content_digest(header, contiguous)})}
+    remove_leftovers(path.parent, glob.escape(path.name))
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, meta)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import atomic_path, read_json, write_json
+from modiff_trt.export.files import atomic_path, read_json, remove_leftovers, write_json
 from modiff_trt.export.manifest import MANIFEST
 from modiff_trt.runtime.image_sets import SHARDS, shard_name, shard_range
 
@@ -45,10 +43,7 @@ def save_npz(path: Path, samples: Float32, indices: Sequence[int], manifest: dic
 def _claim(path: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest into a new folder. Raises InputError if the folder holds images that something else made."""
     file = path / MANIFEST
-    for left in path.glob(".*.part"):  # of a killed process; a file is written within seconds
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
+    remove_leftovers(path, "*")
     if not (any(path.glob("*.png")) or any(path.glob(SHARDS))):
         # A run that came to nothing may have left its manifest; and ranks that begin together write the same one.
         if not file.exists() or read_json(file, "manifest") != manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -351,6 +352,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str] | None) -> int:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("modiff_trt").setLevel(logging.INFO)
     try:
         result: Any = app(args=arguments, standalone_mode=False)
         if result == INTERRUPTED:  # the command-line library has turned Ctrl-C into this

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from modiff_trt.plugins.modulated_conv.conv_kernel import Scratch
     from modiff_trt.plugins.modulated_conv.cudnn_conv import ConvSpec, Int8Conv
 
+log = logging.getLogger(__name__)
 # Above so many output pixels cuDNN has always won, and our kernel is not tried.
 FEW_SITES = 8192
 # What stands in the cache in place of a cuDNN plan.
@@ -39,6 +41,7 @@ class ConvPlans:
         self._convs = tuned if tuned is not None else {}
         self._workspaces = [torch.empty(0, dtype=torch.uint8)]
         self._scratch = Scratch("cuda")
+        self._told = False
 
     def twin(self) -> ConvPlans:
         """The same plans with memory of their own, for a second stream."""
@@ -94,6 +97,9 @@ class ConvPlans:
             raise
         except (*PLAN_ERRORS, OSError, ValueError, InputError):
             pass  # not there, or of no use: tuned anew
+        if not self._told:
+            log.info("timing convolutions on this GPU, once for each batch size (half a minute)")
+            self._told = True
         conv = Int8Conv(key)
         own = self._own_time(key) < conv.plan.time_us
         blob = OWN_KERNEL if own else conv.serialize()
