@@ -157,12 +157,14 @@ def residual_scales(
     trajectories: Trajectories,
     ranges: dict[str, LayerRanges],
     recipe: Recipe,
+    scales: Scales,
     percentile: float,
 ) -> dict[str, float]:
-    """The residual scales that a recipe would give with another percentile, by layer."""
+    """The residual scales that a recipe would give with another percentile, by layer, in the units of `scales`."""
     recipe = replace(recipe, scale_method="percentile", percentile=percentile)
-    found = make_scales(network, checkpoint, trajectories, ranges, recipe)
-    return {name: found.layers[name].residual_scale for name in found.modulated}
+    found = make_scales(network, checkpoint, trajectories, ranges, recipe).layers
+    # Where the skip half has its own grid, the weights of `scales` are folded with its ratio of the halves.
+    return {n: found[n].residual_scale * max(1.0, found[n].skip_ratio / scales.layers[n].skip_ratio) for n in scales.modulated}
 
 
 def improve(

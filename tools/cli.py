@@ -181,14 +181,15 @@ def calibrate(
     if scales.modulated and (search != "none" or auto):
         trials = Trials(network, checkpoint, scales.rows.timesteps, trial_images, TRIAL_SEED, device)
         tried = PERCENTILES if search != "none" else ()
-        candidates = {p: residual_scales(network, on_device, stored, ranges, recipe, p) for p in tried}
+        candidates = {p: residual_scales(network, on_device, stored, ranges, recipe, scales, p) for p in tried}
         scales = improve(trials, scales, candidates, search == "rows", max_loss if auto else None)
     save_scales(out, scales)
     if rounding == "adaround":
         part.unlink(missing_ok=True)
     modes = [layer.mode for layer in scales.layers.values()]
     counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in ("modiff", "int8", "float") if mode in modes)
-    typer.echo(f"{out}: {method} W{weight_bit}A{act_bit}, layers: {counts}; {len(scales.rows)} passes a trajectory")
+    only = "; for torch-sim only" if granularity == "channel" or start == "exact" else ""
+    typer.echo(f"{out}: {method} W{weight_bit}A{act_bit}, layers: {counts}; {len(scales.rows)} passes a trajectory{only}")
 
 
 @app.command()

@@ -293,7 +293,7 @@ class Study:
             if time.monotonic() > self._ends or f"rows by trial A{b}" in self.figures["rows"]:
                 continue
             parts = (self.network, self._on_device, self.trajectories, self.ranges, recipe)
-            static = search_scales(trials, scales, {p: residual_scales(*parts, p) for p in PERCENTILES}, typer.echo)
+            static = search_scales(trials, scales, {p: residual_scales(*parts, scales, p) for p in PERCENTILES}, typer.echo)
             self.record("rows", f"static by trial A{b}", lambda s=static: self.decibels(s))  # type: ignore[misc]
             rows = search_rows(trials, static, typer.echo)
             self.record("rows", f"rows by trial A{b}", lambda s=rows: self.decibels(s))  # type: ignore[misc]

@@ -3,8 +3,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modiff_trt.export.calibrate import Recipe
 from modiff_trt.export.modulated import quantize_layers
 from modiff_trt.export.split import divide_skip, fold_skip
+from modiff_trt.tools.calibrating import residual_scales
 
 
 @pytest.mark.parametrize("ratio", [0.13, 1.0, 7.5])
@@ -46,3 +48,18 @@ def test_weights_are_quantized_after_folding(tiny):
             expected = np.rint(folded / layers[spec.name].weight_scale.numpy()[:, None, None, None])
             np.testing.assert_allclose(layers[spec.name].weight.numpy(), np.clip(expected, -127, 127), atol=0)
             assert np.abs(layers[spec.name].weight.numpy()).max() == 127
+
+
+def test_other_residual_scales_hold_their_share_of_both_halves(tiny):
+    """The weights stay folded with the ratio that they were folded with."""
+    recipe = Recipe(split=True)
+    scales = tiny.scales(split=True)
+    found = residual_scales(tiny.network, tiny.checkpoint, tiny.trajectories, tiny.ranges, recipe, scales, 0.9)
+    differ = 0
+    for name in scales.modulated:
+        halves, ratio = tiny.ranges[name].halves, scales.layers[name].skip_ratio
+        if halves is not None:
+            main, skip = (half.residual.scale("percentile", 8, 0.9) for half in halves)
+            assert found[name] == pytest.approx(max(main, skip / ratio), rel=1e-5)
+            differ += skip / ratio > 1.01 * main
+    assert differ  # otherwise this would not see the ratio
