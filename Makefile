@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# What `make setup` was last asked for stays, until it is asked for something else.
+-include $(VENV)/.setup.mk
 TORCH ?= torch==2.13.*
 EXTRAS ?= dev
 CONFIG ?= configs/demo.yml
@@ -50,7 +52,9 @@ $(STAMP): pyproject.toml
 	$(VENV)/bin/pip install --quiet --upgrade pip
 	$(VENV)/bin/pip install --quiet "$(TORCH)"
 	$(VENV)/bin/pip install --quiet --editable ".[$(EXTRAS)]" "$(TORCH)"  # torch again, or torchvision would bring another
-	@rm -f $(VENV)/.setup-* && touch $@
+	@rm -f $(VENV)/.setup-*
+	@printf 'TORCH ?= %s\nEXTRAS ?= %s\n' '$(TORCH)' '$(EXTRAS)' > $(VENV)/.setup.mk
+	@touch $@
 
 setup: $(STAMP) ## create .venv and install the project into it
 

@@ -43,7 +43,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises InputError when the folder cannot be written or the disk is full.
     """
     try:
-        if path.is_dir() or (path.exists() and not path.is_file()):
+        path = path.resolve() if path.is_symlink() else path
+        special = path.exists() and {Path("/dev"), Path("/proc")} & set(path.parents)
+        if path.is_dir() or special or (path.exists() and not path.is_file()):
             raise InputError(f"{path} exists and is not a file; choose another output")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
@@ -168,7 +170,9 @@ def load_arrays(path: Path, kind: str, schema: int) -> tuple[dict[str, Any], dic
         raise InputError(f"{path} is a {found[0]} file, but a {kind} file is needed here")
     if found[1] != schema:
         raise InputError(f"{path} has schema version {found[1]}, this program reads {schema}; make the {kind} file again")
-    if header.pop(DIGEST, None) != _content_digest(header, arrays):
+    if DIGEST not in header:
+        raise InputError(f"{path} was written by an earlier version; make the {kind} file again")
+    if header.pop(DIGEST) != _content_digest(header, arrays):
         raise InputError(f"{kind} file {path} was altered: its content does not match the digest in its header; make it again")
     return header, arrays
 

@@ -58,6 +58,8 @@ class QuantModel:
         bias = {block: table[step : step + 1] for block, table in self._table.items()}
         if not self._weight_quant:
             return run_unet(self._network, self._params, x, bias)
+        if not self._act_quant:
+            return simulate(self._network, self._params, self._layers, {}, x, bias, {}, act_quant=False)[0]
         rows, names = self._scales.rows, self._scales.modulated
         if self._row == 0:
             self._state = {name: initial_state(self._layers[name], len(x)) for name in names}
@@ -80,7 +82,6 @@ class QuantModel:
                 bias,
                 multipliers,
                 exact=rows.exact_start and row == 0,
-                act_quant=self._act_quant,
             )
         self._row = last + 1
         return eps

@@ -60,14 +60,24 @@ class ImageSet:
             yield np.concatenate(kept)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the file, or of a folder's names, sizes and times of change."""
+        """SHA-256 of the file, or of a folder's names, sizes and times of change: quick, and another for a copy."""
+
+        def stamp(file: Path) -> str:
+            return f"{file.stat().st_size} {file.stat().st_mtime_ns}"
+
+        return self._digest(stamp)
+
+    def content_sha256(self) -> str:
+        """SHA-256 of the file, or of a folder's names and files."""
+        return self._digest(sha256)
+
+    def _digest(self, of: Callable[[Path], str]) -> str:
         if self.path.is_file():
             return sha256(self.path)
         digest = hashlib.sha256()
         for file in sorted(self.path.rglob("*")):
             if file.suffix.lower() in {*SUFFIXES, ".npy"}:
-                stat = file.stat()
-                digest.update(f"{file.relative_to(self.path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                digest.update(f"{file.relative_to(self.path)} {of(file)}\n".encode())
         return digest.hexdigest()
 
 
@@ -190,11 +200,12 @@ def _npz(path: Path) -> ImageSet:
 
 def _npz_origin(path: Path) -> tuple[int | None, dict[str, Any]]:
     """(`first`, `manifest`) of an .npz that `sample` wrote."""
-    with np.load(path, allow_pickle=False) as file:
-        if not {"indices", "manifest"} <= set(file.files) or file["indices"].size == 0:
-            return None, {}
-        manifest = json.loads(str(file["manifest"]))
-        return int(file["indices"][0]), manifest if isinstance(manifest, dict) else {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            first, manifest = int(file["indices"][0]), json.loads(str(file["manifest"]))
+    except (*READ_ERRORS, IndexError, TypeError, KeyError):
+        return None, {}  # another tool's
+    return first, manifest if isinstance(manifest, dict) else {}
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

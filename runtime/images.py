@@ -40,18 +40,25 @@ def save_npz(path: Path, samples: Float32, indices: Sequence[int], manifest: dic
         np.savez(file, samples=samples, images=to_uint8(samples), indices=places, manifest=text)
 
 
+# What every manifest of a set of images has.
+OURS = {"seed", "eta", "batch_size"}
+
+
 def _claim(path: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest into a new folder. Raises InputError if the folder holds images that something else made."""
     file = path / MANIFEST
-    remove_leftovers(path, "*")
-    if not (any(path.glob("*.png")) or any(path.glob(SHARDS))):
-        # A run that came to nothing may have left its manifest; and ranks that begin together write the same one.
-        if not file.exists() or read_json(file, "manifest") != manifest:
-            write_json(file, manifest)
-    elif not file.exists():
-        raise InputError(f"{path} holds images without a {MANIFEST}; choose another --out")
-    elif read_json(file, "manifest") != manifest:
-        raise InputError(f"{path} holds images of another run (see its {MANIFEST}); choose another --out")
+    before = read_json(file, "manifest") if file.exists() else None
+    if any(path.glob("*.png")) or any(path.glob(SHARDS)):
+        if before is None:
+            raise InputError(f"{path} holds images without a {MANIFEST}; choose another --out")
+        if before != manifest:
+            raise InputError(f"{path} holds images of another run (see its {MANIFEST}); choose another --out")
+    elif before is not None and before != manifest and not (isinstance(before, dict) and before.keys() >= OURS):
+        raise InputError(f"{file} is not of a set of images; choose another --out")
+    if before != manifest:  # there is none, or one of a run that came to nothing; ranks that begin together write the same one
+        write_json(file, manifest)
+    for name in (MANIFEST, SHARDS, "[0-9]*.png"):
+        remove_leftovers(path, name)
 
 
 class ImageFolder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -365,8 +366,13 @@ def _run(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         errors.print("interrupted; run the same command again to go on")
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has gone
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it at the end)
+        return 1
     except OSError as error:
-        message = f"{error.filename or 'a file'}: {error.strerror or error}; choose another"
+        if not isinstance(error.filename, str):
+            raise
+        message = f"{error.filename}: {error.strerror}; choose another"
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; this file does not import it
             message = "the GPU's memory is full; pass a smaller --batch-size, or free the memory that other programs hold"

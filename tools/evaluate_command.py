@@ -16,6 +16,7 @@ from modiff_trt.tools.options import Device
 
 PAPER = "paper_cifar10.yml"
 SHOWN = ("IS", "FID", "sFID")
+FIGURES = ("psnr_db", "ssim", "fd-cifar", "inception", "inception-tensorflow")
 # Below the number of Inception's features its covariance has no full rank.
 FEW = 2048
 
@@ -79,10 +80,12 @@ def evaluate(
     before = _results(out)["sets"].get(place)
     if before is not None and before["made by"] != entry["made by"]:
         raise InputError(f"{out} has a set '{place}' that was made otherwise; pass --name, or choose another --out")
-    if before is not None and before.get("fingerprint") == entry["fingerprint"]:
-        entry = before | entry  # what other features have said of the very same images stays
-    elif before is not None:
-        typer.echo(f"the images of '{place}' are others than those {out} knows; its figures are measured anew")
+    if before is not None and not _same_images(before, entry):
+        measured = {network.name for network in wanted} | ({"psnr_db", "ssim"} if exact is not None else set())
+        if left := [key for key in FIGURES if key in before and key not in measured]:
+            raise InputError(
+                f"{out} has {', '.join(left)} of other images under the name '{place}'; pass --name, or measure these again too"
+            )
     if exact is not None:
         entry |= paired(images, exact, batch_size, device)
         _record(out, place, entry)
@@ -109,10 +112,12 @@ def evaluate(
 
 
 def _record(path: Path, place: str, entry: dict[str, Any]) -> None:
-    """Adds a set to the results file as it is now; another process that adds to it waits."""
+    """Adds a set to the results file as it is now, beside what other features have said of the very same images. Another
+    process that adds to the file waits."""
     with locked(path.parent):
         results = _results(path)
-        results["sets"][place] = entry
+        current = results["sets"].get(place, {})
+        results["sets"][place] = current | entry if current and _same_images(current, entry) else entry
         write_json(path, results)
 
 
@@ -122,6 +127,12 @@ def _results(path: Path) -> dict[str, Any]:
     if not _shows(results):
         raise InputError(f"{path} is not a results file of `evaluate`; choose another")
     return dict(results)
+
+
+def _same_images(before: dict[str, Any], entry: dict[str, Any]) -> bool:
+    """Whether two entries are of the same images; those of earlier versions have no digest."""
+    digest = entry["images_sha256"]
+    return bool(before["images"] == entry["images"] and before.get("images_sha256", digest) == digest)
 
 
 def _shows(results: Any) -> bool:

@@ -184,5 +184,5 @@ def method_name(quantization: dict[str, Any]) -> str:
 
 
 def describe(images: ImageSet) -> dict[str, Any]:
-    """What a set says of itself: its count, a fingerprint of its images and, where it has one, its manifest."""
-    return {"images": images.count, "fingerprint": images.fingerprint(), "made by": images.manifest}
+    """What a set says of itself: its count, a digest of its images and, where it has one, its manifest."""
+    return {"images": images.count, "images_sha256": images.content_sha256(), "made by": images.manifest}

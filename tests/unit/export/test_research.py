@@ -36,6 +36,7 @@ def test_quant_states(tiny):
     model.set_quant_state(True, False)
     weights = SimDenoiser(tiny.network, tiny.checkpoint.params, scales, act_quant=False)
     np.testing.assert_array_equal(loop(model, tiny), tiny.sample(weights))
+    assert model(torch.zeros(2, *tiny.network.config.input_shape), 7).isfinite().all()  # no state: any timestep, any batch
     with pytest.raises(ValueError, match="weight_quant"):
         model.set_quant_state(False, True)
 

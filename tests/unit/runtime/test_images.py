@@ -51,19 +51,27 @@ def test_a_longer_shard_takes_the_place_of_one_that_a_killed_run_left(tmp_path):
 
 
 def test_what_killed_processes_left_goes_after_an_hour(tmp_path):
-    for name, age in ((".old.png.x.part", 7200), (".new.png.x.part", 60)):
+    for name, age in ((".00001.png.x.part", 7200), (".00002.png.x.part", 60), (".video.mp4.part", 7200)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     ImageFolder(tmp_path, {})
-    assert sorted(f.name for f in tmp_path.iterdir()) == [".new.png.x.part", "manifest.json"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".00002.png.x.part", ".video.mp4.part", "manifest.json"]
 
 
 def test_a_manifest_without_images_does_not_claim_a_folder(tmp_path):
-    ImageFolder(tmp_path, {"eta": 2})
-    folder = ImageFolder(tmp_path, {"eta": 0})
+    made = {"seed": 0, "batch_size": 1}
+    ImageFolder(tmp_path, made | {"eta": 1})
+    folder = ImageFolder(tmp_path, made | {"eta": 0})
     folder.save([0], np.zeros((1, 3, 4, 4), np.float32))
     with pytest.raises(InputError, match="another run"):
-        ImageFolder(tmp_path, {"eta": 1})
+        ImageFolder(tmp_path, made | {"eta": 1})
+
+
+def test_the_manifest_of_something_else_is_not_touched(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"name": "an app"}')
+    with pytest.raises(InputError, match="not of a set of images"):
+        ImageFolder(tmp_path, {"seed": 0, "eta": 0, "batch_size": 1})
+    assert (tmp_path / "manifest.json").read_text() == '{"name": "an app"}'
 
 
 def test_folder_of_something_else_is_not_touched(tmp_path):

@@ -1,6 +1,7 @@
 """`evaluate` on real files: distances by pytorch-fid's arithmetic on the same features, pairs, the cache, the paper's table."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -179,8 +180,22 @@ def test_figures_of_other_images_do_not_stay(sets, tmp_path):
     np.savez(tmp_path / "x/i.npz", images=sets["exact"])
     np.savez(tmp_path / "y/i.npz", images=sets["quantized"])
     run("--samples", tmp_path / "x/i.npz", "--reference", tmp_path / "real", "--out", out)
-    run("--samples", tmp_path / "y/i.npz", "--same-noise", tmp_path / "exact", "--features", "none", "--out", out)
-    assert "fd-cifar" not in json.loads(out.read_text())["sets"]["i"]
+    first = json.loads(out.read_text())["sets"]["i"]
+    pair = ("--same-noise", tmp_path / "exact", "--out", out)
+    with pytest.raises(InputError, match="fd-cifar of other images"):
+        run("--samples", tmp_path / "y/i.npz", *pair, "--features", "none")
+    run("--samples", tmp_path / "y/i.npz", *pair)
+    second = json.loads(out.read_text())["sets"]["i"]
+    assert second["fd-cifar"] != first["fd-cifar"] and second["psnr_db"] is not None
+
+
+def test_a_copy_of_the_images_is_the_same_set(sets, tmp_path):
+    out = tmp_path / "r.json"
+    run("--samples", tmp_path / "quantized", "--reference", tmp_path / "real", "--out", out)
+    (tmp_path / "moved").mkdir()
+    shutil.copytree(tmp_path / "quantized", tmp_path / "moved/quantized", copy_function=shutil.copyfile)
+    run("--samples", tmp_path / "moved/quantized", "--same-noise", tmp_path / "exact", "--features", "none", "--out", out)
+    assert {"psnr_db", "fd-cifar"} <= set(json.loads(out.read_text())["sets"]["quantized"])
 
 
 def test_a_damaged_manifest_does_not_spoil_the_results(sets, tmp_path):
