@@ -113,6 +113,15 @@ def test_many_images_are_the_same_every_time(demo, kernels, recipe):
     np.testing.assert_array_equal(denoiser.trajectory(x[:40]), first[:40])
 
 
+def test_a_capture_keeps_no_copy_of_the_state(demo, kernels):
+    denoiser, images = native(demo, demo.scales(), kernels), 128
+    state = images * sum(info.nbytes for info in denoiser.state_info)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    denoiser.reset(images)
+    assert state < torch.cuda.max_memory_allocated() - before < 1.7 * state
+
+
 def test_grids_that_follow_each_image_give_the_simulation_s_images(demo, kernels):
     scales = demo.scales(granularity="tensor", act_bits=6)
     simulated = demo.sample(SimDenoiser(demo.network, demo.checkpoint.params, scales, "cuda"))
