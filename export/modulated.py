@@ -86,14 +86,20 @@ def quantize_layers(
     return layers
 
 
+def initial_a_hat(layer: QuantizedLayer) -> Tensor:
+    """a_hat [1, C, H, W] at the start of a trajectory: zero, or with dither the offset."""
+    spec = layer.spec
+    if not layer.dither:
+        return layer.weight.new_zeros(1, *spec.in_shape)
+    return torch.from_numpy(dither_offset(spec.name, spec.in_shape, layer.scale, spec.upsampled)).to(layer.weight)[None]
+
+
 def initial_state(layer: QuantizedLayer, batch: int) -> LayerState:
     """The start of a trajectory: a_hat = 0, o_hat = bias; with dither, a_hat = offset and o_hat = W offset + bias."""
+    a_hat = initial_a_hat(layer)
     if layer.dither:
-        spec = layer.spec
-        offset = torch.from_numpy(dither_offset(spec.name, spec.in_shape, layer.scale, spec.upsampled)).to(layer.weight)[None]
-        a_hat, o_hat = offset, layer.bias[:, None, None] + integer_product(layer, offset)
+        o_hat = layer.bias[:, None, None] + integer_product(layer, a_hat)
     else:
-        a_hat = layer.weight.new_zeros(1, *layer.spec.in_shape)
         o_hat = layer.bias[None, :, None, None].expand(1, *layer.spec.out_shape)
     return LayerState(a_hat.repeat(batch, 1, 1, 1), o_hat.repeat(batch, 1, 1, 1))
 

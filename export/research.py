@@ -23,8 +23,9 @@ from modiff_trt.export.unet import Network
 class QuantModel:
     """The simulated quantized network on the device of `params`, called with (x [N, C, H, W], t [N] or int) once per DDIM step.
 
-    The first call after `reset_cache` also runs the warm-up rows. Activations are quantized only together with
-    weights, as in the modulated layer.
+    Raises ValueError for a timestep that is not the next of the scales, or another batch within a trajectory; with float
+    activations there is neither. The first call after `reset_cache` also runs the warm-up rows. Activations are quantized only
+    together with weights, as in the modulated layer.
     """
 
     def __init__(self, network: Network, params: Params, scales: Scales) -> None:

@@ -23,19 +23,27 @@ from modiff_trt.runtime.image_sets import Images
 NAME = "fd-cifar"
 SIZE = 32
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-# A residual network of three stages, 32, 16 and 8 pixels wide, with two blocks each. Convolutions by name: (input channels,
-# output channels, kernel, stride). The first block of the later stages halves the image and has a shortcut of its own.
+# A residual network of three stages, 32, 16 and 8 pixels wide, with two blocks each.
 WIDTHS = (96, 192, 320)
-LAYERS: dict[str, tuple[int, int, int, int]] = {"stem": (3, WIDTHS[0], 3, 1)}
-for stage, width in enumerate(WIDTHS):
-    before = WIDTHS[max(stage - 1, 0)]
-    for block in range(2):
-        into, stride = (before, 2 if stage else 1) if block == 0 else (width, 1)
-        LAYERS[f"{stage}.{block}.a"] = (into, width, 3, stride)
-        LAYERS[f"{stage}.{block}.b"] = (width, width, 3, 1)
-        if into != width:
-            LAYERS[f"{stage}.{block}.short"] = (into, width, 1, stride)
 FEATURES, CLASSES = WIDTHS[-1], 10
+
+
+def _layers() -> dict[str, tuple[int, int, int, int]]:
+    """Convolutions by name: (input channels, output channels, kernel, stride). The first block of the later stages halves the
+    image and has a shortcut of its own."""
+    layers = {"stem": (3, WIDTHS[0], 3, 1)}
+    for stage, width in enumerate(WIDTHS):
+        before = WIDTHS[max(stage - 1, 0)]
+        for block in range(2):
+            into, stride = (before, 2 if stage else 1) if block == 0 else (width, 1)
+            layers[f"{stage}.{block}.a"] = (into, width, 3, stride)
+            layers[f"{stage}.{block}.b"] = (width, width, 3, 1)
+            if into != width:
+                layers[f"{stage}.{block}.short"] = (into, width, 1, stride)
+    return layers
+
+
+LAYERS = _layers()
 
 
 def normalize(images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.modulated import QuantizedLayer, initial_state, quantize_layers
+from modiff_trt.export.modulated import QuantizedLayer, initial_a_hat, quantize_layers
 from modiff_trt.export.scales import Scales
 from modiff_trt.export.split import skip_factors
 from modiff_trt.export.torch_ops import Params, convolve, layer_bias, layer_weight, time_table
@@ -166,8 +166,7 @@ def _grid(scales: Scales, layer: QuantizedLayer, largest: float) -> tuple[float,
 
 
 def _start(layer: QuantizedLayer, unit: float, out_channels: int) -> tuple[Tensor, Tensor]:
-    a_hat = initial_state(layer, 1).a_hat
-    state = (a_hat / unit).round()
+    state = (initial_a_hat(layer) / unit).round()
     # Integers in float64 sum exactly, in any order. In float32 the order, and so the start, is another with another number of
     # threads, which torchrun sets.
     sums = convolve(layer.spec, state.double(), layer.weight.double())

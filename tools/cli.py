@@ -17,7 +17,6 @@ from modiff_trt.tools.options import BatchSize, Ckpt, Config, Device, Seed
 from modiff_trt.tools.progress import errors
 
 app = typer.Typer(
-    help="Calibrate, export and deploy INT8 diffusion UNets with MoDiff state kept on the device.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -80,10 +80,20 @@ def trials(data: dict[str, Any]) -> str:
     return "\n".join([*_by_bits(data["trials"], "residual scale"), note])
 
 
+def _backends(data: dict[str, Any]) -> list[str]:
+    """The backends of a benchmark that ran at any batch size, the one that the others are compared with first."""
+    return list(dict.fromkeys(name for rows in data["batches"].values() for name in rows))
+
+
+def _ratio(rows: dict[str, Any], name: str) -> float:
+    """How many times as fast as the first backend one was, at one batch size."""
+    return float(next(iter(rows.values()))["microseconds"] / rows[name]["microseconds"])
+
+
 def bench(data: dict[str, Any]) -> str:
     """One line for each backend, one column for each batch size: microseconds an image and pass, and the ratio to the first."""
     batches = sorted(data["batches"], key=int)
-    names = list(dict.fromkeys(name for rows in data["batches"].values() for name in rows))
+    names = _backends(data)
     lines = ["| us an image and pass (ratio) | " + " | ".join(f"batch {b}" for b in batches) + " | state, MB an image |"]
     lines.append("|---|" + "---|" * (len(batches) + 1))
     for name in names:
@@ -93,8 +103,7 @@ def bench(data: dict[str, Any]) -> str:
             if name not in rows:
                 cells.append("")
                 continue
-            ratio = next(iter(rows.values()))["microseconds"] / rows[name]["microseconds"]
-            cells.append(f"{rows[name]['microseconds_an_image']:,.1f} ({ratio:.2f}x)")
+            cells.append(f"{rows[name]['microseconds_an_image']:,.1f} ({_ratio(rows, name):.2f}x)")
             state = rows[name]["state_bytes_an_image"] / 1e6
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {state:.1f} |")
     machine = data["machine"].get("gpu") or f"{data['machine']['cores']} cores ({data['machine']['processor']})"
@@ -141,17 +150,21 @@ def agreement(data: dict[str, Any], again: dict[str, Any]) -> str:
     batches = sorted(data["batches"], key=int)
     lines = ["| ratio in one run, in another (difference) | " + " | ".join(f"batch {b}" for b in batches) + " |"]
     lines.append("|---|" + "---|" * len(batches))
-    names = list(dict.fromkeys(name for rows in data["batches"].values() for name in rows))
-    for name in names[1:]:
+    for name in _backends(data)[1:]:
         cells = []
         for b in batches:
             pair = [run["batches"][b] for run in (data, again)]
             if not all(name in rows for rows in pair):
                 cells.append("")
                 continue
-            one, two = (next(iter(rows.values()))["microseconds"] / rows[name]["microseconds"] for rows in pair)
+            one, two = (_ratio(rows, name) for rows in pair)
             cells.append(f"{one:.3f}x, {two:.3f}x ({two / one - 1:+.1%})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    took = [
+        f"{name} {' and '.join(format(run['batches']['1'][name]['microseconds'], '.0f') for run in (data, again))} us"
+        for name in (_backends(data)[0], "native-modiff")
+    ]
+    lines.append(f"\nOne image took in the two runs: {', '.join(took)}.")
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from modiff_trt.runtime.denoiser import Denoiser, WholeTrajectory
 from modiff_trt.runtime.images import ImageFolder, ShardFolder, save_npz
 from modiff_trt.runtime.noise import ImageNoise, load_noise
 from modiff_trt.runtime.sampler import ddim_sample
-from modiff_trt.runtime.schedule import alphas_cumprod
+from modiff_trt.runtime.schedule import alphas_cumprod, ddim_steps
 from modiff_trt.tools.progress import progress_bar
 
 MOST_IMAGES, LAST_IMAGE = 10_000_000, 10**12
@@ -149,8 +149,8 @@ def run_sampling(
     if batch_size < 1:
         raise InputError("--batch-size must be at least 1")
     check_seed(seed)
-    if not 0 <= eta <= 1:
-        raise InputError(f"--eta must lie between 0 and 1, found {eta}")
+    # What the schedule refuses must not claim the folder.
+    ddim_steps(alphas_cumprod(backend.config.diffusion), backend.denoiser.rows.timesteps, eta)
     noise = None
     if noise_file is not None:
         noise = dict(enumerate(load_noise(noise_file, indices[-1] + 1, backend.config.input_shape)))

@@ -169,6 +169,7 @@ REFUSED = {
     "too many images": (["sample", *MODEL, "--num-samples", "9" * 20, "--out", "OUT"], "between 1 and"),
     "images beyond all": (["sample", *MODEL, "--seeds", f"{10**22}-{10**22}", "--out", "OUT"], "must lie below"),
     "images said twice": (["sample", *MODEL, "--num-samples", "2", "--seeds", "2-3", "--out", "OUT"], "pass one of them"),
+    "eta into a folder": (["sample", *MODEL, "--eta", "2", "--timesteps", "2", "--out", "FOLDER"], "--eta must lie between"),
     "eta of nothing": (["sample", *MODEL, "--eta", "nan", "--timesteps", "2", "--out", "OUT"], "--eta must lie between"),
     "no name": (["collect", *MODEL, "--out", "."], "is not a file"),
     "state of nothing": (
@@ -239,6 +240,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, files, tmp_path, capsys, mo
     np.save(tmp_path / "noise.npy", np.zeros((1, 3, 8, 8), np.float32))
     names = {
         "OUT": tmp_path / "out" / "o.npz",
+        "FOLDER": tmp_path / "out" / "images",
         "CIFAR": ROOT / "configs/cifar10.yml",
         "SCALES": files["scales.safetensors"],
         "TRAJ": files["traj.safetensors"],

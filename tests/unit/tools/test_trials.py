@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from modiff_trt.export.residuals import refit
 from modiff_trt.tools.inspecting import print_table, save_plots, state_elements
 from modiff_trt.tools.trials import Trials, search_modes, search_rows, search_scales, state_traffic, with_modes
 
@@ -30,6 +31,12 @@ def test_searched_scales_are_never_worse_on_the_trials_and_say_what_they_clip(tr
     assert trials.decibels(best) >= trials.decibels(scales)
     assert len(lines) == 5 and "0.9999" in lines[1] and "without dither" in lines[3]
     assert lines[4].startswith("scales: kept ") and f"{trials.decibels(best):.2f} dB" in lines[4]
+    lines.clear()
+    wide = refit(scales, {name: 8 * scales.layers[name].residual_scale for name in scales.modulated})
+    best = search_scales(trials, wide, {0.999: {n: scales.layers[n].residual_scale for n in scales.modulated}}, lines.append)
+    assert lines[-1].startswith("scales: kept percentile 0.999") and f"{trials.decibels(best):.2f} dB" in lines[-1]
+    decibels = [float(line.split()[-2]) for line in lines]
+    assert decibels[-1] == max(decibels)
 
 
 def test_residuals_are_those_that_the_quantized_network_rounds(trials, tiny):
