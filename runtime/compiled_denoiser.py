@@ -28,8 +28,8 @@ class CompiledDenoiser(GraphedDenoiser):
             offsets[block], at = at, at + channels
 
         def forward(x: Tensor, row: Tensor) -> Tensor:
-            bias = {b: row[None, at : at + network.time_channels[b]] for b, at in offsets.items()}
-            return run_unet(network, half, x, bias)
+            bias = {b: row[None, at : at + network.time_channels[b]].half() for b, at in offsets.items()}
+            return run_unet(network, half, x.half(), bias).float()
 
         self._forward = torch.compile(forward, dynamic=False) if compiled else forward
 
@@ -38,7 +38,7 @@ class CompiledDenoiser(GraphedDenoiser):
         return ()
 
     def _predict(self, x: Tensor) -> Tensor:
-        return self._forward(x.half(), self._row.half()).float()
+        return self._forward(x, self._row)
 
     def _allocate(self, size: int) -> None:
         """Nothing is kept between passes."""

@@ -25,14 +25,15 @@ class CudaKernels:
     integer = torch.int8
     pads_real = True
 
-    def __init__(self, plans: ConvPlans | None = None) -> None:
+    def __init__(self, overlap: bool = True, plans: ConvPlans | None = None) -> None:
+        """`overlap` lets a launch begin while the one before it ends, where the GPU can do that."""
         check_gpu()
-        self._overlap = torch.cuda.get_device_capability() >= OVERLAPPING
+        self._overlap = overlap and torch.cuda.get_device_capability() >= OVERLAPPING
         self._plans = plans if plans is not None else ConvPlans(self._overlap)
 
     def twin(self) -> CudaKernels:
         """The same kernels with scratch memory of their own, for launches on a second stream."""
-        return CudaKernels(self._plans.twin())
+        return CudaKernels(self._overlap, self._plans.twin())
 
     def start(self, state: Tensor, unit: float) -> Tensor:
         return state

@@ -109,11 +109,12 @@ class GraphedDenoiser(ABC):
 
     def _pass(self, size: int) -> None:
         torch.index_select(self._table, 0, self._counter, out=self._row[None])
+        # Here and not at the end: the next launch may read the row before the launch just before it has ended.
+        self._counter.add_(1)
         x, eps = self._x[:size], self._eps[:size]
         eps.copy_(self._predict(x))
         update = self._row[self._update_at :]
-        x.mul_(update[0]).add_(eps * update[1])
-        self._counter.add_(1)
+        x.mul_(update[0]).addcmul_(eps, update[1])
 
     def _capture(self, size: int) -> None:
         """Runs the step once to compile and tune, and captures it. Leaves state, x and the counter as they happen to be."""

@@ -20,7 +20,8 @@ from modiff_trt.runtime.graphed_denoiser import GraphedDenoiser
 from modiff_trt.runtime.native_layers import NativeModel, aligned, build
 from modiff_trt.runtime.native_ops import WIDE_LAYERS, Buffers, Kernels, NativeOps, Stream, Value, shared_accumulators
 
-# From so many images on, two halves run side by side on a GPU: while one waits for memory the other computes.
+# From so many images on, two halves run side by side on a GPU: while one waits for memory the other computes. Of fewer images
+# shortcuts run beside the convolutions of their block.
 TWO_LANES = 128
 # Trajectories of more passes keep o_hat in float32: float16's rounding adds up, to 0.55 dB in 1000 steps and nothing in 100
 # (results/states1000_demo.json, states100_demo.json).
@@ -72,7 +73,8 @@ class NativeDenoiser(GraphedDenoiser):
 
     def _predict(self, x: Tensor) -> Tensor:
         if self._device.type != "cuda" or len(x) < TWO_LANES:
-            return self._run(self._kernels, x, self._buffers.part(0, len(x)))
+            aside = self._side if self._device.type == "cuda" else None
+            return self._run(self._kernels, x, self._buffers.part(0, len(x)), aside)
         half, main = len(x) // 2, torch.cuda.current_stream()
         self._side.wait_stream(main)
         with torch.cuda.stream(self._side):
@@ -81,9 +83,9 @@ class NativeDenoiser(GraphedDenoiser):
         main.wait_stream(self._side)
         return torch.cat([first, second])
 
-    def _run(self, kernels: Kernels, x: Tensor, buffers: Buffers) -> Tensor:
+    def _run(self, kernels: Kernels, x: Tensor, buffers: Buffers, aside: torch.cuda.Stream | None = None) -> Tensor:
         model, (n, channels, height, width) = self._model, x.shape
-        ops = NativeOps(kernels, model.layers, model.norms, model.time_at, buffers)
+        ops = NativeOps(kernels, model.layers, model.norms, model.time_at, buffers, aside)
         pixels = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)
         out = unet(ops, model.network.config, Value(Stream(pixels), channels, height, width)).main.tensor()
         return out[:, :, :channels].reshape(n, height, width, channels).permute(0, 3, 1, 2)

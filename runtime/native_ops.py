@@ -131,10 +131,14 @@ class NativeOps:
         norms: Mapping[str, Tensor],
         time_at: Mapping[str, int],
         buffers: Buffers,
+        aside: torch.cuda.Stream | None = None,
     ) -> None:
+        """On the stream `aside` shortcuts in float are computed while the convolutions of their block are."""
         self._kernels, self._layers, self._norms, self._time_at, self._buffers = kernels, layers, norms, time_at, buffers
         self._shared = shared_accumulators(layers)
         self._outputs: dict[str, Tensor] = {}
+        self._aside = aside
+        self._begun: dict[str, Tensor] = {}
 
     def conv(
         self,
@@ -151,14 +155,18 @@ class NativeOps:
         layer, row = self._layers[name], self._buffers.row
         channels, height, width = layer.spec.out_shape
         if layer.mode == "float":
+            if self._aside is not None and name in self._begun:
+                torch.cuda.current_stream().wait_stream(self._aside)
+                return Value(Stream(self._begun.pop(name)), channels, height, width)
             if kernel > 1 or x.norm is not None:
                 sources = [self._input(x, layer, None)]
             else:
-                streams = [x.main] + ([x.skip] if x.skip is not None else [])
-                sources = [stream.tensor().to(self._kernels.real) for stream in streams]
+                sources = self._sources(x)
             return Value(Stream(self._kernels.real_product(layer, sources)), channels, height, width)
         steps = torch.empty(len(x.main.a), device=row.device) if layer.dynamic else None
         q = self._input(x, layer, row[layer.grid_at : layer.grid_at + 4], steps)
+        if self._aside is not None:
+            self._begin_shortcut(name, x, self._aside)
         scale = row[layer.scale_at : layer.scale_at + layer.out_channels]
         if layer.mode == "modiff":
             out = self._buffers.o_hat[name]
@@ -172,6 +180,21 @@ class NativeOps:
             self._kernels.product(layer, q, scale, layer.bias, out, steps)
         self._outputs[name] = out
         return Value(Stream(out), channels, height, width)
+
+    def _sources(self, x: Value) -> list[Tensor]:
+        streams = [x.main] + ([x.skip] if x.skip is not None else [])
+        return [stream.tensor().to(self._kernels.real) for stream in streams]
+
+    def _begin_shortcut(self, first: str, x: Value, aside: torch.cuda.Stream) -> None:
+        """Of a block whose `first` convolution has the input `x`. The network holds x, and so its memory, until the shortcut is
+        asked for."""
+        layer = self._layers.get(first.removesuffix("conv1") + "nin_shortcut")
+        if not first.endswith(".conv1") or layer is None or layer.mode != "float":
+            return
+        sources = self._sources(x)
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            self._begun[layer.spec.name] = self._kernels.real_product(layer, sources)
 
     def _input(self, x: Value, layer: NativeLayer, grid: Tensor | None, steps: Tensor | None = None) -> Tensor:
         """The layer's integer input (or its input in the network's type), and the layer's new state."""

@@ -65,9 +65,6 @@ def conv_kernel(
     and arrived int32 [tiles] are zero, and are left zero: the program that arrives last at a tile writes it. OVERLAP lets the
     launch begin while the one before it ends.
     """
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     site = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Unsigned: the compiler narrows signed divisions to packed 16-bit arithmetic, and ptxas (12.8 to 13.0 at least) loses the
@@ -76,10 +73,29 @@ def conv_kernel(
     inner = where % (P * Q)
     image, pixel = (where // (P * Q)).to(tl.int32), inner.to(tl.int32)
     row, column = (inner // Q).to(tl.int32) * STRIDE - TOP, (inner % Q).to(tl.int32) * STRIDE - LEFT
+    known = (site < sites)[:, None] & (k < K)[None, :]
+    start = (image * (K * P * Q))[:, None]
+    if CHANNELS_FIRST:
+        at = start + k[None, :] * (P * Q) + pixel[:, None]
+    else:
+        at = start + pixel[:, None] * K + k[None, :]
+    # What the launch before does not write is loaded before it has ended (see `quantize_kernel`).
+    if BIAS:
+        addend = tl.load(addend_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     if INTEGER:
+        scale = tl.load(scale_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        if STEP == 1:
+            scale *= tl.load(step_ptr).to(tl.float32) * tl.load(multiplier_ptr).to(tl.float32)
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     else:
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    # Of a small tile the addend is fetched while the products are computed; of a large one it would take too many registers.
+    early: tl.constexpr = BLOCK_M * BLOCK_N <= 2048 and SPLIT == 1
+    if not BIAS and early:
+        addend = tl.load(addend_ptr + at, mask=known, other=0.0).to(tl.float32)
     sums = _products(
         sums, x_ptr, weight_ptr, image, row, column, site < sites, k, tl.program_id(2),
         C, C + C2, H, W, K, R, SPLIT, BLOCK_K, STAGES,
@@ -89,7 +105,6 @@ def conv_kernel(
             sums, skip_ptr, weight_ptr + C, image, row, column, site < sites, k, tl.program_id(2),
             C2, C + C2, H, W, K, R, SPLIT, BLOCK_K, STAGES,
         )  # fmt: skip
-    known = (site < sites)[:, None] & (k < K)[None, :]
     written = known
     if SPLIT > 1:
         place = site[:, None] * K + k[None, :]
@@ -103,19 +118,9 @@ def conv_kernel(
             tl.debug_barrier()  # zeroes may be written by other threads than those that read
             tl.store(partial_ptr + place, tl.zeros([BLOCK_M, BLOCK_N], tl.int32), mask=known)
             tl.store(counter, 0)
-    start = (image * (K * P * Q))[:, None]
-    if CHANNELS_FIRST:
-        at = start + k[None, :] * (P * Q) + pixel[:, None]
-    else:
-        at = start + pixel[:, None] * K + k[None, :]
-    if BIAS:
-        addend = tl.load(addend_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-    else:
+    if not BIAS and not early:
         addend = tl.load(addend_ptr + at, mask=written, other=0.0).to(tl.float32)
     if INTEGER:
-        scale = tl.load(scale_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        if STEP == 1:
-            scale *= tl.load(step_ptr).to(tl.float32) * tl.load(multiplier_ptr).to(tl.float32)
         factor = tl.broadcast_to(scale[None, :], [BLOCK_M, BLOCK_N])
         if STEP == 2:
             factor *= tl.load(step_ptr + image, mask=site < sites, other=0.0)[:, None]

@@ -106,9 +106,9 @@ def real_tile(geometry: Geometry, second: int) -> ConvTile:
     depth = next(d for d in (64, CHANNELS, 16) if geometry.channels % d == 0 and second % d == 0)
     if out <= 16:
         return ConvTile(128, 16, depth, 3, 4, 1)
-    for rows, columns, warps in ((128, 128, 8), (128, 64, 4)):
+    for rows, columns in ((128, 128), (128, 64)):
         if out >= columns and -(-sites // rows) * -(-out // columns) >= FULL:
-            return ConvTile(rows, columns, depth, 3, warps, 1)
+            return ConvTile(rows, columns, depth, 3, 4, 1)
     return ConvTile(64, 32, depth, 4, 4, 1)
 
 

@@ -8,8 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def source(
-    a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, pixel, channel, mask,
-    C1: tl.constexpr, C2: tl.constexpr, HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
+    a_ptr, b_ptr, skip_ptr, sum_ptr, pixel, channel, mask,
+    C1: tl.constexpr, C2: tl.constexpr, HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr,
 ):  # fmt: skip
     """float32 [BLOCK_P, BLOCK_C] of the layer's sources; writes a + b where asked. Pointers are those of one image."""
     main = mask
@@ -26,9 +26,6 @@ def source(
     if C2 > 0:
         skip = tl.load(skip_ptr + pixel * C2 + (channel - C1), mask=mask & (channel >= C1), other=0.0)
         value += skip.to(tl.float32)
-    if HAS_TIME:
-        value += tl.load(time_ptr + channel, mask=channel < C1 + C2, other=0.0)
-        value = tl.where(mask, value, 0.0)
     return value
 
 

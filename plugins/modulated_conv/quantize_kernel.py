@@ -3,6 +3,10 @@
 Small images take one launch, in which a program holds whole normalization groups of one image. Larger ones take two: the
 first sums the groups (and writes a pending residual sum), the second does everything else in one pass. Tilings do not depend
 on the batch, so that the batch cannot change an image.
+
+What the launch just before does not write is loaded before `gdc_wait`, while that launch still runs: for one image, launches
+do little but wait for memory. It is safe because a launch lets the next one begin only after its own `gdc_wait`: when a
+program starts, all launches but the last one have ended.
 """
 
 from __future__ import annotations
@@ -59,7 +63,7 @@ def _dynamic_grid(peak_ptr, step_ptr, unit, image, MODULATED: tl.constexpr, HIGH
     if MODULATED:
         multiple = tl.maximum(tl.ceil(step / unit), 1.0)
         step = multiple * unit
-    if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(step_ptr + image, step)
     return 1.0 / step, multiple
 
@@ -103,27 +107,27 @@ def sums_kernel(
     PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, SLABS: tl.constexpr,
     BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (n, j, s): sums and sums of squares of the j-th BLOCK_G groups over the s-th slab of image n.
+    """Program (j, s, n): sums and sums of squares over the s-th slab of the n-th image from the end, of the j-th BLOCK_G times
+    LANES channels, each LANES of which are a part of a group (LANES divides PER_GROUP).
 
     OVERLAP lets the launch begin while the one before it ends.
     """
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-    image = tl.program_id(0).to(tl.int64)
+    # From the end: what the launch before wrote last is still in the cache, and then so is what the next launch reads first.
+    image = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
     a_ptr += image * (PIXELS * C1)
     b_ptr += image * (PIXELS * C1)
     sum_ptr += image * (PIXELS * C1)
     skip_ptr += image * (PIXELS * C2)
-    slab = tl.program_id(2)
-    channel, exists = channels_of(tl.program_id(1) * (BLOCK_G * PER_GROUP), C1 + C2, PER_GROUP, BLOCK_G, LANES)
+    slab = tl.program_id(1)
+    channel, exists = channels_of(tl.program_id(0) * (BLOCK_G * LANES), C1 + C2, LANES, BLOCK_G, LANES)
     pixel = slab * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    mask = tile_mask(exists, pixel, (C1 + C2) if LANES == PER_GROUP else 1, PIXELS, BLOCK_G * LANES, BLOCK_P)
+    mask = tile_mask(exists, pixel, C1 + C2, PIXELS, BLOCK_G * LANES, BLOCK_P)
     if HAS_TIME:
         time = tl.load(time_ptr + channel, mask=exists, other=0.0)
-    value = source(
-        a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, pixel, channel, mask, C1, C2, HAS_B, WRITE_SUM, False,
-    )  # fmt: skip
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    value = source(a_ptr, b_ptr, skip_ptr, sum_ptr, pixel, channel, mask, C1, C2, HAS_B, WRITE_SUM)
     if HAS_TIME:
         value = tl.where(mask, value + time, 0.0)
     # First over a group's channels, which one thread or its neighbours hold, then over pixels: other warps have those, and
@@ -131,10 +135,31 @@ def sums_kernel(
     by_group = tl.reshape(value, [BLOCK_P, BLOCK_G, LANES])
     sums = tl.sum(tl.sum(by_group, axis=2), axis=0)
     squares = tl.sum(tl.sum(by_group * by_group, axis=2), axis=0)
-    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    at = partial_ptr + (image * SLABS + slab) * (2 * GROUPS) + group
-    tl.store(at, sums, mask=group < GROUPS)
-    tl.store(at + GROUPS, squares, mask=group < GROUPS)
+    parts: tl.constexpr = GROUPS * (PER_GROUP // LANES)
+    part = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    at = partial_ptr + (image * SLABS + slab) * (2 * parts) + part
+    tl.store(at, sums, mask=part < parts)
+    tl.store(at + parts, squares, mask=part < parts)
+
+
+@triton.jit
+def _moments(
+    partial_ptr, count, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, SLABS: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_G: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """(mean, variance) [BLOCK_G]: for each of this program's parts those of its whole group, from an image's sums."""
+    among: tl.constexpr = PER_GROUP // LANES
+    slab = tl.arange(0, BLOCK_S)[:, None]
+    group = (tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]) // among
+    known = (slab < SLABS) & (group < GROUPS)
+    at = partial_ptr + slab * (2 * GROUPS * among) + group * among
+    mean = tl.zeros([BLOCK_G], tl.float32)
+    power = tl.zeros([BLOCK_G], tl.float32)
+    for part in tl.static_range(among):
+        mean += tl.sum(tl.load(at + part, mask=known, other=0.0), axis=0)
+        power += tl.sum(tl.load(at + GROUPS * among + part, mask=known, other=0.0), axis=0)
+    mean /= count
+    return mean, tl.maximum(power / count - mean * mean, 0.0)
 
 
 @triton.jit
@@ -148,61 +173,69 @@ def quantize_kernel(
     QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PEAK: tl.constexpr,
     BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (n, j, k) covers the j-th BLOCK_G groups of channels (without NORM, simply channels) and the k-th BLOCK_P
-    pixels of image n.
+    """Program (j, k, n) covers the k-th BLOCK_P pixels of image n, and the j-th BLOCK_G parts of groups (NORM 1), groups of
+    channels (2) or channels (0), of LANES lanes each.
 
-    NORM is 0 (none), 1 (the groups' sums are in `partial_ptr`) or 2 (the program has all pixels and sums them itself). PEAK is
+    NORM is 0 (none), 1 (sums are in `partial_ptr`) or 2 (the program has all pixels and sums them itself). PEAK is
     0 (the grid is given), 1 (only the bits of each image's largest |residual| are put into int32 `peak_ptr`, which is zero
     before) or 2 (the grid follows from them).
     """
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     C: tl.constexpr = C1 + C2
-    image = tl.program_id(0).to(tl.int64)
+    image = tl.program_id(2).to(tl.int64)
     a_ptr += image * (PIXELS * C1)
     b_ptr += image * (PIXELS * C1)
     sum_ptr += image * (PIXELS * C1)
     skip_ptr += image * (PIXELS * C2)
     state_ptr += image * (PIXELS * C)
     q_ptr += image * (PIXELS * Q_CHANNELS * (4 if UPSAMPLE else 1))
-    channel, exists = channels_of(tl.program_id(1) * (BLOCK_G * PER_GROUP), C, PER_GROUP, BLOCK_G, LANES)
-    pixel = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    mask = tile_mask(exists, pixel, C if LANES == PER_GROUP else 1, PIXELS, BLOCK_G * LANES, BLOCK_P)
+    filled: tl.constexpr = PER_GROUP if NORM == 2 else LANES
+    channel, exists = channels_of(tl.program_id(0) * (BLOCK_G * filled), C, filled, BLOCK_G, LANES)
+    pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    mask = tile_mask(exists, pixel, C if filled == LANES else 1, PIXELS, BLOCK_G * LANES, BLOCK_P)
+    # Vectors of channels before tiles: the first load decides the layout of all, and theirs are the cheaper ones to move.
+    if HAS_TIME:
+        time = tl.load(time_ptr + channel, mask=exists, other=0.0)
+    if NORM > 0:
+        gain = tl.load(gain_ptr + channel, mask=exists, other=0.0)
+        shift = tl.load(shift_ptr + channel, mask=exists, other=0.0)
+    if HAS_FACTOR:
+        factors = tl.load(factor_ptr + channel, mask=exists, other=0.0)
+    unit, inverse_step, multiple = 1.0, 1.0, 1.0
+    if MODULATED:
+        unit = tl.load(grid_ptr + 1)
+    if QUANTIZE and PEAK == 0:
+        inverse_step = tl.load(grid_ptr)
+        if MODULATED:
+            multiple = tl.load(grid_ptr + 2)
     state = pixel
     if MODULATED:
         state = tl.load(state_ptr + pixel * C + channel, mask=mask, other=0)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    value = source(a_ptr, b_ptr, skip_ptr, sum_ptr, pixel, channel, mask, C1, C2, HAS_B, WRITE_SUM)
     # With sums from the first launch the time bias is part of the offset of each channel.
-    value = source(
-        a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, pixel, channel, mask, C1, C2, HAS_B, WRITE_SUM, HAS_TIME and NORM != 1,
-    )  # fmt: skip
+    if HAS_TIME and NORM != 1:
+        value = tl.where(mask, value + time, 0.0)
     if NORM > 0:
         count = PIXELS * PER_GROUP
         if NORM == 1:
-            slab = tl.arange(0, BLOCK_S)[:, None]
-            group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]
-            at = partial_ptr + (image * SLABS + slab) * (2 * GROUPS) + group
-            known = (slab < SLABS) & (group < GROUPS)
-            mean = tl.sum(tl.load(at, mask=known, other=0.0), axis=0) / count
-            power = tl.sum(tl.load(at + GROUPS, mask=known, other=0.0), axis=0) / count
-            variance = tl.maximum(power - mean * mean, 0.0)
+            sums = partial_ptr + image * (SLABS * 2 * GROUPS * (PER_GROUP // LANES))
+            mean, variance = _moments(sums, count, PER_GROUP, GROUPS, SLABS, BLOCK_S, BLOCK_G, LANES)
         else:
             mean = over_groups(tl.sum(value, axis=0), BLOCK_G, LANES) / count
             centered = tl.where(mask, value - to_channels(mean, BLOCK_G, LANES), 0.0)
             variance = over_groups(tl.sum(centered * centered, axis=0), BLOCK_G, LANES) / count
         factor = to_channels(tl.rsqrt(variance + eps), BLOCK_G, LANES)
-        factor *= tl.load(gain_ptr + channel, mask=exists, other=0.0)
+        factor *= gain
         center = to_channels(mean, BLOCK_G, LANES)
         if HAS_TIME and NORM == 1:
-            center -= tl.load(time_ptr + channel, mask=exists, other=0.0)
-        value = value * factor + (tl.load(shift_ptr + channel, mask=exists, other=0.0) - center * factor)
+            center -= time
+        value = value * factor + (shift - center * factor)
     if SILU:
         value = silu_of(value, FAST)
     if HAS_FACTOR:
-        value *= tl.load(factor_ptr + channel, mask=channel < C, other=0.0)
-    unit, inverse_step, multiple = 1.0, 1.0, 1.0
-    if MODULATED:
-        unit = tl.load(grid_ptr + 1)
+        value *= factors
     if PEAK == 1:
         if MODULATED:
             value -= _state_value(state) * unit
@@ -212,10 +245,6 @@ def quantize_kernel(
     else:
         if PEAK == 2:
             inverse_step, multiple = _dynamic_grid(peak_ptr, step_ptr, unit, image, MODULATED, HIGH)
-        elif QUANTIZE:
-            inverse_step = tl.load(grid_ptr)
-            if MODULATED:
-                multiple = tl.load(grid_ptr + 2)
         _emit(
             value, state, inverse_step, unit, multiple, state_ptr, q_ptr, pixel, channel, mask,
             C, WIDTH, UPSAMPLE, Q_CHANNELS, QUANTIZE, MODULATED, LOW, HIGH,
@@ -224,7 +253,7 @@ def quantize_kernel(
 
 @dataclass(frozen=True)
 class Tiling:
-    """A program's tile: `groups` of `lanes` channels by `pixels`, run by `warps`."""
+    """A program's tile: `groups` (or parts of such) of `lanes` channels by `pixels`, run by `warps`."""
 
     groups: int
     lanes: int
@@ -237,10 +266,13 @@ def tiling(shape: InputShape, groups: int) -> Tiling:
     if not groups:
         lanes = min(triton.next_power_of_2(shape.total), 128)
         return Tiling(lanes, 1, min(triton.next_power_of_2(shape.pixels), max(1, 2048 // lanes)), 8)
-    lanes = triton.next_power_of_2(shape.total // groups)
+    per_group = shape.total // groups
     if shape.pixels <= SMALL:
+        lanes = triton.next_power_of_2(per_group)
         return Tiling(max(1, 32 // lanes), lanes, triton.next_power_of_2(shape.pixels), 4)
-    return Tiling(max(1, 128 // lanes), lanes, ROWS, WARPS)
+    # Groups of 12 channels are three parts of 4, so that neighbouring lanes hold neighbouring channels.
+    lanes = min(per_group & -per_group, 128)
+    return Tiling(128 // lanes, lanes, ROWS, WARPS)
 
 
 def quantize_input(
@@ -275,9 +307,9 @@ def quantize_input(
     groups = norm.groups if norm is not None else 0
     per_group = c // groups if groups else 1
     tile = tiling(shape, groups)
-    columns = triton.cdiv(c, tile.groups * per_group)
     slabs = triton.cdiv(pixels, SLAB)
     two_launches = groups > 0 and pixels > SMALL
+    columns = triton.cdiv(c, tile.groups * (tile.lanes if two_launches else per_group))
     common = {
         "C1": shape.channels,
         "C2": shape.skip_channels,
@@ -293,8 +325,8 @@ def quantize_input(
     }
     partial = a
     if two_launches:
-        partial = torch.empty(len(a), slabs, 2, groups, device=a.device)
-        sums_kernel[(len(a), columns, slabs)](
+        partial = torch.empty(len(a), slabs, 2, c // tile.lanes, device=a.device)
+        sums_kernel[(columns, slabs, len(a))](
             a,
             b if b is not None else a,
             skip if skip is not None else a,
@@ -312,7 +344,7 @@ def quantize_input(
             a, b, total = total, None, None
     peaks = torch.zeros(len(a), dtype=torch.int32, device=a.device) if steps is not None else None
     for peak in (0,) if peaks is None else (1, 2):
-        quantize_kernel[(len(a), columns, triton.cdiv(pixels, tile.pixels))](
+        quantize_kernel[(columns, triton.cdiv(pixels, tile.pixels), len(a))](
             a,
             b if b is not None else a,
             skip if skip is not None else a,

@@ -102,15 +102,27 @@ def test_replays_follow_rows_and_batches_do_not_change_an_image(demo, kernels, r
     assert np.isfinite(together).all()
 
 
-@pytest.mark.parametrize("recipe", [{}, {"method": "qdiff"}, {"granularity": "tensor"}])
+@pytest.mark.parametrize("recipe", [{}, {"method": "qdiff"}, {"granularity": "tensor"}, {"min_intensity": 200.0}])
 def test_many_images_are_the_same_every_time(demo, kernels, recipe):
-    """Two halves run side by side here; a race between launches would show in some images of some runs."""
+    """Two halves run side by side here, and of 40 images shortcuts in float beside their block's convolutions; a race between
+    launches would show in some images of some runs."""
     denoiser = native(demo, demo.scales(**recipe), kernels)
     x = ImageNoise(0, range(500), demo.network.config.input_shape).draw()
     first = denoiser.trajectory(x)
     for _ in range(4):
         np.testing.assert_array_equal(denoiser.trajectory(x), first)
     np.testing.assert_array_equal(denoiser.trajectory(x[:40]), first[:40])
+
+
+@pytest.mark.parametrize("recipe", [{}, {"min_intensity": 200.0}, {"granularity": "tensor"}])
+def test_launches_that_begin_early_change_nothing(demo, kernels, recipe):
+    from modiff_trt.runtime.cuda_kernels import CudaKernels
+
+    waiting = CudaKernels(overlap=False)
+    x = ImageNoise(0, range(2), demo.network.config.input_shape).draw()
+    scales = demo.scales(**recipe)
+    expected = native(demo, scales, waiting).trajectory(x)
+    np.testing.assert_array_equal(native(demo, scales, kernels).trajectory(x), expected)
 
 
 def test_a_capture_keeps_no_copy_of_the_state(demo, kernels):
