@@ -168,6 +168,18 @@ def agreement(data: dict[str, Any], again: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ahead(data: dict[str, Any]) -> str:
+    """MoDiff's passes before and after a change, without the baseline."""
+    shown = [row for row in data["passes"]["rows"] if "label" in row]
+    batches = sorted(shown[0]["us"], key=int)
+    lines = ["| native-modiff, us an image and pass | " + " | ".join(f"batch {b}" for b in batches) + " |"]
+    lines.append("|---|" + "---|" * len(batches))
+    for row in shown:
+        lines.append(f"| {row['label']} | " + " | ".join(f"{row['us'][b]:.1f}" for b in batches) + " |")
+    lines.append(f"\nTwo processes on one {data['machine']['gpu']} on one day, median of 9 runs of 10 passes.")
+    return "\n".join(lines)
+
+
 def weights(data: dict[str, Any]) -> str:
     """Rounding of weights alone."""
     part = data["weights"]
@@ -290,6 +302,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "states_100": ("states100_demo", states),
     "states_1000": ("states1000_demo", states),
     "profile": ("bench_h200", profile),
+    "ahead": ("ahead_h200", ahead),
     "agreement": ("bench_h200 bench_h200_second", agreement),
     "classifier": ("fd_cifar", classifier),
     "scaling": ("scaling_h200", scaling),
