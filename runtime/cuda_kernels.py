@@ -26,7 +26,8 @@ class CudaKernels:
     pads_real = True
 
     def __init__(self, overlap: bool = True, plans: ConvPlans | None = None) -> None:
-        """`overlap` lets a launch begin while the one before it ends, where the GPU can do that."""
+        """`overlap` lets a launch begin while the one before it ends, where the GPU can do that. `plans` may be the twin of
+        another stream's."""
         check_gpu()
         self._overlap = overlap and torch.cuda.get_device_capability() >= OVERLAPPING
         self._plans = plans if plans is not None else ConvPlans(self._overlap)

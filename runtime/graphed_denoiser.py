@@ -109,7 +109,8 @@ class GraphedDenoiser(ABC):
 
     def _pass(self, size: int) -> None:
         torch.index_select(self._table, 0, self._counter, out=self._row[None])
-        # Here and not at the end: the next launch may read the row before the launch just before it has ended.
+        # Here and not at the end: between the row and kernels that load ahead there must be a launch that waits for all before
+        # it, and that all after it wait for.
         self._counter.add_(1)
         x, eps = self._x[:size], self._eps[:size]
         eps.copy_(self._predict(x))

@@ -138,7 +138,7 @@ class NativeOps:
         self._shared = shared_accumulators(layers)
         self._outputs: dict[str, Tensor] = {}
         self._aside = aside
-        self._begun: dict[str, Tensor] = {}
+        self._begun: dict[str, tuple[list[Tensor], Tensor]] = {}
 
     def conv(
         self,
@@ -157,7 +157,7 @@ class NativeOps:
         if layer.mode == "float":
             if self._aside is not None and name in self._begun:
                 torch.cuda.current_stream().wait_stream(self._aside)
-                return Value(Stream(self._begun.pop(name)), channels, height, width)
+                return Value(Stream(self._begun.pop(name)[1]), channels, height, width)
             if kernel > 1 or x.norm is not None:
                 sources = [self._input(x, layer, None)]
             else:
@@ -165,8 +165,7 @@ class NativeOps:
             return Value(Stream(self._kernels.real_product(layer, sources)), channels, height, width)
         steps = torch.empty(len(x.main.a), device=row.device) if layer.dynamic else None
         q = self._input(x, layer, row[layer.grid_at : layer.grid_at + 4], steps)
-        if self._aside is not None:
-            self._begin_shortcut(name, x, self._aside)
+        self._begin_shortcut(name, x)
         scale = row[layer.scale_at : layer.scale_at + layer.out_channels]
         if layer.mode == "modiff":
             out = self._buffers.o_hat[name]
@@ -185,16 +184,16 @@ class NativeOps:
         streams = [x.main] + ([x.skip] if x.skip is not None else [])
         return [stream.tensor().to(self._kernels.real) for stream in streams]
 
-    def _begin_shortcut(self, first: str, x: Value, aside: torch.cuda.Stream) -> None:
-        """Of a block whose `first` convolution has the input `x`. The network holds x, and so its memory, until the shortcut is
-        asked for."""
+    def _begin_shortcut(self, first: str, x: Value) -> None:
+        """Of a block whose `first` convolution has the input `x`: on the other stream, if there is one."""
         layer = self._layers.get(first.removesuffix("conv1") + "nin_shortcut")
-        if not first.endswith(".conv1") or layer is None or layer.mode != "float":
+        if self._aside is None or not first.endswith(".conv1") or layer is None or layer.mode != "float":
             return
         sources = self._sources(x)
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            self._begun[layer.spec.name] = self._kernels.real_product(layer, sources)
+        self._aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._aside):
+            # With its sources: memory that this stream lets go could be used again before the other stream has read it.
+            self._begun[layer.spec.name] = sources, self._kernels.real_product(layer, sources)
 
     def _input(self, x: Value, layer: NativeLayer, grid: Tensor | None, steps: Tensor | None = None) -> Tensor:
         """The layer's integer input (or its input in the network's type), and the layer's new state."""

@@ -39,6 +39,11 @@ CASES = {
     ),
     "norm with skip factors": KernelCase(InputShape(32, 64, 5, 5), groups=32, silu=True, factors=True),
     "norm in several slabs": KernelCase(InputShape(64, 32, 24, 24), groups=32, silu=True, add=True, write=True),
+    "norm in slabs, groups of 1": KernelCase(InputShape(32, 0, 10, 7), groups=32, silu=True, time=True),
+    "norm in slabs, groups of 6, more slabs than are added at a time": KernelCase(
+        InputShape(64, 128, 36, 33), groups=32, silu=True, time=True, batch=2
+    ),
+    "norm in slabs, groups of 12": KernelCase(InputShape(384, 0, 9, 9), groups=32, silu=True, add=True, write=True, batch=2),
     "norm in slabs, groups of 3": KernelCase(InputShape(96, 0, 10, 7), groups=32, silu=True),
     "norm in slabs across the seam, time": KernelCase(InputShape(256, 128, 9, 11), groups=32, silu=True, time=True, batch=2),
     "norm of a sum that is not needed again": KernelCase(InputShape(64, 0, 10, 10), groups=32, add=True),
@@ -55,7 +60,7 @@ CASES["upsampled"] = KernelCase(InputShape(64, 0, 4, 2, upsample=True))
 CASES["upsampled sum"] = KernelCase(InputShape(32, 0, 3, 5, upsample=True), add=True, write=True)
 
 
-def check(case: KernelCase, device: str) -> None:
+def check(case: KernelCase, device: str, overlap: bool = False) -> None:
     """Fresh random inputs, poisoned outputs; integers may differ only where the float64 value lies on an edge."""
     from modiff_trt.plugins.modulated_conv import quantize_kernel as kernel
 
@@ -96,6 +101,7 @@ def check(case: KernelCase, device: str) -> None:
         bits=case.bits,
         state=state,
         steps=steps,
+        overlap=overlap,
     )
 
     def wide(x):

@@ -79,7 +79,7 @@ def conv_kernel(
         at = start + k[None, :] * (P * Q) + pixel[:, None]
     else:
         at = start + pixel[:, None] * K + k[None, :]
-    # What the launch before does not write is loaded before it has ended (see `quantize_kernel`).
+    # What the launch before does not write is loaded before that has ended (see `quantize_kernel`).
     if BIAS:
         addend = tl.load(addend_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     if INTEGER:
@@ -165,8 +165,8 @@ def convolve_int8(
     """out = addend + scale[k] (weight * q) on torch's current stream; with `steps` float32 [N], image n's is steps[n] scale[k].
 
     q int8 [N, H*W, C] with C a multiple of CHANNELS, weight int8 [K, R, R, C], scale float32 [K]; addend [N, P*Q, K] of out's
-    type (may be `out`), or a bias float32 [K]. `size` is (H, W), `padding` (top, left, bottom, right). `overlap` is for compute
-    capability 9.0 and later.
+    type (may be `out`), or a bias float32 [K]. `size` is (H, W), `padding` (top, left, bottom, right). With `overlap` (compute
+    capability 9.0 and later) the launch may begin while the one before it ends, which must not write scale or a bias then.
     """
     k, r = weight.shape[:2]
     geometry = Geometry(len(q), q.shape[2], *size, k, r, stride, padding)
@@ -195,7 +195,7 @@ def convolve_real(
     """out = bias[k] + weight * x on torch's current stream, x the one or two `sources` [N, H*W, C_i] side by side.
 
     All of one real type but the bias, which may be wider; every C_i a multiple of 16; weight [K, R, R, C]; out [N, P*Q, K].
-    The order of summation is the same for every batch.
+    The order of summation is the same for every batch. `overlap` as in `convolve_int8`.
     """
     (k, r), n = weight.shape[:2], len(sources[0])
     first, second = sources[0].shape[2], sources[1].shape[2] if len(sources) > 1 else 0

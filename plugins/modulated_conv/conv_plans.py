@@ -87,6 +87,8 @@ class ConvPlans:
         from modiff_trt.plugins.modulated_conv.cudnn_conv import PLAN_ERRORS, Int8Conv
 
         place = {"gpu": torch.cuda.get_device_name(), "cudnn": cudnn.backend_version(), "spec": str(asdict(key))}
+        if not self._overlap:
+            place |= {"overlap": False}
         name = hashlib.sha256(repr(place).encode()).hexdigest()[:24]
         try:
             path = cache_folder() / f"{name}.plan"

@@ -55,7 +55,8 @@ def silu_of(value, FAST: tl.constexpr):
 def channels_of(
     start, C: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_G: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """(channel, whether it exists), [1, BLOCK_G * LANES]: BLOCK_G groups from channel `start`, each padded to LANES lanes."""
+    """(channel, whether it exists), [1, BLOCK_G * LANES]: BLOCK_G groups, or parts of such, from channel `start`, each of
+    PER_GROUP channels padded to LANES lanes."""
     lane = tl.arange(0, BLOCK_G * LANES)[None, :]
     if LANES == PER_GROUP:
         channel = start + lane

@@ -5,8 +5,9 @@ first sums the groups (and writes a pending residual sum), the second does every
 on the batch, so that the batch cannot change an image.
 
 What the launch just before does not write is loaded before `gdc_wait`, while that launch still runs: for one image, launches
-do little but wait for memory. It is safe because a launch lets the next one begin only after its own `gdc_wait`: when a
-program starts, all launches but the last one have ended.
+do little but wait for memory. It is safe because nothing that is loaded so early is written by launches that may still run:
+parameters never change, a layer's state was last written in the pass before, and the row vector of a pass is complete before
+its first such launch (`GraphedDenoiser._pass`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
 
 # Pixels whose sums one program of the first launch takes, and pixels that one of the second covers.
 SLAB, SUM_WARPS = 64, 4
+# Of so many slabs a program of the second launch adds up the sums at a time.
+SLABS_AT_A_TIME = 16
 ROWS, WARPS = 32, 4
 # 1.5 * 2^23, and its bits: a float32 of small magnitude plus this number is rounded to the nearest integer, half to even,
 # which stands in the low bits. Conversion instructions run at a quarter of the rate of additions.
@@ -130,7 +133,7 @@ def sums_kernel(
     value = source(a_ptr, b_ptr, skip_ptr, sum_ptr, pixel, channel, mask, C1, C2, HAS_B, WRITE_SUM)
     if HAS_TIME:
         value = tl.where(mask, value + time, 0.0)
-    # First over a group's channels, which one thread or its neighbours hold, then over pixels: other warps have those, and
+    # First over a part's channels, which one thread or its neighbours hold, then over pixels: other warps have those, and
     # what goes from warp to warp through shared memory is what this kernel would wait for.
     by_group = tl.reshape(value, [BLOCK_P, BLOCK_G, LANES])
     sums = tl.sum(tl.sum(by_group, axis=2), axis=0)
@@ -149,15 +152,16 @@ def _moments(
 ):  # fmt: skip
     """(mean, variance) [BLOCK_G]: for each of this program's parts those of its whole group, from an image's sums."""
     among: tl.constexpr = PER_GROUP // LANES
-    slab = tl.arange(0, BLOCK_S)[:, None]
     group = (tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]) // among
-    known = (slab < SLABS) & (group < GROUPS)
-    at = partial_ptr + slab * (2 * GROUPS * among) + group * among
     mean = tl.zeros([BLOCK_G], tl.float32)
     power = tl.zeros([BLOCK_G], tl.float32)
-    for part in tl.static_range(among):
-        mean += tl.sum(tl.load(at + part, mask=known, other=0.0), axis=0)
-        power += tl.sum(tl.load(at + GROUPS * among + part, mask=known, other=0.0), axis=0)
+    for first in range(0, SLABS, BLOCK_S):
+        slab = first + tl.arange(0, BLOCK_S)[:, None]
+        known = (slab < SLABS) & (group < GROUPS)
+        at = partial_ptr + slab * (2 * GROUPS * among) + group * among
+        for part in tl.static_range(among):
+            mean += tl.sum(tl.load(at + part, mask=known, other=0.0), axis=0)
+            power += tl.sum(tl.load(at + GROUPS * among + part, mask=known, other=0.0), axis=0)
     mean /= count
     return mean, tl.maximum(power / count - mean * mean, 0.0)
 
@@ -253,7 +257,7 @@ def quantize_kernel(
 
 @dataclass(frozen=True)
 class Tiling:
-    """A program's tile: `groups` (or parts of such) of `lanes` channels by `pixels`, run by `warps`."""
+    """A program's tile: `groups` (in two launches: parts of groups) of `lanes` channels by `pixels`, run by `warps`."""
 
     groups: int
     lanes: int
@@ -262,7 +266,7 @@ class Tiling:
 
 
 def tiling(shape: InputShape, groups: int) -> Tiling:
-    """The tile of the quantizing launch; `groups` 0 is no normalization."""
+    """The tile of the quantizing launch (that of the sums has its channels too); `groups` 0 is no normalization."""
     if not groups:
         lanes = min(triton.next_power_of_2(shape.total), 128)
         return Tiling(lanes, 1, min(triton.next_power_of_2(shape.pixels), max(1, 2048 // lanes)), 8)
@@ -300,7 +304,7 @@ def quantize_input(
     [N, out_pixels, >= C] receives the integers, or, of a float type and without `grid`, the layer's input itself. `state` int16
     [N, pixels, C] is updated in place; without it the layer is stateless. With `steps` float32 [N] the grid follows each image
     (LTQ): it spans the largest |residual|, `grid` gives the unit only, and `steps` receives the steps. `overlap` (compute
-    capability 9.0 and later) lets launches begin while the one before ends.
+    capability 9.0 and later) lets launches begin while the one before ends, which of all these may write a, b and skip then.
     """
     c, pixels = shape.total, shape.pixels
     top = grid_max(bits)
@@ -369,7 +373,7 @@ def quantize_input(
             NORM=0 if norm is None else (1 if two_launches else 2),
             SILU=silu,
             FAST=a.is_cuda,
-            BLOCK_S=triton.next_power_of_2(slabs),
+            BLOCK_S=min(triton.next_power_of_2(slabs), SLABS_AT_A_TIME),
             HAS_FACTOR=factors is not None,
             QUANTIZE=grid is not None,
             MODULATED=state is not None,
