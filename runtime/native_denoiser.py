@@ -72,9 +72,10 @@ class NativeDenoiser(GraphedDenoiser):
         return x
 
     def _predict(self, x: Tensor) -> Tensor:
-        if self._device.type != "cuda" or len(x) < TWO_LANES:
-            aside = self._side if self._device.type == "cuda" else None
-            return self._run(self._kernels, x, self._buffers.part(0, len(x)), aside)
+        if self._device.type != "cuda":
+            return self._run(self._kernels, x, self._buffers.part(0, len(x)))
+        if len(x) < TWO_LANES:
+            return self._run(self._kernels, x, self._buffers.part(0, len(x)), self._side)
         half, main = len(x) // 2, torch.cuda.current_stream()
         self._side.wait_stream(main)
         with torch.cuda.stream(self._side):

@@ -176,8 +176,9 @@ def ahead(data: dict[str, Any]) -> str:
     lines.append("|---|" + "---|" * len(batches))
     for row in shown:
         lines.append(f"| {row['label']} | " + " | ".join(f"{row['us'][b]:.1f}" for b in batches) + " |")
-    lines.append(f"\nTwo processes on one {data['machine']['gpu']} on one day, median of 9 runs of 10 passes.")
-    return "\n".join(lines)
+    passes = data["passes"]
+    note = f"Median of {passes['runs']} runs of {passes['passes']} passes, one process a line, {data['machine']['gpu']}."
+    return "\n".join([*lines, "", note])
 
 
 def weights(data: dict[str, Any]) -> str:

@@ -86,9 +86,12 @@ class ConvPlans:
 
         from modiff_trt.plugins.modulated_conv.cudnn_conv import PLAN_ERRORS, Int8Conv
 
-        place = {"gpu": torch.cuda.get_device_name(), "cudnn": cudnn.backend_version(), "spec": str(asdict(key))}
-        if not self._overlap:
-            place |= {"overlap": False}
+        place = {
+            "gpu": torch.cuda.get_device_name(),
+            "cudnn": cudnn.backend_version(),
+            "overlap": self._overlap,
+            "spec": str(asdict(key)),
+        }
         name = hashlib.sha256(repr(place).encode()).hexdigest()[:24]
         try:
             path = cache_folder() / f"{name}.plan"

@@ -106,12 +106,11 @@ def _emit(
 def sums_kernel(
     a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, partial_ptr,
     C1: tl.constexpr, C2: tl.constexpr, PIXELS: tl.constexpr,
-    HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
-    PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, SLABS: tl.constexpr,
+    HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr, SLABS: tl.constexpr,
     BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (j, s, n): sums and sums of squares over the s-th slab of the n-th image from the end, of the j-th BLOCK_G times
-    LANES channels, each LANES of which are a part of a group (LANES divides PER_GROUP).
+    LANES channels, each LANES of which are a part of a group: partial [N, SLABS, 2, C / LANES].
 
     OVERLAP lets the launch begin while the one before it ends.
     """
@@ -122,9 +121,10 @@ def sums_kernel(
     sum_ptr += image * (PIXELS * C1)
     skip_ptr += image * (PIXELS * C2)
     slab = tl.program_id(1)
-    channel, exists = channels_of(tl.program_id(0) * (BLOCK_G * LANES), C1 + C2, LANES, BLOCK_G, LANES)
+    C: tl.constexpr = C1 + C2
+    channel, exists = channels_of(tl.program_id(0) * (BLOCK_G * LANES), C, LANES, BLOCK_G, LANES)
     pixel = slab * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    mask = tile_mask(exists, pixel, C1 + C2, PIXELS, BLOCK_G * LANES, BLOCK_P)
+    mask = tile_mask(exists, pixel, C, PIXELS, BLOCK_G * LANES, BLOCK_P)
     if HAS_TIME:
         time = tl.load(time_ptr + channel, mask=exists, other=0.0)
     if OVERLAP:
@@ -135,10 +135,10 @@ def sums_kernel(
         value = tl.where(mask, value + time, 0.0)
     # First over a part's channels, which one thread or its neighbours hold, then over pixels: other warps have those, and
     # what goes from warp to warp through shared memory is what this kernel would wait for.
-    by_group = tl.reshape(value, [BLOCK_P, BLOCK_G, LANES])
-    sums = tl.sum(tl.sum(by_group, axis=2), axis=0)
-    squares = tl.sum(tl.sum(by_group * by_group, axis=2), axis=0)
-    parts: tl.constexpr = GROUPS * (PER_GROUP // LANES)
+    by_part = tl.reshape(value, [BLOCK_P, BLOCK_G, LANES])
+    sums = tl.sum(tl.sum(by_part, axis=2), axis=0)
+    squares = tl.sum(tl.sum(by_part * by_part, axis=2), axis=0)
+    parts: tl.constexpr = C // LANES
     part = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     at = partial_ptr + (image * SLABS + slab) * (2 * parts) + part
     tl.store(at, sums, mask=part < parts)
@@ -147,21 +147,21 @@ def sums_kernel(
 
 @triton.jit
 def _moments(
-    partial_ptr, count, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, SLABS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_G: tl.constexpr, LANES: tl.constexpr,
+    partial_ptr, count, PARTS: tl.constexpr, IN_GROUP: tl.constexpr, SLABS: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """(mean, variance) [BLOCK_G]: for each of this program's parts those of its whole group, from an image's sums."""
-    among: tl.constexpr = PER_GROUP // LANES
-    group = (tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]) // among
+    """(mean, variance) [BLOCK_G]: for each of this program's parts those of its whole group of IN_GROUP parts, from an image's
+    sums [SLABS, 2, PARTS]."""
+    part = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]
     mean = tl.zeros([BLOCK_G], tl.float32)
     power = tl.zeros([BLOCK_G], tl.float32)
     for first in range(0, SLABS, BLOCK_S):
         slab = first + tl.arange(0, BLOCK_S)[:, None]
-        known = (slab < SLABS) & (group < GROUPS)
-        at = partial_ptr + slab * (2 * GROUPS * among) + group * among
-        for part in tl.static_range(among):
-            mean += tl.sum(tl.load(at + part, mask=known, other=0.0), axis=0)
-            power += tl.sum(tl.load(at + GROUPS * among + part, mask=known, other=0.0), axis=0)
+        known = (slab < SLABS) & (part < PARTS)
+        at = partial_ptr + slab * (2 * PARTS) + part // IN_GROUP * IN_GROUP
+        for i in tl.static_range(IN_GROUP):
+            mean += tl.sum(tl.load(at + i, mask=known, other=0.0), axis=0)
+            power += tl.sum(tl.load(at + PARTS + i, mask=known, other=0.0), axis=0)
     mean /= count
     return mean, tl.maximum(power / count - mean * mean, 0.0)
 
@@ -172,7 +172,7 @@ def quantize_kernel(
     peak_ptr, step_ptr, eps,
     C1: tl.constexpr, C2: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, Q_CHANNELS: tl.constexpr,
     UPSAMPLE: tl.constexpr, HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
-    NORM: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    NORM: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, PER_GROUP: tl.constexpr,
     SLABS: tl.constexpr, BLOCK_S: tl.constexpr, HAS_FACTOR: tl.constexpr,
     QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PEAK: tl.constexpr,
     BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
@@ -224,8 +224,8 @@ def quantize_kernel(
     if NORM > 0:
         count = PIXELS * PER_GROUP
         if NORM == 1:
-            sums = partial_ptr + image * (SLABS * 2 * GROUPS * (PER_GROUP // LANES))
-            mean, variance = _moments(sums, count, PER_GROUP, GROUPS, SLABS, BLOCK_S, BLOCK_G, LANES)
+            sums = partial_ptr + image * (SLABS * 2 * (C // LANES))
+            mean, variance = _moments(sums, count, C // LANES, PER_GROUP // LANES, SLABS, BLOCK_S, BLOCK_G)
         else:
             mean = over_groups(tl.sum(value, axis=0), BLOCK_G, LANES) / count
             centered = tl.where(mask, value - to_channels(mean, BLOCK_G, LANES), 0.0)
@@ -318,8 +318,6 @@ def quantize_input(
         "C1": shape.channels,
         "C2": shape.skip_channels,
         "PIXELS": pixels,
-        "PER_GROUP": per_group,
-        "GROUPS": groups,
         "SLABS": slabs,
         "BLOCK_G": tile.groups,
         "LANES": tile.lanes,
@@ -373,6 +371,7 @@ def quantize_input(
             NORM=0 if norm is None else (1 if two_launches else 2),
             SILU=silu,
             FAST=a.is_cuda,
+            PER_GROUP=per_group,
             BLOCK_S=min(triton.next_power_of_2(slabs), SLABS_AT_A_TIME),
             HAS_FACTOR=factors is not None,
             QUANTIZE=grid is not None,
