@@ -58,9 +58,13 @@ class CudaKernels:
 
     def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
         from modiff_trt.plugins.modulated_conv.conv_kernel import convolve_real
+        from modiff_trt.plugins.modulated_conv.product_kernel import fits, multiply_real
 
         spec, (channels, height, width) = layer.spec, layer.spec.out_shape
         out = torch.empty(len(sources[0]), height * width, channels, dtype=self.real, device=sources[0].device)
+        if self._overlap and spec.kernel == 1 and fits(sources, channels):
+            multiply_real(sources, layer.weight.flatten(1), layer.bias, out, overlap=True)
+            return out
         convolve_real(
             sources,
             layer.weight.permute(0, 2, 3, 1),

@@ -21,7 +21,7 @@ CLASSES = {
     "quantize": ("quantize_kernel",),
     "attention": ("sdpa", "flash", "softmax", "fmha"),
     "INT8 convolution": ("convFwd_pointwise", "conv_kernel_int8"),
-    "float products": ("conv_kernel_real",),
+    "float products": ("conv_kernel_real", "product_kernel"),
 }
 REST = "everything else"
 

@@ -66,9 +66,9 @@ def channels_of(
 
 
 @triton.jit
-def over_groups(by_channel, BLOCK_G: tl.constexpr, LANES: tl.constexpr):
-    """[BLOCK_G * LANES] -> sums over each group [BLOCK_G]."""
-    return tl.sum(tl.reshape(by_channel, [BLOCK_G, LANES]), axis=1)
+def over_groups(value, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, LANES: tl.constexpr):
+    """[BLOCK_P, BLOCK_G * LANES] -> sums over each group [BLOCK_G], over channels first: those are in one thread."""
+    return tl.sum(tl.sum(tl.reshape(value, [BLOCK_P, BLOCK_G, LANES]), axis=2), axis=0)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from modiff_trt.plugins.modulated_conv.kernel_parts import channels_of, over_gro
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
 
 # Pixels whose sums one program of the first launch takes, and pixels that one of the second covers.
-SLAB, SUM_WARPS = 64, 4
+SLAB, SUM_WARPS = 128, 8
 # Of so many slabs a program of the second launch adds up the sums at a time.
 SLABS_AT_A_TIME = 16
 ROWS, WARPS = 32, 4
@@ -227,9 +227,9 @@ def quantize_kernel(
             sums = partial_ptr + image * (SLABS * 2 * (C // LANES))
             mean, variance = _moments(sums, count, C // LANES, PER_GROUP // LANES, SLABS, BLOCK_S, BLOCK_G)
         else:
-            mean = over_groups(tl.sum(value, axis=0), BLOCK_G, LANES) / count
+            mean = over_groups(value, BLOCK_P, BLOCK_G, LANES) / count
             centered = tl.where(mask, value - to_channels(mean, BLOCK_G, LANES), 0.0)
-            variance = over_groups(tl.sum(centered * centered, axis=0), BLOCK_G, LANES) / count
+            variance = over_groups(centered * centered, BLOCK_P, BLOCK_G, LANES) / count
         factor = to_channels(tl.rsqrt(variance + eps), BLOCK_G, LANES)
         factor *= gain
         center = to_channels(mean, BLOCK_G, LANES)

@@ -95,6 +95,26 @@ def test_our_own_integer_products_are_exact(batch, channels, size, out):
         assert torch.equal(found.cpu().double(), expected)
 
 
+@pytest.mark.parametrize("channels", [(256,), (256, 128)])
+def test_products_of_many_pixels_are_those_of_few(channels):
+    """A layer takes one kernel or the other by the number of its pixels; an image must not tell which."""
+    from modiff_trt.plugins.modulated_conv.conv_kernel import convolve_real
+    from modiff_trt.plugins.modulated_conv.product_kernel import multiply_real
+
+    n, pixels, out = 7, 301, 768
+    sources = [torch.randn(n, pixels, c, device="cuda").half() for c in channels]
+    weight = (torch.randn(out, sum(channels), device="cuda") / 16).half()
+    bias = torch.randn(out, device="cuda")
+    window = {"size": (1, pixels), "stride": 1, "padding": (0, 0, 0, 0)}
+    for overlap in (False, torch.cuda.get_device_capability() >= (9, 0)):
+        few, many = (torch.full((n, pixels, out), float("nan"), device="cuda").half() for _ in range(2))
+        convolve_real(sources, weight.view(out, 1, 1, -1), bias, few, overlap=overlap, **window)
+        multiply_real(sources, weight, bias, many, overlap=overlap)
+        assert torch.equal(few, many)
+        expected = torch.cat(sources, 2).double() @ weight.double().T + bias.double()
+        torch.testing.assert_close(many.double(), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("recipe", [{}, {"min_intensity": 200.0}])
 def test_replays_follow_rows_and_batches_do_not_change_an_image(demo, kernels, recipe):
     denoiser = native(demo, demo.scales(**recipe), kernels)
