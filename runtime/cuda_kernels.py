@@ -62,7 +62,7 @@ class CudaKernels:
 
         spec, (channels, height, width) = layer.spec, layer.spec.out_shape
         out = torch.empty(len(sources[0]), height * width, channels, dtype=self.real, device=sources[0].device)
-        if self._overlap and spec.kernel == 1 and fits(sources, channels):
+        if self._overlap and spec.kernel == spec.stride == 1 and fits(sources, channels):
             multiply_real(sources, layer.weight.flatten(1), layer.bias, out, overlap=True)
             return out
         convolve_real(

@@ -114,6 +114,10 @@ def bench(data: dict[str, Any]) -> str:
     ]
     if costs:
         lines.append(f"\nMoDiff takes of the same backend without state: {', '.join(costs)}.")
+    rows = data["batches"][batches[-1]]
+    peaks = [f"{rows[name]['memory_bytes'] / 1e9:.2f} GB by {name}" for name in names if rows.get(name, {}).get("memory_bytes")]
+    if peaks:
+        lines.append(f"\nPeak GPU memory at batch {batches[-1]}: {', '.join(peaks)}.")
     how = f"Median of {data['runs']} interleaved runs of {data['passes']} passes"
     lines.append(f"\n{how}, {machine}, torch {data['versions']['torch']}.")
     return "\n".join(lines)
@@ -140,7 +144,7 @@ def profile(data: dict[str, Any]) -> str:
     lines.append(
         f"\nMoDiff W8A8, {data['machine']['gpu']}. Ceilings: {reached['copy_bytes_a_second'] / 1e12:.2f} TB/s, "
         f"{reached['int8_operations_a_second'] / 1e12:.0f} TOPS INT8, {reached['fp16_operations_a_second'] / 1e12:.0f} TFLOP/s "
-        f"FP16, measured in {reached.get('measured', 'the same process')}."
+        "FP16, measured in the same process."
     )
     return "\n".join(lines)
 
@@ -159,26 +163,9 @@ def agreement(data: dict[str, Any], again: dict[str, Any]) -> str:
                 continue
             one, two = (_ratio(rows, name) for rows in pair)
             cells.append(f"{one:.3f}x, {two:.3f}x ({two / one - 1:+.1%})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    took = [
-        f"{name} {' and '.join(format(run['batches']['1'][name]['microseconds'], '.0f') for run in (data, again))} us"
-        for name in (_backends(data)[0], "native-modiff")
-    ]
-    lines.append(f"\nOne image took in the two runs: {', '.join(took)}.")
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def ahead(data: dict[str, Any]) -> str:
-    """MoDiff's passes before and after a change, without the baseline."""
-    shown = [row for row in data["passes"]["rows"] if "label" in row]
-    batches = sorted(shown[0]["us"], key=int)
-    lines = ["| native-modiff, us an image and pass | " + " | ".join(f"batch {b}" for b in batches) + " |"]
-    lines.append("|---|" + "---|" * len(batches))
-    for row in shown:
-        lines.append(f"| {row['label']} | " + " | ".join(f"{row['us'][b]:.1f}" for b in batches) + " |")
-    passes = data["passes"]
-    note = f"Median of {passes['runs']} runs of {passes['passes']} passes, one process a line, {data['machine']['gpu']}."
-    return "\n".join([*lines, "", note])
 
 
 def weights(data: dict[str, Any]) -> str:
@@ -231,6 +218,13 @@ def native_images(data: dict[str, Any]) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['state_mb']:.1f} |")
     what = data["what"][0].upper() + data["what"][1:]
     lines.append(f"\n{what}; one {data['machine']['gpu']}, torch {data['versions']['torch']}.")
+    many = data["many"]
+    difference, low, high = many["native minus simulation"]
+    wide, *_ = many["native with o_hat in float32 minus simulation"]
+    lines.append(
+        f"\nOf {many['images']} images, A8, lean: native is {-difference:.2f} dB (95 %: {-high:.2f} to {-low:.2f}) below the simulation's "
+        f"{many['torch_sim_db']:.2f}; with `o_hat` in float32 {-wide:.2f}."
+    )
     return "\n".join(lines)
 
 
@@ -247,10 +241,6 @@ def evaluation(data: dict[str, Any]) -> str:
     first = next(iter(data["sets"].values()))
     what = data["what"][0].upper() + data["what"][1:]
     lines.append(f"\n{what}; {first['machine']['gpu']}. Distances of fewer images are larger by themselves. Empty: not run.")
-    for name, entry in data["sets"].items():
-        if before := entry.get("fd-cifar by the classifier before"):
-            values = f"{before['FD-CIFAR']:.4f} where FP16 had {before['FP16']:.4f}"
-            lines[-1] += f" By a classifier before this one {name} had {values}."
     return "\n".join(lines)
 
 
@@ -303,7 +293,6 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "states_100": ("states100_demo", states),
     "states_1000": ("states1000_demo", states),
     "profile": ("bench_h200", profile),
-    "ahead": ("ahead_h200", ahead),
     "agreement": ("bench_h200 bench_h200_second", agreement),
     "classifier": ("fd_cifar", classifier),
     "scaling": ("scaling_h200", scaling),

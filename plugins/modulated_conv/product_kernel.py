@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,6 +14,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 SITES, CHANNELS, DEPTH, STAGES, WARPS = 128, 128, 64, 2, 4
+# Pixels from which its large tiles fill a GPU.
+LEAST_SITES = 128 * SITES
 
 
 @triton.jit
@@ -43,9 +44,9 @@ def product_kernel(
 
 
 def fits(sources: Sequence[Tensor], out_channels: int) -> bool:
-    """Whether `multiply_real` can take it, and there are pixels enough."""
+    """Whether `multiply_real` can take it, and there are pixels enough to be worth it."""
     sites = sources[0].shape[0] * sources[0].shape[1]
-    return sites >= 128 * SITES and out_channels % CHANNELS == 0 and all(s.shape[2] % DEPTH == 0 for s in sources)
+    return sites >= LEAST_SITES and out_channels % CHANNELS == 0 and all(s.shape[2] % DEPTH == 0 for s in sources)
 
 
 def multiply_real(sources: Sequence[Tensor], weight: Tensor, bias: Tensor, out: Tensor, *, overlap: bool = False) -> None:
