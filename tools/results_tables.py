@@ -222,8 +222,8 @@ def native_images(data: dict[str, Any]) -> str:
     difference, low, high = many["native minus simulation"]
     wide, *_ = many["native with o_hat in float32 minus simulation"]
     lines.append(
-        f"\nOf {many['images']} images, A8, lean: native is {-difference:.2f} dB (95 %: {-high:.2f} to {-low:.2f}) below the simulation's "
-        f"{many['torch_sim_db']:.2f}; with `o_hat` in float32 {-wide:.2f}."
+        f"\nOf {many['images']} images, A8, lean: native is {-difference:.2f} dB (95 %: {-high:.2f} to {-low:.2f}) below the "
+        f"simulation's {many['torch_sim_db']:.2f}; with `o_hat` in float32 {-wide:.2f}."
     )
     return "\n".join(lines)
 
