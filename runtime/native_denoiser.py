@@ -65,11 +65,20 @@ class NativeDenoiser(GraphedDenoiser):
 
     def trajectory(self, x_start: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         x = super().trajectory(x_start)
-        # What overflowed once is in every later sum; but the integers between hide it from the images.
+        self._check_sums()
+        return x
+
+    def __call__(self, x: Tensor, row: int) -> Tensor:
+        eps = super().__call__(x, row)
+        if row == len(self.rows) - 1:
+            self._check_sums()
+        return eps
+
+    def _check_sums(self) -> None:
+        """At a trajectory's end: what overflowed once is in every later sum, but the integers between hide it from images."""
         finite = [t[: self._batch].isfinite().all() for t in self._buffers.o_hat.values()]
         if finite and not torch.stack(finite).all():
             raise InputError(f"a sum o_hat left the range of {self._kernels.real}; use --backend torch-sim, or onnx")
-        return x
 
     def _predict(self, x: Tensor) -> Tensor:
         if self._device.type != "cuda":

@@ -91,6 +91,27 @@ def test_long_trajectories_keep_sums_in_float32(small, monkeypatch):
     assert all(t.dtype == torch.float32 for t in denoiser._buffers.o_hat.values())
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_sums_that_leave_their_range_are_refused(small, whole, monkeypatch):
+    """A sum in the middle: the next layer's integers hide it."""
+    denoiser = native(small, small.scales())
+    begin, name = denoiser._begin, "mid.block_1.conv1"
+
+    def overflowed(size):
+        begin(size)
+        denoiser._buffers.o_hat[name][0, 0, 0] = float("inf")
+
+    monkeypatch.setattr(denoiser, "_begin", overflowed)
+    x = np.zeros((1, *small.network.config.input_shape), np.float32)
+    with pytest.raises(InputError, match="a sum o_hat left the range"):
+        if whole:
+            denoiser.trajectory(x)
+        else:
+            denoiser.reset(1)
+            for row in range(len(denoiser.rows)):
+                denoiser(denoiser.from_host(x), row)
+
+
 def test_layers_in_float_and_stateless_pairs(small):
     scales = with_modes(small.scales(), {"conv_in": "float", "up.0.block.0.conv2": "int8", "up.0.block.1.conv1": "int8"})
     assert_images_of_the_simulation(small, scales)
