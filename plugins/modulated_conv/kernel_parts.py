@@ -67,7 +67,9 @@ def channels_of(
 
 @triton.jit
 def over_groups(value, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, LANES: tl.constexpr):
-    """[BLOCK_P, BLOCK_G * LANES] -> sums over each group [BLOCK_G], over channels first: those are in one thread."""
+    """[BLOCK_P, BLOCK_G * LANES] -> sums over each group, or part of one, [BLOCK_G]."""
+    # First over channels, which one thread or its neighbours hold, then over pixels: other warps have those, and what goes from
+    # warp to warp through shared memory is what a kernel would wait for.
     return tl.sum(tl.sum(tl.reshape(value, [BLOCK_P, BLOCK_G, LANES]), axis=2), axis=0)
 
 

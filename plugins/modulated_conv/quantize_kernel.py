@@ -133,11 +133,8 @@ def sums_kernel(
     value = source(a_ptr, b_ptr, skip_ptr, sum_ptr, pixel, channel, mask, C1, C2, HAS_B, WRITE_SUM)
     if HAS_TIME:
         value = tl.where(mask, value + time, 0.0)
-    # First over a part's channels, which one thread or its neighbours hold, then over pixels: other warps have those, and
-    # what goes from warp to warp through shared memory is what this kernel would wait for.
-    by_part = tl.reshape(value, [BLOCK_P, BLOCK_G, LANES])
-    sums = tl.sum(tl.sum(by_part, axis=2), axis=0)
-    squares = tl.sum(tl.sum(by_part * by_part, axis=2), axis=0)
+    sums = over_groups(value, BLOCK_P, BLOCK_G, LANES)
+    squares = over_groups(value * value, BLOCK_P, BLOCK_G, LANES)
     parts: tl.constexpr = C // LANES
     part = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     at = partial_ptr + (image * SLABS + slab) * (2 * parts) + part
