@@ -38,10 +38,6 @@ class CpuKernels:
             )
         self._convs: dict[tuple[str, int], OneDnnConv] = {}
 
-    def twin(self) -> CpuKernels:
-        """These kernels: on a CPU launches do not overlap."""
-        return self
-
     def start(self, state: Tensor, unit: float) -> Tensor:
         return state.float() * unit
 

@@ -25,16 +25,11 @@ class CudaKernels:
     integer = torch.int8
     pads_real = True
 
-    def __init__(self, overlap: bool = True, plans: ConvPlans | None = None) -> None:
-        """`overlap` lets a launch begin while the one before it ends, where the GPU can do that. `plans` may be the twin of
-        another stream's."""
+    def __init__(self, overlap: bool = True) -> None:
+        """`overlap` lets a launch begin while the one before it ends, where the GPU can do that."""
         check_gpu()
         self._overlap = overlap and torch.cuda.get_device_capability() >= OVERLAPPING
-        self._plans = plans if plans is not None else ConvPlans(self._overlap)
-
-    def twin(self) -> CudaKernels:
-        """The same kernels with scratch memory of their own, for launches on a second stream."""
-        return CudaKernels(self._overlap, self._plans.twin())
+        self._plans = ConvPlans(self._overlap)
 
     def start(self, state: Tensor, unit: float) -> Tensor:
         return state
@@ -58,13 +53,9 @@ class CudaKernels:
 
     def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
         from modiff_trt.plugins.modulated_conv.conv_kernel import convolve_real
-        from modiff_trt.plugins.modulated_conv.product_kernel import fits, multiply_real
 
         spec, (channels, height, width) = layer.spec, layer.spec.out_shape
         out = torch.empty(len(sources[0]), height * width, channels, dtype=self.real, device=sources[0].device)
-        if self._overlap and spec.kernel == spec.stride == 1 and fits(sources, channels):
-            multiply_real(sources, layer.weight.flatten(1), layer.bias, out, overlap=True)
-            return out
         convolve_real(
             sources,
             layer.weight.permute(0, 2, 3, 1),

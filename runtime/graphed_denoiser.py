@@ -1,8 +1,9 @@
-"""What device backends share: x on the device, a row counter, and one CUDA graph that is a whole DDIM step."""
+"""What device backends share: x on the device, a row counter, and a CUDA graph that is a whole DDIM step."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,19 @@ class GraphedDenoiser(ABC):
         self._row = torch.empty(table.shape[1], device=self._device)
         self._counter = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._x = self._eps = torch.empty(0)
-        self._batch = self._size = 0
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._batch = self._size = self._done = 0
+        # By batch size.
+        self._steps: dict[int, torch.cuda.CUDAGraph] = {}
+        self._refreshes: dict[int, torch.cuda.CUDAGraph] = {}
 
     @property
     def rows(self) -> RowTable:
         return self._rows
+
+    @property
+    def refresh_every(self) -> int:
+        """Passes between two calls of `_refresh`; 0: it is never called."""
+        return 0
 
     @abstractmethod
     def _allocate(self, size: int) -> None:
@@ -49,6 +57,9 @@ class GraphedDenoiser(ABC):
     def _predict(self, x: Tensor) -> Tensor:
         """Epsilon of x [N, C, H, W] float32 channels_last, for the pass whose vector is `self._row`."""
 
+    def _refresh(self, size: int) -> None:  # noqa: B027
+        """What is due every `refresh_every` passes, for `size` images."""
+
     def _padded(self, batch: int) -> int:
         """The batch size that runs in place of `batch`."""
         return batch
@@ -59,15 +70,16 @@ class GraphedDenoiser(ABC):
         size = self._padded(batch)
         if size > len(self._x):
             # What fails here must not leave the old buffers behind with a new size.
-            self._graphs.clear()
+            self._steps.clear()
+            self._refreshes.clear()
             self._x = self._eps = torch.empty(0)
             self._allocate(size)
             shape = (size, *self._config.input_shape)
             self._eps = torch.zeros(shape, device=self._device).contiguous(memory_format=torch.channels_last)
             self._x = torch.zeros_like(self._eps)
-        if self._device.type == "cuda" and size not in self._graphs:
+        if self._device.type == "cuda" and size not in self._steps:
             self._capture(size)  # here, because the passes that this takes may then leave anything in the state
-        self._batch, self._size = batch, size
+        self._batch, self._size, self._done = batch, size, 0
         self._x[:size].zero_()  # padding must not go on from where the last trajectory left it: it would grow without end
         self._begin(size)
         self._counter.zero_()
@@ -82,6 +94,7 @@ class GraphedDenoiser(ABC):
     def __call__(self, x: Tensor, row: int) -> Tensor:
         self._x[: len(x)].copy_(x)
         self._counter.fill_(row)
+        self._done = row
         self.step()
         return self._eps[: self._batch].clone()
 
@@ -101,11 +114,19 @@ class GraphedDenoiser(ABC):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One pass and its DDIM update for the row that the counter names; the counter moves on. On CUDA a graph's replay."""
-        if self._device.type != "cuda":
-            self._pass(self._size)
-            return
-        self._graphs[self._size].replay()
+        """One pass and its DDIM update for the row that the counter names; the counter moves on. On CUDA a graph's replay, and
+        another's where a refresh is due."""
+        self._done += 1
+        due = self.refresh_every > 0 and self._done % self.refresh_every == 0 and self._done < len(self.rows)
+        self._launch(self._steps, self._pass)
+        if due:
+            self._launch(self._refreshes, self._refresh)
+
+    def _launch(self, graphs: dict[int, torch.cuda.CUDAGraph], eager: Callable[[int], None]) -> None:
+        if self._device.type == "cuda":
+            graphs[self._size].replay()
+        else:
+            eager(self._size)
 
     def _pass(self, size: int) -> None:
         torch.index_select(self._table, 0, self._counter, out=self._row[None])
@@ -118,14 +139,22 @@ class GraphedDenoiser(ABC):
         x.mul_(update[0]).addcmul_(eps, update[1])
 
     def _capture(self, size: int) -> None:
-        """Runs the step once to compile and tune, and captures it. Leaves state, x and the counter as they happen to be."""
+        """Runs the step, and the refresh if there is one, once to compile and tune, and captures them. Leaves state, x and the
+        counter as they happen to be."""
         self._counter.zero_()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._pass(size)
+            if self.refresh_every:
+                self._refresh(size)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        step = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(step):
             self._pass(size)
-        self._graphs[size] = graph
+        if self.refresh_every:
+            self._refreshes[size] = torch.cuda.CUDAGraph()
+            # They share a memory pool: replays never overlap, and all that outlives a replay lies outside the pool.
+            with torch.cuda.graph(self._refreshes[size], pool=step.pool()):
+                self._refresh(size)
+        self._steps[size] = step

@@ -19,26 +19,26 @@ from modiff_trt.runtime.denoiser import StateInfo
 from modiff_trt.runtime.graphed_denoiser import GraphedDenoiser
 from modiff_trt.runtime.native_layers import NativeModel, aligned, build
 from modiff_trt.runtime.native_ops import WIDE_LAYERS, Buffers, Kernels, NativeOps, Stream, Value, shared_accumulators
-
-# From so many images on, two halves run side by side on a GPU: while one waits for memory the other computes. Of fewer images
-# shortcuts run beside the convolutions of their block.
-TWO_LANES = 128
-# Trajectories of more passes keep o_hat in float32: float16's rounding adds up, to 0.55 dB in 1000 steps and nothing in 100
-# (results/states1000_demo.json, states100_demo.json).
-LONG = 200
+from modiff_trt.runtime.native_refresh import REFRESH, refresh
 
 
 class NativeDenoiser(GraphedDenoiser):
     """A network on native kernels. State lives in buffers that are allocated once for the largest batch seen; a smaller
-    batch runs as the next power of two."""
+    batch runs as the next power of two. Sums `o_hat` in float16 are computed anew every REFRESH passes."""
 
     def __init__(self, network: Network, params: Params, scales: Scales, kernels: Kernels, device: str) -> None:
         self._model = _to_device(build(network, params, scales), device, kernels)
         super().__init__(network.config, scales.rows, self._model.table, self._model.update_at, device)
-        self._kernels, self._twin = kernels, kernels.twin()
+        self._kernels = kernels
         self._shared = shared_accumulators(self._model.layers)
         self._start = self._starts()
         self._buffers = Buffers({}, {}, {}, self._row)
+
+    @property
+    def refresh_every(self) -> int:
+        # Sums in float32 need none.
+        needed = self._start and self._kernels.real != torch.float32 and len(self.rows) > REFRESH
+        return REFRESH if needed else 0
 
     @property
     def state_info(self) -> tuple[StateInfo, ...]:
@@ -50,8 +50,9 @@ class NativeDenoiser(GraphedDenoiser):
         return tuple(infos)
 
     @cached_property
-    def _side(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream()
+    def _side(self) -> torch.cuda.Stream | None:
+        """Where shortcuts run beside the convolutions of their block."""
+        return torch.cuda.Stream() if self._device.type == "cuda" else None
 
     def _padded(self, batch: int) -> int:
         # Each size has its own CUDA graph; without graphs there is nothing to share.
@@ -80,22 +81,12 @@ class NativeDenoiser(GraphedDenoiser):
         if finite and not torch.stack(finite).all():
             raise InputError(f"a sum o_hat left the range of {self._kernels.real}; use --backend torch-sim, or onnx")
 
-    def _predict(self, x: Tensor) -> Tensor:
-        if self._device.type != "cuda":
-            return self._run(self._kernels, x, self._buffers.part(0, len(x)))
-        if len(x) < TWO_LANES:
-            return self._run(self._kernels, x, self._buffers.part(0, len(x)), self._side)
-        half, main = len(x) // 2, torch.cuda.current_stream()
-        self._side.wait_stream(main)
-        with torch.cuda.stream(self._side):
-            second = self._run(self._twin, x[half:], self._buffers.part(half, len(x)))
-        first = self._run(self._kernels, x[:half], self._buffers.part(0, half))
-        main.wait_stream(self._side)
-        return torch.cat([first, second])
+    def _refresh(self, size: int) -> None:
+        refresh(self._kernels, self._model, self._buffers.first(size))
 
-    def _run(self, kernels: Kernels, x: Tensor, buffers: Buffers, aside: torch.cuda.Stream | None = None) -> Tensor:
+    def _predict(self, x: Tensor) -> Tensor:
         model, (n, channels, height, width) = self._model, x.shape
-        ops = NativeOps(kernels, model.layers, model.norms, model.time_at, buffers, aside)
+        ops = NativeOps(self._kernels, model.layers, model.norms, model.time_at, self._buffers.first(n), self._side)
         pixels = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)
         out = unet(ops, model.network.config, Value(Stream(pixels), channels, height, width)).main.tensor()
         return out[:, :, :channels].reshape(n, height, width, channels).permute(0, 3, 1, 2)
@@ -106,8 +97,7 @@ class NativeDenoiser(GraphedDenoiser):
         for name, partner in self._shared.items():
             if name in start:
                 start[partner] = (start[partner][0], start[partner][1] + start[name][1])
-        wide = len(self.rows) > LONG
-        types = {n: torch.float32 if wide or n in WIDE_LAYERS else self._kernels.real for n in start}
+        types = {n: torch.float32 if n in WIDE_LAYERS else self._kernels.real for n in start}
         units = {n: self._model.layers[n].unit for n in start}
         return {
             n: (self._kernels.start(state, units[n]).to(self._device), o_hat.to(self._device, types[n]))
@@ -149,6 +139,7 @@ def _to_device(model: NativeModel, device: str, kernels: Kernels) -> NativeModel
             missing = aligned(weight.shape[1]) - weight.shape[1] if kernels.pads_real else 0
             weight = F.pad(weight, (0, 0, 0, 0, 0, missing)).to(kernels.real)
         weight = weight.to(device).contiguous(memory_format=torch.channels_last)
-        layers[name] = replace(layer, weight=weight, bias=bias.to(device), factors=factors)
+        scales = layer.byte_scales.to(device) if layer.byte_scales is not None else None
+        layers[name] = replace(layer, weight=weight, bias=bias.to(device), factors=factors, byte_scales=scales)
     norms = {key: value.to(device) for key, value in model.norms.items()}
     return replace(model, layers=layers, norms=norms)

@@ -23,7 +23,7 @@ from modiff_trt.runtime.graphed_denoiser import update_coefficients
 ALIGN, ALIGN_DYNAMIC = 16, CHANNELS
 # A layer's grid in the row vector: 1/step, unit, multiple, step.
 GRID = 4
-# a_hat may grow to this many times the largest activation seen in calibration before it saturates.
+# a_hat can follow an activation of at least so many times the largest seen in calibration; what is beyond is clipped.
 HEADROOM = (2.0, 1.25)
 FINEST_UNIT = 256
 
@@ -38,7 +38,8 @@ class NativeLayer:
 
     `weight` int8 [K', C', R, R] (K', C' padded to ALIGN) or, in mode `float`, float32 [K, C, R, R]; `bias` float32 [K'];
     `factors` float32 [C] or None (see `export.split`); `grid_at` and `scale_at` are offsets into the row vector. A `dynamic`
-    layer (LTQ) finds each image's step at every pass.
+    layer (LTQ) finds each image's step at every pass. `byte_scales` float32 [2, K'] are the scales of the products of the low
+    and the high bytes of `a_hat`'s counts: unit weight_scale[k], and 256 times that. None in mode `float`.
     """
 
     spec: LayerSpec
@@ -50,6 +51,7 @@ class NativeLayer:
     unit: float
     grid_at: int
     scale_at: int
+    byte_scales: Tensor | None
     dynamic: bool = False
 
     @property
@@ -112,7 +114,8 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         layer = quantized.get(spec.name)
         if layer is None:
             bias = layer_bias(spec, params).float()
-            layers[spec.name] = NativeLayer(spec, "float", 8, layer_weight(spec, params).float(), bias, None, 0.0, 0, 0)
+            weight = layer_weight(spec, params).float()
+            layers[spec.name] = NativeLayer(spec, "float", 8, weight, bias, None, 0.0, 0, 0, None)
             continue
         # The skip half of a split input is divided by the ratio, and may come out larger than it was measured.
         largest = float(scales.activation_range[:, names.index(spec.name)].max()) / min(1.0, layer.skip_ratio)
@@ -129,7 +132,10 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         bias[: spec.out_shape[0]] = layer.bias
         factors = torch.from_numpy(skip_factors(spec, layer.skip_ratio)) if layer.skip_ratio != 1 else None
         grid_at, scale_at = append(grid), append(step[:, None] * padded[None])
-        layers[spec.name] = NativeLayer(spec, layer.mode, layer.bits, weight, bias, factors, unit, grid_at, scale_at, dynamic)
+        byte_scales = torch.from_numpy(np.outer((unit, 256 * unit), padded).astype(np.float32))
+        layers[spec.name] = NativeLayer(
+            spec, layer.mode, layer.bits, weight, bias, factors, unit, grid_at, scale_at, byte_scales, dynamic
+        )
         if layer.mode == "modiff":
             start[spec.name] = _start(layer, unit, len(padded))
     times = {
@@ -145,8 +151,8 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
 def _grid(scales: Scales, layer: QuantizedLayer, largest: float) -> tuple[float, np.ndarray]:
     """(unit, multiples [rows]): a_hat counts units, and a pass's step is a whole number of them.
 
-    The unit is a power of two finer than the baked scale, as fine as int16 can hold HEADROOM times the largest activation;
-    where that leaves less than a quarter of the step, the smaller headroom does.
+    The unit is a power of two finer than the baked scale, as fine as a state can still count to HEADROOM times the largest
+    activation; where that leaves less than a quarter of the step, the smaller headroom does.
     """
     if layer.mode != "modiff":
         return layer.scale, np.ones(len(scales.rows))

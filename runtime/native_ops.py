@@ -31,10 +31,6 @@ class Kernels(Protocol):
     integer: torch.dtype
     pads_real: bool
 
-    def twin(self) -> Kernels:
-        """The same kernels for launches at the same time as these."""
-        ...
-
     def start(self, state: Tensor, unit: float) -> Tensor:
         """A state given in units (int16 [H*W, C]) as these kernels keep it."""
         ...
@@ -105,9 +101,9 @@ class Buffers:
     padded: Mapping[str, Tensor]
     row: Tensor
 
-    def part(self, begin: int, end: int) -> Buffers:
+    def first(self, images: int) -> Buffers:
         """The same buffers for some of the images."""
-        state, o_hat, padded = ({k: t[begin:end] for k, t in part.items()} for part in (self.state, self.o_hat, self.padded))
+        state, o_hat, padded = ({k: t[:images] for k, t in part.items()} for part in (self.state, self.o_hat, self.padded))
         return Buffers(state, o_hat, padded, self.row)
 
 
@@ -171,6 +167,7 @@ class NativeOps:
             out = self._buffers.o_hat[name]
             self._kernels.product(layer, q, scale, out, out, steps)
         elif name in self._shared:
+            # Between the two products is this layer's `quantize`: it waits for the first before it lets the second begin.
             out = self._outputs[self._shared[name]]
             self._kernels.product(layer, q, scale, out, out, steps)
         else:

@@ -1,6 +1,7 @@
 """Inputs of the quantize kernel, with odd shapes and every option, and the check against the float64 reference."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
@@ -23,6 +24,7 @@ class KernelCase:
     bits: int = 8
     q_channels: int = 0
     dynamic: bool = False
+    far: bool = False
 
 
 CASES = {
@@ -56,21 +58,23 @@ CASES["each image its grid, norm, 4 bits"] = KernelCase(
     InputShape(64, 0, 9, 9), groups=32, silu=True, time=True, bits=4, dynamic=True, add=True
 )
 CASES["each image its grid, stateless"] = KernelCase(InputShape(32, 0, 4, 4), groups=32, state=False, dynamic=True)
+CASES["beyond what states can count"] = KernelCase(InputShape(48, 0, 5, 7), far=True)
+CASES["beyond what states can count, each image its grid"] = KernelCase(InputShape(48, 0, 5, 7), far=True, dynamic=True)
 CASES["upsampled"] = KernelCase(InputShape(64, 0, 4, 2, upsample=True))
 CASES["upsampled sum"] = KernelCase(InputShape(32, 0, 3, 5, upsample=True), add=True, write=True)
 
 
-def check(case: KernelCase, device: str, overlap: bool = False) -> None:
-    """Fresh random inputs, poisoned outputs; integers may differ only where the float64 value lies on an edge."""
+def launch(case: KernelCase, device: str, real: torch.dtype, overlap: bool = False) -> SimpleNamespace:
+    """The kernel on fresh random inputs and poisoned outputs: its arguments by name, and `before`, the state as it was."""
     from modiff_trt.plugins.modulated_conv import quantize_kernel as kernel
 
     shape, n = case.shape, case.batch
-    real = torch.float16 if device == "cuda" else torch.float32
 
     def random(*size, dtype=torch.float32, factor=1.0):
         return (factor * torch.randn(size)).to(device, dtype)
 
-    a = random(n, shape.pixels, shape.channels, dtype=real)
+    # The largest value that a state here can count is 98.
+    a = random(n, shape.pixels, shape.channels, dtype=real, factor=100.0 if case.far else 1.0)
     b = random(*a.shape, dtype=real) if case.add else None
     skip = random(n, shape.pixels, shape.skip_channels, dtype=real) if shape.skip_channels else None
     time = random(shape.total) if case.time else None
@@ -79,35 +83,40 @@ def check(case: KernelCase, device: str, overlap: bool = False) -> None:
     total = torch.full_like(a, float("nan")) if case.write else None
     top = 2 ** (case.bits - 1) - 1
     grid = Grid(step=5 * 0.003, unit=0.003, multiple=5, low=-top - 1, high=top)
-    state = torch.randint(-900, 900, (n, shape.pixels, shape.total), dtype=torch.int16, device=device) if case.state else None
+    furthest = reference.STATE_MAX if case.far else 900
+    state = torch.randint(-furthest, furthest + 1, (n, shape.pixels, shape.total), dtype=torch.int16, device=device)
+    state = state if case.state else None
     if case.quantize:
         out = torch.full((n, shape.out_pixels, case.q_channels or shape.total), 77, dtype=torch.int8, device=device)
     else:
         out = torch.full((n, shape.pixels, shape.total), float("nan"), dtype=real, device=device)
     before = state.clone() if state is not None else None
     steps = torch.full((n,), float("nan"), device=device) if case.dynamic else None
+    sources = {"b": b, "total": total, "skip": skip, "time": time, "factors": factors, "state": state, "steps": steps}
     kernel.quantize_input(
         shape,
         a,
         out,
-        b=b,
-        total=total,
-        skip=skip,
-        time=time,
         norm=kernel.Norm(*norm) if norm else None,
         silu=case.silu,
-        factors=factors,
         grid=torch.tensor([1 / grid.step, grid.unit, grid.multiple], device=device) if case.quantize else None,
         bits=case.bits,
-        state=state,
-        steps=steps,
         overlap=overlap,
+        **sources,
     )
+    return SimpleNamespace(**sources, a=a, out=out, norm=norm, grid=grid, before=before)
+
+
+def check(case: KernelCase, device: str, overlap: bool = False) -> None:
+    """Integers may differ only where the float64 value lies on an edge."""
+    real = torch.float16 if device == "cuda" else torch.float32
+    shape, n, made = case.shape, case.batch, launch(case, device, real, overlap)
+    out, norm, grid, before, state, steps = made.out, made.norm, made.grid, made.before, made.state, made.steps
 
     def wide(x):
         return None if x is None else x.double()
 
-    a64, b64 = wide(a), wide(b)
+    total, a64, b64 = made.total, wide(made.a), wide(made.b)
     if case.write:
         # the sum is stored in the network's type, and that is what the layer sees
         torch.testing.assert_close(total, (a64 + b64).to(real), rtol=1e-3, atol=1e-3)
@@ -115,7 +124,7 @@ def check(case: KernelCase, device: str, overlap: bool = False) -> None:
     elif case.add:
         a64, b64 = (a64 + b64).to(real).double(), None
     norm64 = (wide(norm[0]), wide(norm[1]), norm[2], norm[3]) if norm else None
-    x = reference.layer_input(a64, b64, wide(skip), wide(time), norm64, case.silu, wide(factors))
+    x = reference.layer_input(a64, b64, wide(made.skip), wide(made.time), norm64, case.silu, wide(made.factors))
     if not case.quantize:
         torch.testing.assert_close(out.double(), x, rtol=2e-3, atol=2e-3)
         return
@@ -123,13 +132,17 @@ def check(case: KernelCase, device: str, overlap: bool = False) -> None:
     step, multiple = torch.tensor(grid.step, dtype=torch.float64), torch.tensor(grid.multiple)
     if steps is not None:
         # The grid spans the image's largest magnitude; where there is state, in the next whole number of units.
-        span = residual.abs().amax((1, 2), keepdim=True) / grid.high
+        furthest = reference.STATE_MAX * grid.unit
+        within = x if before is None else x.clamp(-furthest, furthest) - grid.unit * before.double()
+        span = within.abs().amax((1, 2), keepdim=True) / grid.high
         step, multiple = steps.double()[:, None, None], (steps.double()[:, None, None] / grid.unit).round()
         if before is None:
             torch.testing.assert_close(step, span, rtol=1e-5, atol=0)
         else:
             torch.testing.assert_close(step, multiple * grid.unit, rtol=1e-6, atol=0)
             assert ((step >= span * (1 - 1e-4)) & (step < span + grid.unit * 1.01)).all()
+    if before is not None:
+        residual = reference.reachable(x, grid.unit, multiple.to(device)) - grid.unit * before.double()
     q = (residual / step).round().clamp(grid.low, grid.high)
     if steps is None:
         assert torch.equal(q, reference.quantize_input(x, wide(before), grid)[0])
@@ -143,5 +156,5 @@ def check(case: KernelCase, device: str, overlap: bool = False) -> None:
     assert float((found - position).abs().max()) < 0.5 + 2e-3
     assert float((found != q).float().mean()) < 2e-3
     if state is not None:
-        expected = (before.double() + multiple * found).clamp(-reference.STATE_MAX, reference.STATE_MAX)
-        assert torch.equal(state.double(), expected)
+        assert torch.equal(state.double(), before.double() + multiple * found)
+        assert float(state.abs().max()) <= reference.STATE_MAX

@@ -13,9 +13,6 @@ class ReferenceKernels:
     integer = torch.int8
     pads_real = True
 
-    def twin(self):
-        return self
-
     def start(self, state, unit):
         return state
 

@@ -150,11 +150,12 @@ def run_bench(
         if not ready:
             raise InputError("no backend can run here: " + "; ".join(not_run(result)))
         seconds: dict[str, list[list[float]]] = {name: [] for name in ready}
+        timed = _whole_intervals(passes, [denoiser for denoiser, _ in ready.values()])
         for _ in range(runs):
             for name, (denoiser, _) in ready.items():
-                seconds[name].append(_run(denoiser, x, passes, device))
+                seconds[name].append(_run(denoiser, x, timed, device))
         del denoiser
-        result["passes"] = max(len(timed[0]) for timed in seconds.values())  # fewer where a trajectory is shorter
+        result["passes"] = max(len(run[0]) for run in seconds.values())  # fewer where a trajectory is shorter
         rows = {}
         for name in list(ready):
             denoiser, memory = ready.pop(name)
@@ -166,6 +167,13 @@ def run_bench(
         if device == "cuda":
             torch.cuda.empty_cache()
     return result
+
+
+def _whole_intervals(passes: int, denoisers: Sequence[Denoiser]) -> int:
+    """`passes`, rounded up so that each has its share of what is computed every so many passes. A trajectory of 100 has three
+    refreshes and is charged four: after the last pass nothing is due."""
+    every = [d.refresh_every for d in denoisers if isinstance(d, GraphedDenoiser) and d.refresh_every]
+    return passes + -passes % max(every, default=1)
 
 
 def _row(denoiser: Denoiser, seconds: list[list[float]], batch: int, memory: int, floor: float | None) -> dict[str, Any]:

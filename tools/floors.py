@@ -61,8 +61,8 @@ def floors(items: Sequence[Work], ceiling: Mapping[str, float]) -> dict[str, flo
 
 
 def pass_floor(items: Sequence[Work], ceiling: Mapping[str, float]) -> float:
-    """Microseconds an image that a whole pass needs at least: launches of two halves may overlap, so that one moves data
-    while the other multiplies."""
+    """Microseconds an image that a whole pass needs at least: launches may overlap, so that one moves data while the
+    other multiplies."""
     total = Work("pass", *(sum(getattr(item, part) for item in items) for part in ("moved", "int8", "fp16")))
     return total.least(ceiling)
 

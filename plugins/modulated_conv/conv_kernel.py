@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from modiff_trt.plugins.modulated_conv.geometry import MOST_TILES, ConvTile, Geometry, conv_tile, real_tile
+from modiff_trt.plugins.modulated_conv.product_kernel import fits_descriptors, multiply_real
 
 
 @triton.jit
@@ -195,9 +196,13 @@ def convolve_real(
     """out = bias[k] + weight * x on torch's current stream, x the one or two `sources` [N, H*W, C_i] side by side.
 
     All of one real type but the bias, which may be wider; every C_i a multiple of 16; weight [K, R, R, C]; out [N, P*Q, K].
-    The order of summation is the same for every batch. `overlap` as in `convolve_int8`.
+    The order of summation is the same for every batch. `overlap` as in `convolve_int8`; GPUs that have it also have tensor
+    descriptors, through which 1x1 products of many pixels go.
     """
     (k, r), n = weight.shape[:2], len(sources[0])
+    if overlap and r == stride == 1 and not any(padding) and fits_descriptors(sources, k):
+        multiply_real(sources, weight.view(k, -1), bias, out, overlap=overlap)
+        return
     first, second = sources[0].shape[2], sources[1].shape[2] if len(sources) > 1 else 0
     geometry = Geometry(n, first, *size, k, r, stride, padding)
     tile = real_tile(geometry, second)

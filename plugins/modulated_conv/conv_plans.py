@@ -33,19 +33,15 @@ OWN_KERNEL = b"conv_kernel"
 class ConvPlans:
     """Runs integer convolutions. A shape seen for the first time is tuned (seconds), or read from the cache."""
 
-    def __init__(self, overlap: bool, tuned: dict[ConvSpec, Int8Conv | None] | None = None) -> None:
+    def __init__(self, overlap: bool) -> None:
         """`overlap` lets our kernel begin while the launch before it ends (compute capability 9.0 and later)."""
         from modiff_trt.plugins.modulated_conv.conv_kernel import Scratch
 
         self._overlap = overlap
-        self._convs = tuned if tuned is not None else {}
+        self._convs: dict[ConvSpec, Int8Conv | None] = {}
         self._workspaces = [torch.empty(0, dtype=torch.uint8)]
         self._scratch = Scratch("cuda")
         self._told = False
-
-    def twin(self) -> ConvPlans:
-        """The same plans with memory of their own, for a second stream."""
-        return ConvPlans(self._overlap, self._convs)
 
     def run(
         self,
@@ -59,8 +55,8 @@ class ConvPlans:
     ) -> None:
         """out = addend + scale[k] (weight * q) on the current stream; q int8 [N, H*W, C], out [N, P*Q, K].
 
-        `addend` is of out's shape (and may be out), or a bias float32 [K]. With `steps` float32 [N] image n's scale is
-        steps[n] scale, which our own kernel computes. Only a shape's first call allocates.
+        `addend` is of out's shape (and may be out: see `Int8Conv.run`), or a bias float32 [K]. With `steps` float32 [N] image
+        n's scale is steps[n] scale, which our own kernel computes. Only a shape's first call allocates.
         """
         from modiff_trt.plugins.modulated_conv.cudnn_conv import ConvSpec
 

@@ -4,7 +4,7 @@
     stateless:  out[n,k,p,q] = bias[k]        + scale[k] * conv(x, weight)[n,k,p,q]
 
 `conv` accumulates INT8 x INT8 in INT32; the epilogue is computed in FP32 and rounded once to the output dtype.
-`out` may be the very memory of `o_hat`. Tensors (on the current CUDA device, 16-byte aligned):
+`out` may be the very memory of `o_hat` (see `Int8Conv.run`). Tensors (on the current CUDA device, 16-byte aligned):
 
     x      int8 [N, C, H, W] channels_last         weight  int8 [K, C, R, R] channels_last
     scale  fp32 [1, K, 1, 1]                       addend  o_hat [N, K, P, Q] channels_last, of out's dtype,
@@ -141,7 +141,11 @@ class Int8Conv:
         out: torch.Tensor,
         workspace: torch.Tensor,
     ) -> None:
-        """Enqueue on torch's current stream; `workspace` has at least `workspace_size` bytes. Legal under capture."""
+        """Enqueue on torch's current stream; `workspace` has at least `workspace_size` bytes. Legal under capture.
+
+        The launch just before must not write `addend`, unless it is one that all later ones wait for: cuDNN 9.19 has been seen
+        to read it before that launch has ended (plugins/NOTES.md, "A product that began too early").
+        """
         cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream().cuda_stream)
         tensors = {_X: x, _WEIGHT: weight, _SCALE: scale, _ADDEND: addend, _OUT: out}
         self._graph.execute(tensors, workspace, handle=self._handle)

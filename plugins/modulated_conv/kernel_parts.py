@@ -1,4 +1,4 @@
-"""Triton: parts of the kernels that gather a layer's input: sources, tiles, groups, SiLU."""
+"""Triton: parts of the kernels that gather a layer's input: sources, tiles, groups, SiLU, and where integers go."""
 
 from __future__ import annotations
 
@@ -37,6 +37,21 @@ def tile_mask(
     if C % BLOCK_C == 0 and PIXELS % BLOCK_P == 0:
         return tl.full([BLOCK_P, BLOCK_C], True, tl.int1)
     return exists & (pixel < PIXELS)
+
+
+@triton.jit
+def store_integers(
+    q_ptr, values, pixel, channel, mask, WIDTH: tl.constexpr, UPSAMPLE: tl.constexpr, Q_CHANNELS: tl.constexpr
+):  # fmt: skip
+    """A tile of one image's values to q [pixels, Q_CHANNELS], with UPSAMPLE each to 2x2 pixels."""
+    if UPSAMPLE:
+        corner = (pixel // WIDTH) * (4 * WIDTH) + (pixel % WIDTH) * 2
+        for down in tl.static_range(2):
+            for right in tl.static_range(2):
+                to = corner + down * (2 * WIDTH) + right
+                tl.store(q_ptr + to * Q_CHANNELS + channel, values, mask=mask)
+    else:
+        tl.store(q_ptr + pixel * Q_CHANNELS + channel, values, mask=mask)
 
 
 @triton.jit

@@ -43,10 +43,11 @@ def product_kernel(
     out.store([row, column], (sums + bias[None, :]).to(out.dtype))
 
 
-def fits(sources: Sequence[Tensor], out_channels: int) -> bool:
-    """Whether `multiply_real` can take it, and there are pixels enough to be worth it."""
+def fits_descriptors(sources: Sequence[Tensor], out_channels: int) -> bool:
+    """Whether `multiply_real`, whose tiles are made for types of two bytes, can take it, and it is worth it for the pixels."""
     sites = sources[0].shape[0] * sources[0].shape[1]
-    return sites >= LEAST_SITES and out_channels % CHANNELS == 0 and all(s.shape[2] % DEPTH == 0 for s in sources)
+    divisible = out_channels % CHANNELS == 0 and all(s.shape[2] % DEPTH == 0 for s in sources)
+    return sites >= LEAST_SITES and divisible and sources[0].element_size() == 2
 
 
 def multiply_real(sources: Sequence[Tensor], weight: Tensor, bias: Tensor, out: Tensor, *, overlap: bool = False) -> None:

@@ -23,7 +23,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from modiff_trt.export.grid import grid_max
 from modiff_trt.export.quantizers import SMALLEST_SCALE
 from modiff_trt.plugins.modulated_conv.geometry import SMALL
-from modiff_trt.plugins.modulated_conv.kernel_parts import channels_of, over_groups, silu_of, source, tile_mask, to_channels
+from modiff_trt.plugins.modulated_conv.kernel_parts import (
+    channels_of,
+    over_groups,
+    silu_of,
+    source,
+    store_integers,
+    tile_mask,
+    to_channels,
+)
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
 
 # Pixels whose sums one program of the first launch takes, and pixels that one of the second covers.
@@ -51,9 +59,15 @@ class Norm:
 
 
 @triton.jit
-def _state_value(state):
-    """int16 counts as float32."""
-    return (state.to(tl.int32) + MAGIC_BITS).to(tl.float32, bitcast=True) - MAGIC
+def _shifted(integer):
+    """Integers of magnitude below 2^22 as float32, plus MAGIC."""
+    return (integer.to(tl.int32) + MAGIC_BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _integer(shifted):
+    """int32 of what `_shifted` gives."""
+    return shifted.to(tl.int32, bitcast=True) - MAGIC_BITS
 
 
 @triton.jit
@@ -81,25 +95,19 @@ def _emit(
     if QUANTIZE:
         cells = value * inverse_step
         if MODULATED:
-            state = state.to(tl.int32)
-            cells -= _state_value(state) * (unit * inverse_step)
+            counts, cell = _shifted(state), unit * inverse_step
+            # Clipped here, and not the state below: o_hat would go on without it (`reference.reachable`).
+            reach = tl.maximum(LIMIT * cell - 0.5, 0.0)
+            cells = tl.minimum(tl.maximum(cells, -reach), reach) - (counts - MAGIC) * cell
         cells = tl.minimum(tl.maximum(cells, LOW), HIGH) + MAGIC
-        integers = cells.to(tl.int32, bitcast=True) - MAGIC_BITS
-        narrow = integers.to(tl.int8)
+        narrow = _integer(cells).to(tl.int8)
         if MODULATED:
-            state += integers * multiple.to(tl.int32)
-            state = tl.minimum(tl.maximum(state, -LIMIT), LIMIT)
-            tl.store(state_ptr + pixel * C + channel, state.to(tl.int16), mask=mask)
+            # In float32, where it is exact: integers would be narrowed to packed 16-bit additions (`device_code.check_ptx`).
+            counts += (cells - MAGIC) * multiple
+            tl.store(state_ptr + pixel * C + channel, _integer(counts).to(tl.int16), mask=mask)
     else:
         narrow = value.to(q_ptr.dtype.element_ty)
-    if UPSAMPLE:
-        corner = (pixel // WIDTH) * (4 * WIDTH) + (pixel % WIDTH) * 2
-        for down in tl.static_range(2):
-            for right in tl.static_range(2):
-                to = corner + down * (2 * WIDTH) + right
-                tl.store(q_ptr + to * Q_CHANNELS + channel, narrow, mask=mask)
-    else:
-        tl.store(q_ptr + pixel * Q_CHANNELS + channel, narrow, mask=mask)
+    store_integers(q_ptr, narrow, pixel, channel, mask, WIDTH, UPSAMPLE, Q_CHANNELS)
 
 
 @triton.jit
@@ -239,7 +247,8 @@ def quantize_kernel(
         value *= factors
     if PEAK == 1:
         if MODULATED:
-            value -= _state_value(state) * unit
+            # Of what the state can follow: the grid of the others would stay coarse for one that it cannot.
+            value = tl.minimum(tl.maximum(value, -LIMIT * unit), LIMIT * unit) - (_shifted(state) - MAGIC) * unit
         largest = tl.max(tl.where(mask, tl.abs(value), 0.0))
         # Floats that are not negative are ordered like their bits.
         tl.atomic_max(peak_ptr + image, largest.to(tl.int32, bitcast=True), sem="relaxed")

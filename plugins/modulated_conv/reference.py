@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STATE_MAX = 32767
+# The largest |count| of a state: it fits int16, and both bytes of low + 256 high fit int8.
+STATE_MAX = 127 + 256 * 127
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,22 @@ def upsample(shape: InputShape, x: Tensor) -> Tensor:
     return F.interpolate(image, scale_factor=2.0, mode="nearest").flatten(2).transpose(1, 2)
 
 
+def reachable(x: Tensor, unit: float, multiple: Tensor) -> Tensor:
+    """x, clipped to what a state can follow and stay within STATE_MAX, with a step of `multiple` units (a scalar, or for each
+    image [N, 1, 1]). Counts are never cut off themselves: o_hat adds up every integer, and would go on without a_hat."""
+    reach = unit * (STATE_MAX - multiple / 2).clamp(min=0)
+    return x.clamp(-reach, reach)
+
+
 def quantize_input(x: Tensor, state: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """(q, new state): q = clip(rint((x - unit * state) / step)) and state + multiple * q; without state, rint(x / step)."""
-    residual = x if state is None else x - grid.unit * state.to(x.dtype)
-    q = (residual / grid.step).round().clamp(grid.low, grid.high)
+    """(q, new state): q = clip(rint((x - unit * state) / step)) and state + multiple * q, with x as `reachable` gives it;
+    without state, rint(x / step)."""
     if state is None:
-        return q, None
-    return q, (state.to(x.dtype) + grid.multiple * q).clamp(-STATE_MAX, STATE_MAX)
+        return (x / grid.step).round().clamp(grid.low, grid.high), None
+    multiple = torch.tensor(grid.multiple, dtype=x.dtype, device=x.device)
+    residual = reachable(x, grid.unit, multiple) - grid.unit * state.to(x.dtype)
+    q = (residual / grid.step).round().clamp(grid.low, grid.high)
+    return q, state.to(x.dtype) + grid.multiple * q
 
 
 def accumulate(

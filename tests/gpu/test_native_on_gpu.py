@@ -115,6 +115,24 @@ def test_products_of_many_pixels_are_those_of_few(channels):
         torch.testing.assert_close(many.double(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_only_a_1x1_without_stride_is_a_product_of_many_pixels(stride, monkeypatch):
+    from modiff_trt.plugins.modulated_conv import conv_kernel
+
+    taken = []
+    multiply = conv_kernel.multiply_real
+    monkeypatch.setattr(conv_kernel, "multiply_real", lambda *args, **kwargs: taken.append(multiply(*args, **kwargs)))
+    n, size, c, out = 67, 32, 64, 128
+    x, weight = torch.randn(n, size * size, c, device="cuda").half(), (torch.randn(out, 1, 1, c, device="cuda") / 8).half()
+    found = torch.full((n, (size // stride) ** 2, out), float("nan"), device="cuda").half()
+    window = {"size": (size, size), "stride": stride, "padding": (0, 0, 0, 0)}
+    overlap = torch.cuda.get_device_capability() >= (9, 0)
+    conv_kernel.convolve_real([x], weight, torch.zeros(out, device="cuda"), found, overlap=overlap, **window)
+    assert len(taken) == (overlap and stride == 1)
+    used = x.double().view(n, size, size, c)[:, ::stride, ::stride].flatten(1, 2)
+    torch.testing.assert_close(found.double(), used @ weight.double().view(out, c).T, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("recipe", [{}, {"min_intensity": 200.0}])
 def test_replays_follow_rows_and_batches_do_not_change_an_image(demo, kernels, recipe):
     denoiser = native(demo, demo.scales(**recipe), kernels)
@@ -127,8 +145,8 @@ def test_replays_follow_rows_and_batches_do_not_change_an_image(demo, kernels, r
 
 @pytest.mark.parametrize("recipe", [{}, {"method": "qdiff"}, {"granularity": "tensor"}, {"min_intensity": 200.0}])
 def test_many_images_are_the_same_every_time(demo, kernels, recipe):
-    """Two halves run side by side here, and of 40 images shortcuts in float beside their block's convolutions; a race between
-    launches would show in some images of some runs."""
+    """Shortcuts in float run beside their block's convolutions; a race between launches would show in some images of some
+    runs."""
     denoiser = native(demo, demo.scales(**recipe), kernels)
     x = ImageNoise(0, range(500), demo.network.config.input_shape).draw()
     first = denoiser.trajectory(x)
@@ -148,7 +166,11 @@ def test_launches_that_begin_early_change_nothing(demo, kernels, recipe):
     np.testing.assert_array_equal(native(demo, scales, kernels).trajectory(x), expected)
 
 
-def test_a_capture_keeps_no_copy_of_the_state(demo, kernels):
+@pytest.mark.parametrize("passes", [2, 1000])
+def test_a_capture_keeps_no_copy_of_the_state(demo, kernels, passes, monkeypatch):
+    from modiff_trt.runtime import native_denoiser
+
+    monkeypatch.setattr(native_denoiser, "REFRESH", passes)
     denoiser, images = native(demo, demo.scales(), kernels), 128
     state = images * sum(info.nbytes for info in denoiser.state_info)
     torch.cuda.reset_peak_memory_stats()
@@ -163,15 +185,43 @@ def test_grids_that_follow_each_image_give_the_simulation_s_images(demo, kernels
     assert psnr(demo.sample(native(demo, scales, kernels)), simulated) > 38
 
 
-def test_long_trajectories_keep_sums_in_float32(demo, kernels, monkeypatch):
+def test_shortcuts_beside_change_nothing(demo, kernels, monkeypatch):
     from modiff_trt.runtime import native_denoiser
 
-    monkeypatch.setattr(native_denoiser, "LONG", 1)
     scales = demo.scales(min_intensity=200.0)
-    denoiser = native(demo, scales, kernels)
-    simulated = demo.sample(SimDenoiser(demo.network, demo.checkpoint.params, scales, "cuda"))
-    deployed = demo.sample(denoiser)
-    assert psnr(deployed, simulated) > 38
-    monkeypatch.setattr(native_denoiser.NativeDenoiser, "_side", None)  # shortcuts in line
+    deployed = demo.sample(native(demo, scales, kernels))
+    monkeypatch.setattr(native_denoiser.NativeDenoiser, "_side", None)
     np.testing.assert_array_equal(demo.sample(native(demo, scales, kernels)), deployed)
-    assert all(t.dtype == torch.float32 for t in denoiser._buffers.o_hat.values())
+
+
+@pytest.mark.parametrize("recipe", [{}, {"min_intensity": 200.0}, {"granularity": "tensor"}])
+def test_sums_are_computed_anew_on_the_way(demo, kernels, recipe, monkeypatch):
+    from modiff_trt.runtime import native_denoiser
+
+    monkeypatch.setattr(native_denoiser, "REFRESH", 2)
+    scales, x = demo.scales(**recipe), ImageNoise(0, range(160), demo.network.config.input_shape).draw()
+    denoiser = native(demo, scales, kernels)
+    many = denoiser.trajectory(x)
+    for images in (1, 40, 160):
+        np.testing.assert_array_equal(denoiser.trajectory(x[:images]), many[:images])
+    simulated = demo.sample(SimDenoiser(demo.network, demo.checkpoint.params, scales, "cuda"))
+    assert psnr(demo.sample(denoiser), simulated) > 38  # called row by row
+    # What a graph computes of the last state is what the passes have summed up, and the same every time.
+    sums = {name: out.float() for name, out in denoiser._buffers.o_hat.items()}
+    graph = denoiser._refreshes[max(denoiser._refreshes)]
+    graph.replay()
+    anew = {name: out.clone() for name, out in denoiser._buffers.o_hat.items()}
+    for name, out in anew.items():
+        bound = 2**-8 * float(out.abs().max())
+        torch.testing.assert_close(out.float(), sums[name], rtol=0, atol=bound)
+    # Many times: a product that begins before the one that it adds to is through would be wrong in some.
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(500):
+        graph.replay()
+        for name, out in anew.items():
+            wrong += (denoiser._buffers.o_hat[name] != out).any()
+    assert wrong == 0
+    name = next(name for name in denoiser._buffers.o_hat if name not in denoiser._shared)
+    denoiser._buffers.o_hat[name][0, 0, 0] = float("inf")
+    graph.replay()
+    assert not denoiser._buffers.o_hat[name][0, 0, 0].isfinite()

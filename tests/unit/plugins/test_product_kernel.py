@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modiff_trt.plugins.modulated_conv.conv_kernel import convolve_real
-from modiff_trt.plugins.modulated_conv.product_kernel import fits, multiply_real
+from modiff_trt.plugins.modulated_conv.product_kernel import fits_descriptors, multiply_real
 
 
 @pytest.mark.parametrize(("n", "pixels", "channels", "out"), [(3, 70, (64,), 128), (2, 130, (128, 64), 256)])
@@ -22,7 +22,8 @@ def test_it_equals_the_reference(n, pixels, channels, out):
 
 
 def test_what_fits():
-    assert fits([torch.empty(128, 256, 64, device="meta")], 128)
-    assert not fits([torch.empty(1, 256, 64, device="meta")], 128)
-    assert not fits([torch.empty(128, 256, 48, device="meta")], 128)
-    assert not fits([torch.empty(128, 256, 64, device="meta")], 96)
+    assert fits_descriptors([torch.empty(128, 256, 64, dtype=torch.float16, device="meta")], 128)
+    assert not fits_descriptors([torch.empty(128, 256, 64, device="meta")], 128)
+    assert not fits_descriptors([torch.empty(1, 256, 64, dtype=torch.float16, device="meta")], 128)
+    assert not fits_descriptors([torch.empty(128, 256, 48, dtype=torch.float16, device="meta")], 128)
+    assert not fits_descriptors([torch.empty(128, 256, 64, dtype=torch.float16, device="meta")], 96)

@@ -79,17 +79,6 @@ def test_grids_that_follow_each_image_are_those_of_the_simulation(small, recipe)
     assert psnr(small.sample(denoiser, 1), together[:1]) > 60  # an image's grid is its own
 
 
-def test_long_trajectories_keep_sums_in_float32(small, monkeypatch):
-    from modiff_trt.runtime import native_denoiser
-
-    scales = small.scales()
-    short = small.sample(native(small, scales), 2)
-    monkeypatch.setattr(native_denoiser, "LONG", 1)
-    denoiser = native(small, scales)
-    assert psnr(small.sample(denoiser, 2), short) > 40
-    assert all(t.dtype == torch.float32 for t in denoiser._buffers.o_hat.values())
-
-
 @pytest.mark.parametrize("whole", [True, False])
 def test_sums_that_leave_their_range_are_refused(small, whole, monkeypatch):
     """A sum in the middle: the next layer's integers hide it."""

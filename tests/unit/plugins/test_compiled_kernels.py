@@ -1,0 +1,80 @@
+"""What the native kernels are compiled to, without a GPU: their launches on CPU tensors, noted and compiled instead."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMPILE = """
+import sys
+
+import torch
+from kernel_cases import CASES, KernelCase, launch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from modiff_trt.plugins.modulated_conv import quantize_kernel, refresh_kernel
+from modiff_trt.plugins.modulated_conv.device_code import check_ptx
+from modiff_trt.plugins.modulated_conv.reference import InputShape
+
+TYPES = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int16: "*i16", torch.int8: "*i8", torch.int32: "*i32"}
+OPTIONS = ("num_warps", "launch_pdl", "enable_fp_fusion")
+capability, compiled = int(sys.argv[1]), set()
+
+
+class Compiled:
+    def __init__(self, module, name):
+        self._kernel = getattr(module, name)
+        setattr(module, name, self)
+
+    def __getitem__(self, grid):
+        return self._compile
+
+    def _compile(self, *args, **kwargs):
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        if "FAST" in kwargs:
+            kwargs["FAST"] = True  # as on a GPU
+        names = self._kernel.arg_names
+        types = [TYPES[a.dtype] if isinstance(a, torch.Tensor) else "fp32" for a in args] + ["constexpr"] * len(kwargs)
+        ordered = {name: kwargs[name] for name in names[len(args) :]}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(args) if isinstance(a, torch.Tensor)}
+        source = ASTSource(self._kernel, dict(zip(names, types, strict=True)), ordered, aligned)
+        name = self._kernel.fn.__name__
+        check_ptx(compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"], f"{name} {ordered}")
+        compiled.add(name)
+
+
+for name in ("sums_kernel", "quantize_kernel"):
+    Compiled(quantize_kernel, name)
+for name in ("byte_kernel", "bias_kernel"):
+    Compiled(refresh_kernel, name)
+CIFAR10 = (
+    KernelCase(InputShape(3, 0, 32, 32), q_channels=16),
+    KernelCase(InputShape(128, 0, 32, 32), groups=32, silu=True, time=True),
+    KernelCase(InputShape(256, 128, 16, 16), groups=32, silu=True, add=True, write=True),
+    KernelCase(InputShape(256, 256, 8, 8), groups=32, silu=True, add=True, write=True),
+    KernelCase(InputShape(256, 0, 16, 16, upsample=True), add=True, write=True),
+    KernelCase(InputShape(128, 0, 32, 32), dynamic=True),
+)
+for case in (*CASES.values(), *CIFAR10):
+    launch(case, "cpu", torch.float16, overlap=capability >= 90)
+for shape in (InputShape(128, 0, 32, 32), InputShape(3, 0, 32, 32), InputShape(256, 0, 16, 16, True)):
+    channels = -(-shape.total // 16) * 16
+    state = torch.zeros(2, shape.pixels, shape.total, dtype=torch.int16)
+    for high in (False, True):
+        refresh_kernel.write_byte(shape, state, torch.zeros(2, shape.out_pixels, channels, dtype=torch.int8), high=high)
+    refresh_kernel.set_to_bias(torch.zeros(2, shape.pixels, channels).half(), torch.zeros(channels))
+assert compiled == {"sums_kernel", "quantize_kernel", "byte_kernel", "bias_kernel"}, compiled
+"""
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_no_native_kernel_has_packed_16_bit_additions(capability):
+    """Integers are computed in float32 where they would be narrowed to such: see `device_code.check_ptx`."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE, capability], capture_output=True, text=True, check=False, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-500:]
