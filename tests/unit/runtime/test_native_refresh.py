@@ -45,9 +45,7 @@ def assert_near(found, expected, tolerance):
     ("recipe", "modes", "factor"),
     [
         ({}, {}, 1),
-        ({"act_bits": 4, "split": True}, {}, 1),
-        ({"granularity": "tensor"}, {}, 1),
-        ({}, MIXED, 1),
+        ({"act_bits": 4, "split": True}, MIXED, 1),
         ({}, {}, 30),
         ({"granularity": "tensor"}, {}, 30),
     ],
@@ -89,29 +87,33 @@ def test_float16_sums_are_refreshed_every_so_many_passes_but_the_last(small, mon
     due = []
 
     class Counted(NativeDenoiser):
+        """Which passes a refresh follows; nothing is computed."""
+
+        def _pass(self, size):
+            self._counter.add_(1)
+
         def _refresh(self, size):
-            due.append(self._done)
-            super()._refresh(size)
+            due.append(int(self._counter))
 
     def counted(scales, kernels):
         return Counted(small.network, small.checkpoint.params, scales, kernels, "cpu")
 
     denoiser, x = counted(small.scales(), HalfKernels()), noise(small, 1)
-    images, passes = denoiser.trajectory(x), len(denoiser.rows)
+    denoiser.trajectory(x)
     assert {out.dtype for name, out in denoiser._buffers.o_hat.items() if name != "conv_out"} == {torch.float16}
-    assert passes == 5 and due == [2, 4]
+    assert len(denoiser.rows) == 5 and due == [2, 4]
     due.clear()
     denoiser.begin(x)  # a trajectory that goes no further than this
     for _ in range(3):
         denoiser.step()
-    np.testing.assert_array_equal(denoiser.trajectory(x), images)
+    denoiser.trajectory(x)
     assert due == [2, 2, 4]
     due.clear()
     denoiser.reset(1)
-    for row in range(passes):  # as the sampler does
+    for row in range(5):  # as the sampler does
         denoiser(torch.from_numpy(x), row)
     assert due == [2, 4]
     assert counted(small.scales(), ReferenceKernels()).refresh_every == 0
     assert counted(small.scales(method="qdiff"), HalfKernels()).refresh_every == 0
-    monkeypatch.setattr(native_denoiser, "REFRESH", passes)
+    monkeypatch.setattr(native_denoiser, "REFRESH", 5)
     assert counted(small.scales(), HalfKernels()).refresh_every == 0
