@@ -10,6 +10,7 @@ from modiff_trt.export.unet import trace
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX
 from modiff_trt.runtime import native_denoiser
 from modiff_trt.runtime.native_denoiser import NativeDenoiser
+from modiff_trt.tools.bench import _whole_intervals
 from modiff_trt.tools.trials import with_modes
 
 MIXED = {"conv_in": "float", "up.0.block.0.conv2": "int8", "up.0.block.1.conv1": "int8"}
@@ -113,6 +114,15 @@ def test_float16_sums_are_refreshed_every_so_many_passes_but_the_last(small, mon
     for row in range(5):  # as the sampler does
         denoiser(torch.from_numpy(x), row)
     assert due == [2, 4]
+    due.clear()
+    for row in (0, 0, 1):
+        denoiser(torch.from_numpy(x), row)
+    assert due == [2]
+    due.clear()
+    assert [_whole_intervals(passes, [denoiser]) for passes in (1, 2, 9)] == [2, 2, 10]
+    monkeypatch.setattr(native_denoiser, "REFRESH", 1)
+    denoiser.trajectory(x)
+    assert due == [1, 2, 3, 4]
     assert counted(small.scales(), ReferenceKernels()).refresh_every == 0
     assert counted(small.scales(method="qdiff"), HalfKernels()).refresh_every == 0
     monkeypatch.setattr(native_denoiser, "REFRESH", 5)
