@@ -39,7 +39,7 @@ class NativeLayer:
     `weight` int8 [K', C', R, R] (K', C' padded to ALIGN) or, in mode `float`, float32 [K, C, R, R]; `bias` float32 [K'];
     `factors` float32 [C] or None (see `export.split`); `grid_at` and `scale_at` are offsets into the row vector. A `dynamic`
     layer (LTQ) finds each image's step at every pass. `byte_scales` float32 [2, K'] are the scales of the products of the low
-    and the high bytes of `a_hat`'s counts: unit weight_scale[k], and 256 times that. None in mode `float`.
+    and the high bytes of `a_hat`'s counts: unit weight_scale[k], and 256 times that; None where there is no state.
     """
 
     spec: LayerSpec
@@ -132,11 +132,12 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         bias[: spec.out_shape[0]] = layer.bias
         factors = torch.from_numpy(skip_factors(spec, layer.skip_ratio)) if layer.skip_ratio != 1 else None
         grid_at, scale_at = append(grid), append(step[:, None] * padded[None])
-        byte_scales = torch.from_numpy(np.outer((unit, 256 * unit), padded).astype(np.float32))
+        modulated = layer.mode == "modiff"
+        byte_scales = torch.from_numpy(np.outer((unit, 256 * unit), padded).astype(np.float32)) if modulated else None
         layers[spec.name] = NativeLayer(
             spec, layer.mode, layer.bits, weight, bias, factors, unit, grid_at, scale_at, byte_scales, dynamic
         )
-        if layer.mode == "modiff":
+        if modulated:
             start[spec.name] = _start(layer, unit, len(padded))
     times = {
         block: append(values[torch.from_numpy(scales.rows.t)].double().numpy())

@@ -127,7 +127,7 @@ class NativeOps:
         norms: Mapping[str, Tensor],
         time_at: Mapping[str, int],
         buffers: Buffers,
-        aside: torch.cuda.Stream | None = None,
+        aside: torch.cuda.Stream | None,
     ) -> None:
         """On the stream `aside` shortcuts in float are computed while the convolutions of their block are."""
         self._kernels, self._layers, self._norms, self._time_at, self._buffers = kernels, layers, norms, time_at, buffers

@@ -128,29 +128,28 @@ def check(case: KernelCase, device: str, overlap: bool = False) -> None:
     if not case.quantize:
         torch.testing.assert_close(out.double(), x, rtol=2e-3, atol=2e-3)
         return
-    residual = x if before is None else x - grid.unit * before.double()
+
+    def residual(multiple):
+        return x if before is None else reference.reachable(x, grid.unit, multiple) - grid.unit * before.double()
+
     step, multiple = torch.tensor(grid.step, dtype=torch.float64), torch.tensor(grid.multiple)
     if steps is not None:
         # The grid spans the image's largest magnitude; where there is state, in the next whole number of units.
-        furthest = reference.STATE_MAX * grid.unit
-        within = x if before is None else x.clamp(-furthest, furthest) - grid.unit * before.double()
-        span = within.abs().amax((1, 2), keepdim=True) / grid.high
+        span = residual(torch.tensor(0)).abs().amax((1, 2), keepdim=True) / grid.high
         step, multiple = steps.double()[:, None, None], (steps.double()[:, None, None] / grid.unit).round()
         if before is None:
             torch.testing.assert_close(step, span, rtol=1e-5, atol=0)
         else:
             torch.testing.assert_close(step, multiple * grid.unit, rtol=1e-6, atol=0)
             assert ((step >= span * (1 - 1e-4)) & (step < span + grid.unit * 1.01)).all()
-    if before is not None:
-        residual = reference.reachable(x, grid.unit, multiple.to(device)) - grid.unit * before.double()
-    q = (residual / step).round().clamp(grid.low, grid.high)
+    q = (residual(multiple) / step).round().clamp(grid.low, grid.high)
     if steps is None:
         assert torch.equal(q, reference.quantize_input(x, wide(before), grid)[0])
     if shape.upsample:
         found = out.view(n, shape.height, 2, shape.width, 2, -1)
         assert (found == found[:, :, :1, :, :1]).all()  # each value four times
         out = found[:, :, 0, :, 0].reshape(n, shape.pixels, -1)
-    position = (residual / step).clamp(grid.low, grid.high)
+    position = (residual(multiple) / step).clamp(grid.low, grid.high)
     found = out[:, :, : shape.total].double()
     assert (out[:, :, shape.total :] == 77).all()  # padding channels are not touched
     assert float((found - position).abs().max()) < 0.5 + 2e-3

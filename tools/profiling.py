@@ -50,8 +50,8 @@ def ceilings() -> dict[str, float]:
 
 
 def profile(denoiser: NativeDenoiser, least: Mapping[str, float], batch: int, passes: int = 5) -> dict[str, Any]:
-    """Per class: microseconds an image and pass, launches a pass, and `least`, its floor. Kernels that run
-    side by side share the GPU, so that the times add up to more than the pass takes. Of passes without a refresh."""
+    """Per class: microseconds an image and pass, launches a pass, and `least`, its floor, of passes without a refresh. Kernels
+    that run side by side share the GPU, so that the times add up to more than the pass takes."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 

@@ -257,7 +257,7 @@ def memory(data: dict[str, Any]) -> str:
     return "\n".join([*lines, f"\nThe demo model and FD-CIFAR, {data['machine']['cores']} CPU cores."])
 
 
-# Table name -> (files in results/, how they are rendered)
+# Table name -> (file in results/, how it is rendered)
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo", demo),
     "methods": ("methods100_adaround", methods),

@@ -89,19 +89,17 @@ def upsample(shape: InputShape, x: Tensor) -> Tensor:
 def reachable(x: Tensor, unit: float, multiple: Tensor) -> Tensor:
     """x, clipped to what a state can follow and stay within STATE_MAX, with a step of `multiple` units (a scalar, or for each
     image [N, 1, 1]). Counts are never cut off themselves: o_hat adds up every integer, and would go on without a_hat."""
-    reach = unit * (STATE_MAX - multiple / 2).clamp(min=0)
+    reach = unit * (STATE_MAX - multiple.to(x) / 2).clamp(min=0)
     return x.clamp(-reach, reach)
 
 
 def quantize_input(x: Tensor, state: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """(q, new state): q = clip(rint((x - unit * state) / step)) and state + multiple * q, with x as `reachable` gives it;
     without state, rint(x / step)."""
-    if state is None:
-        return (x / grid.step).round().clamp(grid.low, grid.high), None
-    multiple = torch.tensor(grid.multiple, dtype=x.dtype, device=x.device)
-    residual = reachable(x, grid.unit, multiple) - grid.unit * state.to(x.dtype)
-    q = (residual / grid.step).round().clamp(grid.low, grid.high)
-    return q, state.to(x.dtype) + grid.multiple * q
+    if state is not None:
+        x = reachable(x, grid.unit, torch.tensor(grid.multiple)) - grid.unit * state.to(x.dtype)
+    q = (x / grid.step).round().clamp(grid.low, grid.high)
+    return q, None if state is None else state.to(x.dtype) + grid.multiple * q
 
 
 def accumulate(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modiff_trt.plugins.modulated_conv.kernel_parts import store_integers, tile_mask
+from modiff_trt.plugins.modulated_conv.kernel_parts import channels_of, store_integers, tile_mask
 from modiff_trt.plugins.modulated_conv.quantize_kernel import tiling
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 
@@ -15,9 +15,9 @@ from modiff_trt.plugins.modulated_conv.reference import InputShape
 @triton.jit
 def _elements(C: tl.constexpr, PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """(pixels [BLOCK_P, 1], channels [1, BLOCK_C], which of them exist) of program (i, j, n)."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    channel, exists = channels_of(tl.program_id(0) * BLOCK_C, C, 1, BLOCK_C, 1)
     pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    return pixel, channel, tile_mask(channel < C, pixel, C, PIXELS, BLOCK_C, BLOCK_P)
+    return pixel, channel, tile_mask(exists, pixel, C, PIXELS, BLOCK_C, BLOCK_P)
 
 
 @triton.jit

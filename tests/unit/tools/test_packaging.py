@@ -16,9 +16,16 @@ MODULES = sorted(
     if path.name != "__init__.py"
 )
 # These are the modules that exist for an optional package; everything else must import without it.
-KERNELS = ["conv_kernel", "kernel_parts", "product_kernel", "quantize_kernel", "refresh_kernel", "residual_kernel"]
-CUDA = [f"modiff_trt.plugins.modulated_conv.{name}" for name in (*KERNELS, "cudnn_conv")]
-FOR_PACKAGES = (*CUDA, "modiff_trt.tools.profiling")
+KERNELS = (
+    "conv_kernel",
+    "cudnn_conv",
+    "kernel_parts",
+    "product_kernel",
+    "quantize_kernel",
+    "refresh_kernel",
+    "residual_kernel",
+)
+FOR_PACKAGES = (*(f"modiff_trt.plugins.modulated_conv.{name}" for name in KERNELS), "modiff_trt.tools.profiling")
 OPTIONAL = ("tensorrt", "tensorrt_rtx", "triton", "cudnn", "cuda", "pycuda", "polygraphy", "pytorch_fid")
 # The deployed sampler runs without torch.
 TORCH_FREE = [
