@@ -16,8 +16,10 @@ C and K are multiples of 16 for the fast engines; the caller pads.
 from __future__ import annotations
 
 import functools
+import re
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import cudnn
 import torch
@@ -26,6 +28,7 @@ from modiff_trt.plugins.modulated_conv.timing import graph_time_us
 
 _CUDNN_DTYPE = {torch.float16: cudnn.data_type.HALF, torch.float32: cudnn.data_type.FLOAT}
 _X, _WEIGHT, _SCALE, _ADDEND, _OUT = 1, 2, 3, 4, 5  # tensor uids; a serialized graph keeps them
+_NAMED = re.compile(r"eng\d+_k")  # a plan of cuDNN's own, with its knobs
 PLAN_ERRORS = (RuntimeError, cudnn.cudnnGraphNotSupportedError)  # what an unsupported plan raises
 
 
@@ -66,9 +69,10 @@ class PlanResult:
 
 
 @functools.cache
-def cudnn_handle(device_index: int) -> int:
-    """The process's cuDNN handle of one device (which must be the current one)."""
-    return int(cudnn.create_handle())
+def cudnn_handle(device_index: int) -> Any:
+    """The process's cuDNN handle of one device (which must be the current one): an int, from cudnn-frontend 1.28 on an object,
+    which only cuDNN's own functions take."""
+    return cudnn.create_handle()
 
 
 def build_graph(spec: ConvSpec, **context: object) -> cudnn.pygraph:
@@ -111,7 +115,7 @@ def add_heuristic_plans(graph: cudnn.pygraph) -> list[int]:
     """Append cuDNN's own suggestions and return the indices of those whose knobs are named (the others repeat them)."""
     graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.B, cudnn.heur_mode.FALLBACK])
     names = [graph.get_plan_name_at_index(index) for index in range(graph.get_execution_plan_count())]
-    return [index for index, name in enumerate(names) if "_k" in name and name not in names[:index]]
+    return [index for index, name in enumerate(names) if _NAMED.match(name) and name not in names[:index]]
 
 
 class Int8Conv:
