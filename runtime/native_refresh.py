@@ -1,7 +1,7 @@
 """`o_hat` computed anew from `a_hat`.
 
 `a_hat` is exact, but a float16 `o_hat` is rounded once a pass, and the roundings add up: in 100 passes to 0.14 dB of an image
-that is 58 dB from full precision (results/native_images_h200.json), in 1000 to 0.55 dB (results/states1000_demo.json).
+that is 58 dB from full precision (results/native_images_58db_h200.json), in 1000 to 0.55 dB (results/states1000_demo.json).
 """
 
 from __future__ import annotations
