@@ -24,8 +24,11 @@ from modiff_trt.export.grid import grid_max
 from modiff_trt.export.quantizers import SMALLEST_SCALE
 from modiff_trt.plugins.modulated_conv.geometry import SMALL
 from modiff_trt.plugins.modulated_conv.kernel_parts import (
+    MAGIC,
     channels_of,
+    integer_of,
     over_groups,
+    shifted,
     silu_of,
     source,
     store_integers,
@@ -39,10 +42,6 @@ SLAB, SUM_WARPS = 128, 8
 # Of so many slabs a program of the second launch adds up the sums at a time.
 SLABS_AT_A_TIME = 16
 ROWS, WARPS = 32, 4
-# 1.5 * 2^23, and its bits: a float32 of small magnitude plus this number is rounded to the nearest integer, half to even,
-# which stands in the low bits. Conversion instructions run at a quarter of the rate of additions.
-MAGIC = tl.constexpr(12582912.0)
-MAGIC_BITS = tl.constexpr(0x4B400000)
 LIMIT = tl.constexpr(STATE_MAX)
 # The least step of a grid that follows its image.
 TINY = tl.constexpr(SMALLEST_SCALE)
@@ -56,18 +55,6 @@ class Norm:
     shift: Tensor
     groups: int
     eps: float
-
-
-@triton.jit
-def _shifted(integer):
-    """Integers of magnitude below 2^22 as float32, plus MAGIC."""
-    return (integer.to(tl.int32) + MAGIC_BITS).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _integer(shifted):
-    """int32 of what `_shifted` gives."""
-    return shifted.to(tl.int32, bitcast=True) - MAGIC_BITS
 
 
 @triton.jit
@@ -95,16 +82,16 @@ def _emit(
     if QUANTIZE:
         cells = value * inverse_step
         if MODULATED:
-            counts, cell = _shifted(state), unit * inverse_step
+            counts, cell = shifted(state), unit * inverse_step
             # Clipped here, and not the state below: o_hat would go on without it (`reference.reachable`).
             reach = tl.maximum(LIMIT * cell - 0.5, 0.0)
             cells = tl.minimum(tl.maximum(cells, -reach), reach) - (counts - MAGIC) * cell
         cells = tl.minimum(tl.maximum(cells, LOW), HIGH) + MAGIC
-        narrow = _integer(cells).to(tl.int8)
+        narrow = integer_of(cells).to(tl.int8)
         if MODULATED:
             # In float32, where it is exact: integers would be narrowed to packed 16-bit additions (`device_code.check_ptx`).
             counts += (cells - MAGIC) * multiple
-            tl.store(state_ptr + pixel * C + channel, _integer(counts).to(tl.int16), mask=mask)
+            tl.store(state_ptr + pixel * C + channel, integer_of(counts).to(tl.int16), mask=mask)
     else:
         narrow = value.to(q_ptr.dtype.element_ty)
     store_integers(q_ptr, narrow, pixel, channel, mask, WIDTH, UPSAMPLE, Q_CHANNELS)
@@ -248,7 +235,7 @@ def quantize_kernel(
     if PEAK == 1:
         if MODULATED:
             # Of what the state can follow: the grid of the others would stay coarse for one that it cannot.
-            value = tl.minimum(tl.maximum(value, -LIMIT * unit), LIMIT * unit) - (_shifted(state) - MAGIC) * unit
+            value = tl.minimum(tl.maximum(value, -LIMIT * unit), LIMIT * unit) - (shifted(state) - MAGIC) * unit
         largest = tl.max(tl.where(mask, tl.abs(value), 0.0))
         # Floats that are not negative are ordered like their bits.
         tl.atomic_max(peak_ptr + image, largest.to(tl.int32, bitcast=True), sem="relaxed")

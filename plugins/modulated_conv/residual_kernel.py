@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from modiff_trt.plugins.modulated_conv.quantize_kernel import MAGIC, MAGIC_BITS
+from modiff_trt.plugins.modulated_conv.kernel_parts import MAGIC, integer_of
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def residual_kernel(
     x = tl.load(x_ptr + at, mask=known, other=0.0).to(tl.float32)
     a = tl.load(a_ptr + at, mask=known, other=0.0).to(tl.float32)
     cells = tl.minimum(tl.maximum((x - a) * (1.0 / step), low), high) + MAGIC
-    q = cells.to(tl.int32, bitcast=True) - MAGIC_BITS
+    q = integer_of(cells)
     tl.store(a_out_ptr + at, (a + step * q.to(tl.float32)).to(a_out_ptr.dtype.element_ty), mask=known)
     inside = (pixel < pixels) & (channel < padded)
     tl.store(q_ptr + (image * pixels + pixel) * padded + channel, q.to(tl.int8), mask=inside)
