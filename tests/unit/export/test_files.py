@@ -15,7 +15,7 @@ HEADER = {"kind": "scales", "schema": 1, "note": "x"}
 def test_round_trip(tmp_path):
     file = tmp_path / "a" / "b.safetensors"
     save_arrays(file, HEADER, {"v": np.arange(6, dtype=np.float32).reshape(2, 3).T})
-    header, arrays = load_arrays(file, "scales", 1)
+    header, arrays, _ = load_arrays(file, "scales", 1)
     assert header == HEADER
     np.testing.assert_array_equal(arrays["v"], np.arange(6).reshape(2, 3).T)
 
