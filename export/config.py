@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,22 @@ from typing import Any
 
 import yaml
 
-from modiff_trt.export.errors import InputError
+from modiff_trt.export.errors import InputError, shown
+from modiff_trt.export.files import read_file
 
 MOST_TIMESTEPS = 100_000
+# A file's aliases stand for what they repeat: a few of them in a chain make it longer than any memory.
+MOST_ALIASES = 20
+# The largest values that a network could have; beyond them a file is wrong, and building its shapes would not end.
+LARGEST = {"ch": 16384, "num_res_blocks": 64, "in_channels": 1024, "out_ch": 1024, "image_size": 16384}
+MOST_LEVELS, LARGEST_MULT = 12, 64
+# Sections of which other forks' keys do not matter here.
+LENIENT = ("data", "training", "sampling", "optim")
+# Keys that would change the images, wherever they stand; they are options here.
+MEANINGFUL = {
+    *("skip_type", "timesteps", "eta", "sample_type", "solver", "sampler", "prediction", "prediction_type", "clip_sample"),
+    *("clip_denoised", "guidance", "guidance_scale", "objective"),
+}
 BETA_SCHEDULES = ("linear", "quad", "const", "jsd", "sigmoid")
 
 
@@ -101,24 +115,33 @@ class Config:
 
 
 def load_config(path: Path) -> Config:
-    """Reads a DDIM YAML file. Raises InputError naming the first unknown, missing or ill-typed key."""
+    """Reads a DDIM YAML file. Keys of other forks that do not matter here are named in the log. Raises InputError naming the
+    first unknown, missing or ill-typed key."""
+    if not path.exists():
+        raise InputError(f"config {path} does not exist; pass --config FILE (configs/cifar10.yml is an example)")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"config {path} does not exist; pass --config FILE (configs/cifar10.yml is an example)") from None
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_file(path, "config").decode("utf-8")
+    except UnicodeDecodeError as error:
         raise InputError(f"config {path} cannot be read: {error}") from None
     try:
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
+        tree = yaml.safe_load(text) if aliases <= MOST_ALIASES else None
+    except Exception as error:  # the loader raises nearly anything for a value that is not of its tag
         where = " ".join(str(error).split())
-        raise InputError(f"config {path} is not valid YAML: {where}") from None
-    return config_from_dict(tree, str(path))
+        raise InputError(f"config {path} is not valid YAML: {where or type(error).__name__}") from None
+    if aliases > MOST_ALIASES:
+        raise InputError(f"config {path} has {aliases} aliases, more than the {MOST_ALIASES} that are taken; write values out")
+    ignored: list[str] = []
+    config = config_from_dict(tree, f"config {path}", ignored)
+    if ignored:
+        logging.getLogger(__name__).info("config %s: ignored %s, which this program has no use for", path, ", ".join(ignored))
+    return config
 
 
-def config_from_dict(tree: Any, source: str) -> Config:
-    """Builds a Config from nested dictionaries (YAML or a manifest's JSON); `source` names the origin in errors."""
-    config: Config = _build(Config, tree, source, "")
+def config_from_dict(tree: Any, source: str, ignored: list[str] | None = None) -> Config:
+    """Builds a Config from nested dictionaries (YAML or a manifest's JSON); `source` names the origin in errors. Keys that do
+    not matter here are appended to `ignored`; without it they are refused."""
+    config: Config = _build(Config, tree, source, "", ignored)
     _validate(config, source)
     return config
 
@@ -136,43 +159,57 @@ def model_fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _build(cls: Any, tree: Any, source: str, prefix: str) -> Any:
+def _build(cls: Any, tree: Any, source: str, prefix: str, ignored: list[str] | None) -> Any:
     if not isinstance(tree, dict):
         raise InputError(
             f"{source}: '{prefix.rstrip('.') or 'the file'}' must be a mapping of keys, found {type(tree).__name__}"
         )
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    for key in tree:
-        if key not in fields:
+    for key, value in tree.items():
+        if key in fields:
+            continue
+        name = f"{prefix}{shown(key)[1:-1] if isinstance(key, str) else shown(key)}"
+        if meant := _meaningful(key, value):
+            raise InputError(f"{source}: '{meant}' changes the images; leave it out, and pass it as an option of the command")
+        if ignored is None or (prefix and prefix.rstrip(".") not in LENIENT):
             known = ", ".join(sorted(fields))
-            raise InputError(f"{source}: unknown key '{prefix}{key}'; known keys here: {known}")
+            raise InputError(f"{source}: unknown key '{name}'; known keys here: {known}")
+        ignored.append(name)
     values = {}
     for name, spec in fields.items():
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
         if name in tree:
-            values[name] = _convert(tree[name], hints[name], source, prefix + name)
+            values[name] = _convert(tree[name], hints[name], source, prefix + name, ignored)
         elif required:
             raise InputError(f"{source}: missing key '{prefix}{name}'")
     return cls(**values)
 
 
-def _convert(value: Any, hint: Any, source: str, key: str) -> Any:
+def _meaningful(key: Any, value: Any) -> str | None:
+    """The key, or one directly inside its section, that is an option of the commands."""
+    if isinstance(key, str) and key in MEANINGFUL:
+        return key
+    inside = value if isinstance(value, dict) else {}
+    return next((k for k in inside if isinstance(k, str) and k in MEANINGFUL), None)
+
+
+def _convert(value: Any, hint: Any, source: str, key: str, ignored: list[str] | None) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, source, key + ".")
+        return _build(hint, value, source, key + ".", ignored)
     if typing.get_origin(hint) is tuple:
         items = value if isinstance(value, (list, tuple)) else None
         if items is None or not all(isinstance(i, int) and not isinstance(i, bool) for i in items):
-            raise InputError(f"{source}: '{key}' must be a list of integers, found {value!r}")
+            raise InputError(f"{source}: '{key}' must be a list of integers, found {shown(value)}")
         return tuple(items)
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-8 as a string
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif type(value) is hint:
         return value
-    raise InputError(f"{source}: '{key}' must be of type {hint.__name__}, found {value!r}")
+    raise InputError(f"{source}: '{key}' must be of type {hint.__name__}, found {shown(value)}")
 
 
 def _validate(config: Config, source: str) -> None:
@@ -181,9 +218,17 @@ def _validate(config: Config, source: str) -> None:
             raise InputError(f"{source}: {message}")
 
     model, size = config.model, config.data.image_size
+    for key, largest in LARGEST.items():
+        found = size if key == "image_size" else getattr(model, key)
+        check(
+            found <= largest,
+            f"{'data' if key == 'image_size' else 'model'}.{key} must be at most {largest}, found {shown(found)}",
+        )
+    check(len(model.ch_mult) <= MOST_LEVELS, f"model.ch_mult must have at most {MOST_LEVELS} entries")
+    check(all(m <= LARGEST_MULT for m in model.ch_mult), f"model.ch_mult must be at most {LARGEST_MULT}")
     check(config.data.rescaled, "data.rescaled false is not supported: images are mapped from [-1, 1]")
     check(not config.data.logit_transform, "data.logit_transform is not supported")
-    check(model.type == "simple", f"model.type '{model.type}' is not supported; only 'simple' is")
+    check(model.type == "simple", f"model.type {shown(model.type)} is not supported; only 'simple' is")
     check(bool(model.ch_mult), "model.ch_mult must not be empty")
     check(all(m > 0 for m in model.ch_mult), "model.ch_mult must be positive")
     check(model.ch > 0 and model.ch % 32 == 0, f"model.ch must be a multiple of 32 (GroupNorm has 32 groups), found {model.ch}")
@@ -196,7 +241,7 @@ def _validate(config: Config, source: str) -> None:
     diffusion = config.diffusion
     check(
         diffusion.beta_schedule in BETA_SCHEDULES,
-        f"diffusion.beta_schedule '{diffusion.beta_schedule}' is unknown; use one of {', '.join(BETA_SCHEDULES)}",
+        f"diffusion.beta_schedule {shown(diffusion.beta_schedule)} is unknown; use one of {', '.join(BETA_SCHEDULES)}",
     )
     check(
         1 < diffusion.num_diffusion_timesteps <= MOST_TIMESTEPS,
