@@ -202,6 +202,10 @@ def make_scales(
     has the recipe's intensity.
     """
     if recipe.method == "modiff" and not any(step > 0 for step in trajectories.chosen):
+        if len(trajectories.timesteps) == 1:
+            raise InputError(
+                "one step has no change from a step before it, so nothing to modulate; use --method qdiff, or more --timesteps"
+            )
         raise InputError("the trajectories hold no step after the first, so no residuals; collect with more --calib-steps")
     layers: dict[str, LayerScales] = {}
     full_range, bits = [], []

@@ -133,6 +133,8 @@ def _manifest(
         "schema": MANIFEST_SCHEMA,
         "config": config_to_dict(network.config),
         "checkpoint_sha256": checkpoint.sha256,
+        "checkpoint_weights": checkpoint.weights,
+        "checkpoint": checkpoint.description,
         "scales_sha256": scales_sha256,
         "dtype": dtype,
         "method": scales.method if scales is not None else "float",

@@ -43,7 +43,7 @@ def rows_of_manifest(manifest: dict[str, Any]) -> RowTable | None:
         return None
     warmup, steps = manifest["warmup"], manifest["timesteps"]
     t = np.asarray([steps[0]] * warmup + steps, np.int64)
-    return RowTable(t, decode_array(manifest["multipliers"]).reshape(len(t), -1), warmup)
+    return RowTable(t, decode_array(manifest["multipliers"]).reshape(len(t), len(manifest["modulated"])), warmup)
 
 
 def plain_rows(timesteps: tuple[int, ...]) -> RowTable:

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from modiff_trt.export.config import Config, config_from_dict, config_to_dict, model_fingerprint
-from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import load_arrays, save_arrays
+from modiff_trt.export.errors import InputError, shown
+from modiff_trt.export.files import Stored, load_arrays, save_arrays
+from modiff_trt.export.manifest import check_layers
 from modiff_trt.export.rows import RowTable, plain_rows
 from modiff_trt.export.unet import Network
 
 KIND, SCHEMA = "scales", 4
-MODES = ("modiff", "int8", "float")
 METHODS = ("modiff", "qdiff")
 # Activation grids: baked; per sample (LTQ); per sample and input channel (LCQ).
 GRANULARITIES = ("static", "tensor", "channel")
@@ -72,6 +72,8 @@ class Scales:
     histogram_range: FloatArray
     granularity: str = "static"
     dither: bool = False
+    # SHA-256 of the file that they were read from; empty where they were just made.
+    file_sha256: str = ""
 
     @property
     def modulated(self) -> tuple[str, ...]:
@@ -125,8 +127,10 @@ def save_scales(path: Path, scales: Scales) -> None:
 
 def load_scales(path: Path, network: Network | None = None, checkpoint_sha256: str | None = None) -> Scales:
     """Reads a scales file and, where given, checks that it belongs to this network and checkpoint."""
-    header, arrays = load_arrays(path, KIND, SCHEMA)
+    stored = load_arrays(path, KIND, SCHEMA)
+    header, arrays = stored.header, stored.arrays
     try:
+        _check_types(stored, path)
         layers = {}
         for name, entry in header["layers"].items():
             activation, residual, ratio = (float(v) for v in arrays[f"layer.{name}.scales"])
@@ -151,16 +155,19 @@ def load_scales(path: Path, network: Network | None = None, checkpoint_sha256: s
             arrays["histogram.range"],
             header["granularity"],
             header["dither"],
+            stored.sha256,
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"scales file {path} is incomplete ({type(error).__name__}: {error}); calibrate again") from None
+        raise InputError(
+            f"scales file {path} is incomplete ({type(error).__name__}: {shown(error)}); calibrate again"
+        ) from None
     _check(scales, path)
     if network is not None:
         check_network(scales, path, network)
     if checkpoint_sha256 is not None and checkpoint_sha256 != scales.checkpoint_sha256:
         raise InputError(
             f"scales file {path} was calibrated on another checkpoint (SHA-256 {scales.checkpoint_sha256[:12]}..., this one "
-            f"is {checkpoint_sha256[:12]}...); pass the checkpoint it was made from, or calibrate again"
+            f"is {checkpoint_sha256[:12]}...), or on its other weights (raw, EMA); pass what was used, or calibrate again"
         )
     return scales
 
@@ -169,15 +176,81 @@ def check_network(scales: Scales, path: Path, network: Network) -> None:
     """Raises InputError unless the scales were made for this network."""
     if model_fingerprint(scales.config) != model_fingerprint(network.config):
         raise InputError(f"{path} was made for another configuration than --config; pass the one it was made with")
+    if list(scales.layers) != [spec.name for spec in network.layers]:
+        raise InputError(f"{path} has other layers than the network; calibrate again")
+    for spec in network.layers:
+        layer = scales.layers[spec.name]
+        weights = spec.out_shape[0] * spec.in_shape[0] * spec.kernel**2
+        if layer.weight_scale.shape != (spec.out_shape[0],):
+            raise InputError(f"{path}: layer '{spec.name}' has scales for another number of channels; calibrate again")
+        if layer.round_up is not None and layer.round_up.shape != (-(-weights // 8),):
+            raise InputError(f"{path}: layer '{spec.name}' has rounding for another number of weights; calibrate again")
+
+
+# Type and number of dimensions of each array; -1 is any size.
+ARRAYS: dict[str, tuple[type, int]] = {
+    "rows.t": (np.int64, 1),
+    "rows.multipliers": (np.float32, 2),
+    "range.steps": (np.int64, 1),
+    "range.activation": (np.float32, 2),
+    "range.residual": (np.float32, 2),
+    "histogram.residual": (np.float32, 2),
+    "histogram.range": (np.float32, 1),
+}
+OF_A_LAYER: dict[str, tuple[type, int]] = {"weight_scale": (np.float32, 1), "scales": (np.float32, 1)}
+WORDS = ("checkpoint_sha256", "scale_method", "skip_type")
+
+
+def _check_types(stored: Stored, path: Path) -> None:
+    """Raises InputError unless header and arrays are of the types and shapes that a scales file has; KeyError if one is
+    absent."""
+    header, arrays = stored.header, stored.arrays
+
+    def check(good: bool, what: str) -> None:
+        if not good:
+            raise InputError(f"scales file {path} has a damaged '{what}'; calibrate again")
+
+    def of(name: str, kind: tuple[type, int]) -> bool:
+        return arrays[name].dtype == kind[0] and arrays[name].ndim == kind[1]
+
+    check(isinstance(header["layers"], dict) and bool(header["layers"]), "layers")
+    check_layers(header["layers"], f"scales file {path}")
+    for word in WORDS:
+        check(isinstance(header[word], str), word)
+    check(header["method"] in METHODS, "method")
+    check(header["granularity"] in GRANULARITIES, "granularity")
+    check(type(header["exact_start"]) is bool and type(header["dither"]) is bool, "start")
+    for name, kind in ARRAYS.items():
+        check(of(name, kind), name)
+    for layer in header["layers"]:
+        for part, kind in OF_A_LAYER.items():
+            check(of(f"layer.{layer}.{part}", kind), f"layer.{layer}.{part}")
+        check(arrays[f"layer.{layer}.scales"].shape == (3,), f"layer.{layer}.scales")
+        rounding = arrays.get(f"layer.{layer}.round_up")
+        check(rounding is None or (rounding.dtype == np.uint8 and rounding.ndim == 1), f"layer.{layer}.round_up")
+    steps, layers = len(arrays["range.steps"]), len(header["layers"])
+    for name in ("range.activation", "range.residual"):
+        check(arrays[name].shape == (steps, layers), name)
+    check(len(arrays["histogram.residual"]) == len(arrays["histogram.range"]) == layers, "histogram.residual")
+    warmup, t = header["warmup"], arrays["rows.t"]
+    check(type(warmup) is int and 0 <= warmup < len(t) and bool((t[:warmup] == t[warmup]).all()), "warmup")
+    inside = (arrays["range.steps"] >= 0) & (arrays["range.steps"] < len(t) - warmup)
+    check(bool(inside.all()), "range.steps")
 
 
 def _check(scales: Scales, path: Path) -> None:
     for name, layer in scales.layers.items():
         numbers = [layer.activation_scale, layer.residual_scale, layer.skip_ratio, *layer.weight_scale]
         positive = (layer.weight_scale > 0).all() and layer.scale > 0 and layer.skip_ratio > 0
-        if layer.mode not in MODES or not np.isfinite(numbers).all() or not positive:
-            raise InputError(f"scales file {path}: layer '{name}' has a bad mode or scale; calibrate again")
+        if not np.isfinite(numbers).all() or not positive:
+            raise InputError(f"scales file {path}: layer '{name}' has a scale that is not positive; calibrate again")
     if scales.rows.multipliers.shape != (len(scales.rows), len(scales.modulated)):
         raise InputError(f"scales file {path}: the row table does not fit the modulated layers; calibrate again")
     if not np.isfinite(scales.rows.multipliers).all() or (scales.rows.multipliers <= 0).any():
         raise InputError(f"scales file {path}: the row table has a multiplier that is not positive; calibrate again")
+    t, total = scales.rows.t, scales.config.diffusion.num_diffusion_timesteps
+    if (t < 0).any() or (t >= total).any() or (np.diff(t) > 0).any():
+        raise InputError(f"scales file {path}: the row table has timesteps that the schedule does not have; calibrate again")
+    ranges = (scales.activation_range, scales.residual_range, scales.residual_histogram, scales.histogram_range)
+    if not all(np.isfinite(part).all() for part in ranges):
+        raise InputError(f"scales file {path} has ranges that are not finite; calibrate again")

@@ -55,7 +55,7 @@ def save_trajectories(path: Path, trajectories: Trajectories) -> None:
 
 def load_trajectories(path: Path, config: Config, checkpoint_sha256: str) -> Trajectories:
     """Reads a trajectory file and checks that this configuration and checkpoint made it."""
-    header, arrays = load_arrays(path, KIND, SCHEMA)
+    header, arrays, _ = load_arrays(path, KIND, SCHEMA)
     try:
         result = Trajectories(
             config_from_dict(header["config"], str(path)),
@@ -69,14 +69,34 @@ def load_trajectories(path: Path, config: Config, checkpoint_sha256: str) -> Tra
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"trajectories file {path} is incomplete ({error}); collect again") from None
+    if not _is_sound(result):
+        raise InputError(f"trajectories file {path} has a header that does not fit its arrays; collect again")
     if model_fingerprint(result.config) != model_fingerprint(config):
         raise InputError(
             f"trajectories file {path} was collected with another configuration; pass its --config or collect again"
         )
     if result.checkpoint_sha256 != checkpoint_sha256:
         raise InputError(
-            f"trajectories file {path} was collected with another checkpoint; pass that one with --ckpt or collect again"
+            f"trajectories file {path} was collected with another checkpoint, or its other weights (raw, EMA); pass those, or "
+            "collect again"
         )
     if not np.isfinite(result.x).all():
         raise InputError(f"trajectories file {path} holds NaN or infinite values; collect again")
     return result
+
+
+def _is_sound(found: Trajectories) -> bool:
+    """Whether types, shapes and numbers are those of a trajectory file."""
+    total, count = found.config.diffusion.num_diffusion_timesteps, len(found.timesteps)
+    steps, chosen = found.steps, found.chosen
+    if not isinstance(found.skip_type, str) or type(found.seed) is not int:
+        return False
+    if not count or not all(type(t) is int and 0 <= t < total for t in found.timesteps):
+        return False
+    if any(part.dtype != np.int64 or part.ndim != 1 or not len(part) or (np.diff(part) <= 0).any() for part in (steps, chosen)):
+        return False
+    there = set(steps.tolist())
+    if not all(0 <= s < count for s in there) or not {p for s in chosen.tolist() for p in (s, s - 1) if p >= 0} <= there:
+        return False
+    x = found.x
+    return x.dtype == np.float32 and x.ndim == 5 and x.shape[0] == len(steps) and x.shape[2:] == found.config.input_shape
