@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,13 @@ from modiff_trt.export.errors import InputError
 from modiff_trt.export.grid import grid_max
 from modiff_trt.export.quantizers import SMALLEST_SCALE
 from modiff_trt.export.torch_ops import convolve
-from modiff_trt.export.unet import LayerSpec
-from modiff_trt.plugins.modulated_conv.onednn_conv import ZERO_POINT, OneDnnConv
+from modiff_trt.plugins.modulated_conv.onednn_conv import ZERO_POINT, OneDnnConv, pairs_saturate, sums_are_exact
 from modiff_trt.plugins.modulated_conv.reference import InputShape
+from modiff_trt.runtime.cores import FreeCores
 from modiff_trt.runtime.native_layers import NativeLayer
+
+# Pixels from which on torch's group norm divides an image among its threads.
+LARGE = 1024
 
 
 class CpuKernels:
@@ -31,12 +35,20 @@ class CpuKernels:
     def __init__(self) -> None:
         if not hasattr(torch.ops.onednn, "qconv2d_pointwise") or not torch.backends.mkldnn.is_available():
             raise InputError("this torch has no oneDNN, which --backend native needs on a CPU; use --backend onnx")
-        if not _sums_are_exact():
-            raise InputError(
-                "this CPU has no INT8 dot product (VNNI), and oneDNN's sums of 8-bit products saturate without it; "
-                "use --backend onnx"
-            )
+        if not sums_are_exact(halves=pairs_saturate()):
+            raise InputError("oneDNN's sums of 8-bit products are not exact on this CPU; use --backend onnx")
+        self._free = FreeCores(torch.get_num_threads())
         self._convs: dict[tuple[str, int], OneDnnConv] = {}
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """As many threads as there are cores that other processes leave free: images do not depend on the number."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._free.update())
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def start(self, state: Tensor, unit: float) -> Tensor:
         return state.float() * unit
@@ -66,7 +78,7 @@ class CpuKernels:
         fresh = x is not a
         if norm is not None:
             gain, shift, groups, eps = norm
-            x, fresh = _pixels(F.group_norm(_image(x, shape), groups, gain, shift, eps)), True
+            x, fresh = _group_norm(x, shape, groups, gain, shift, eps), True
         if silu:
             x, fresh = F.silu(x, inplace=fresh), True
         if layer.factors is not None:
@@ -124,13 +136,20 @@ def _pointwise(layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def _sums_are_exact() -> bool:
-    """Whether the largest 8-bit products add up without saturating."""
-    spec = LayerSpec("probe", ("probe",), (64, 4, 4), (16, 4, 4), 1, 1, (0, 0, 0, 0))
-    out = torch.zeros(1, 16, 16)
-    weight = torch.full((16, 64, 1, 1), 127, dtype=torch.int8)
-    OneDnnConv(spec, weight).add(torch.full((1, 16, 64), 127 + ZERO_POINT, dtype=torch.uint8), 1.0, torch.ones(16), out)
-    return bool((out == 127 * 127 * 64).all())
+def _group_norm(x: Tensor, shape: InputShape, groups: int, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Group norm of x [N, H*W, C]: the same bits for every number of threads, which torch's own are not for large images."""
+    n, pixels, channels = x.shape
+    if pixels < LARGE:
+        return _pixels(F.group_norm(_image(x, shape), groups, gain, bias, eps))
+    mean_of_pixels = torch.full((n, 1, pixels), 1 / pixels)
+
+    def mean(values: Tensor) -> Tensor:
+        """Over the pixels and the channels of a group, for each channel: [N, 1, C]."""
+        by_channel = torch.bmm(mean_of_pixels, values).view(n, groups, -1)
+        return by_channel.mean(2, keepdim=True).expand_as(by_channel).reshape(n, 1, channels)
+
+    centered = x - mean(x)
+    return centered.mul_(torch.rsqrt(mean(centered * centered) + eps) * gain).add_(bias)
 
 
 def _image(x: Tensor, shape: InputShape) -> Tensor:

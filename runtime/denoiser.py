@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from modiff_trt.export.rows import RowTable
 
+OnDone = Callable[[int], None]
 Array = Any  # a numpy array or a torch tensor: whatever the backend computes on
 
 
@@ -25,8 +27,9 @@ class StateInfo:
 class WholeTrajectory(Protocol):
     """A backend that can run all rows of a trajectory without the host in between."""
 
-    def trajectory(self, x_start: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """x_0 of deterministic DDIM (eta = 0) from x_T, both float32 [N, C, H, W]."""
+    def trajectory(self, x_start: np.ndarray[Any, Any], on_done: OnDone | None = None) -> np.ndarray[Any, Any]:
+        """x_0 of deterministic DDIM (eta = 0) from x_T, both float32 [N, C, H, W]. `on_done` is called with the number of
+        passes that have ended since it was called last."""
 
 
 class Denoiser(Protocol):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from modiff_trt.export.config import Config
 from modiff_trt.export.rows import RowTable
+from modiff_trt.runtime.denoiser import OnDone
 from modiff_trt.runtime.schedule import alphas_cumprod, ddim_steps
 
 
@@ -99,12 +100,19 @@ class GraphedDenoiser(ABC):
         return self._eps[: self._batch].clone()
 
     @torch.no_grad()
-    def trajectory(self, x_start: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """x_0 of deterministic DDIM (eta = 0) from x_T, float32 [N, C, H, W]: the passes of all rows, without host work."""
+    def trajectory(self, x_start: np.ndarray[Any, Any], on_done: OnDone | None = None) -> np.ndarray[Any, Any]:
+        """x_0 of deterministic DDIM (eta = 0) from x_T, float32 [N, C, H, W]: the passes of all rows, without host work. On
+        CUDA they are queued at once, so that `on_done` hears of them together."""
         self.begin(x_start)
+        at_once = self._device.type == "cpu"
         for _ in range(len(self.rows)):
             self.step()
-        return self.to_host(self._x[: self._batch])
+            if on_done is not None and at_once:
+                on_done(1)
+        x = self.to_host(self._x[: self._batch])
+        if on_done is not None and not at_once:
+            on_done(len(self.rows))
+        return x
 
     @torch.no_grad()
     def begin(self, x_start: np.ndarray[Any, Any]) -> None:

@@ -15,7 +15,7 @@ from modiff_trt.export.errors import InputError
 from modiff_trt.export.scales import Scales
 from modiff_trt.export.torch_ops import Params
 from modiff_trt.export.unet import Network, unet
-from modiff_trt.runtime.denoiser import StateInfo
+from modiff_trt.runtime.denoiser import OnDone, StateInfo
 from modiff_trt.runtime.graphed_denoiser import GraphedDenoiser
 from modiff_trt.runtime.native_layers import NativeModel, aligned, build
 from modiff_trt.runtime.native_ops import WIDE_LAYERS, Buffers, Kernels, NativeOps, Stream, Value, shared_accumulators
@@ -64,8 +64,8 @@ class NativeDenoiser(GraphedDenoiser):
             if name not in self._shared:
                 self._buffers.o_hat[name][:size].copy_(o_hat)
 
-    def trajectory(self, x_start: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        x = super().trajectory(x_start)
+    def trajectory(self, x_start: np.ndarray[Any, Any], on_done: OnDone | None = None) -> np.ndarray[Any, Any]:
+        x = super().trajectory(x_start, on_done)
         self._check_sums()
         return x
 
@@ -85,6 +85,10 @@ class NativeDenoiser(GraphedDenoiser):
         refresh(self._kernels, self._model, self._buffers.first(size))
 
     def _predict(self, x: Tensor) -> Tensor:
+        with self._kernels.busy():
+            return self._pass_of(x)
+
+    def _pass_of(self, x: Tensor) -> Tensor:
         model, (n, channels, height, width) = self._model, x.shape
         ops = NativeOps(self._kernels, model.layers, model.norms, model.time_at, self._buffers.first(n), self._side)
         pixels = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)

@@ -8,6 +8,7 @@ once, by the first kernel that reads it. Arrays are channels-last, [N, H*W, C].
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -30,6 +31,10 @@ class Kernels(Protocol):
     real: torch.dtype
     integer: torch.dtype
     pads_real: bool
+
+    def busy(self) -> AbstractContextManager[None]:
+        """Entered for every pass."""
+        ...
 
     def start(self, state: Tensor, unit: float) -> Tensor:
         """A state given in units (int16 [H*W, C]) as these kernels keep it."""

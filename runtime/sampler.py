@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.runtime.denoiser import Denoiser, WholeTrajectory
+from modiff_trt.runtime.denoiser import Denoiser, OnDone, WholeTrajectory
 from modiff_trt.runtime.schedule import Array as Float64Array
 from modiff_trt.runtime.schedule import ddim_steps
 
@@ -23,15 +23,17 @@ def ddim_sample(
     eta: float = 0.0,
     draw_noise: Callable[[], np.ndarray[Any, Any]] | None = None,
     on_pass: OnPass | None = None,
+    on_done: OnDone | None = None,
 ) -> np.ndarray[Any, Any]:
     """Runs one trajectory from `x_start` (x_T, float32 [N, C, H, W]) and returns x_0, same shape, not clipped.
 
     `draw_noise` supplies the fresh noise of each step and is required when eta > 0. `on_pass(row, x, eps)` is called
-    after every pass, warm-up passes included, with the backend's own arrays. A backend that runs whole trajectories by
-    itself does so where nobody watches and no noise is drawn. Raises InputError when the result is not finite.
+    after every pass, warm-up passes included, with the backend's own arrays. `on_done(n)` is called when n more passes have
+    ended. A backend that runs whole trajectories by itself does so where there is no `on_pass` and no noise is drawn. Raises
+    InputError when the result is not finite.
     """
     if eta == 0.0 and on_pass is None and isinstance(denoiser, WholeTrajectory):
-        return _finite(denoiser.trajectory(x_start))
+        return _finite(denoiser.trajectory(x_start, on_done))
     rows = denoiser.rows
     steps = ddim_steps(alpha_bar, rows.timesteps, eta)
     if eta > 0 and draw_noise is None:
@@ -42,6 +44,8 @@ def ddim_sample(
         eps = denoiser(x, row)
         if on_pass is not None:
             on_pass(row, x, eps)
+        if on_done is not None:
+            on_done(1)
         if row < rows.warmup:
             continue
         step = steps[row - rows.warmup]

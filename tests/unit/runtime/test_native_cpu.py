@@ -1,5 +1,7 @@
 """The native backend on a CPU, for real: oneDNN's INT8 convolutions."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ import torch.nn.functional as F
 
 from modiff_trt.export.unet import LayerSpec
 from modiff_trt.plugins.modulated_conv.onednn_conv import OneDnnConv
-from modiff_trt.runtime.cpu_kernels import CpuKernels
+from modiff_trt.plugins.modulated_conv.reference import InputShape
+from modiff_trt.runtime.cpu_kernels import CpuKernels, _group_norm
 from modiff_trt.runtime.images import psnr
 from modiff_trt.runtime.native_denoiser import NativeDenoiser
 from modiff_trt.runtime.native_layers import build
@@ -23,7 +26,9 @@ from modiff_trt.tools.trials import with_modes
         ((32, 5, 9), 96, 1, 1, (0, 0, 0, 0)),
     ],
 )
-def test_integer_products_are_exact(shape, out, kernel, stride, padding):
+@pytest.mark.parametrize("halves", [True, None])
+def test_integer_products_are_exact(shape, out, kernel, stride, padding, halves):
+    """Also where pairs of products saturate in 16 bits: there the input is split."""
     spec = LayerSpec("layer", ("layer",), shape, (out, shape[1] // stride, shape[2] // stride), kernel, stride, padding)
     weight = torch.randint(-127, 128, (out, shape[0], kernel, kernel), dtype=torch.int8)
     q = torch.randint(-128, 128, (3, shape[1] * shape[2], shape[0]))
@@ -33,7 +38,7 @@ def test_integer_products_are_exact(shape, out, kernel, stride, padding):
     assert expected.abs().max() < 2**24  # so that float32 holds every sum
     start = torch.randint(-1000, 1000, (3, expected[0, 0].numel(), out)).float()
     result = start.clone()
-    OneDnnConv(spec, weight).add((q + 128).to(torch.uint8), 1.0, torch.ones(out), result)
+    OneDnnConv(spec, weight, halves).add((q + 128).to(torch.uint8), 1.0, torch.ones(out), result)
     assert torch.equal(result.double(), start.double() + expected.flatten(2).transpose(1, 2))
 
 
@@ -77,6 +82,28 @@ def test_what_stood_in_the_buffers_before_a_trajectory_does_not_matter(demo):
     denoiser._counter.zero_()
     denoiser._pass(2)
     np.testing.assert_array_equal(demo.sample(denoiser, images=2), expected)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_images_do_not_depend_on_the_number_of_threads(demo, images, monkeypatch):
+    """Which follows what other processes leave free, pass by pass."""
+    denoiser = native(demo, demo.scales())
+    numbers = {"one": [1], "two": [2], "changing": [1, 2, 3]}
+    found = {}
+    for name, counts in numbers.items():
+        turn = itertools.cycle(counts)
+        monkeypatch.setattr(denoiser._kernels._free, "update", lambda turn=turn: next(turn))
+        found[name] = demo.sample(denoiser, images=images)
+    np.testing.assert_array_equal(found["one"], found["two"])
+    np.testing.assert_array_equal(found["one"], found["changing"])
+
+
+def test_group_norm_of_large_images_is_torch_s():
+    x, gain, bias = torch.randn(3, 40 * 32, 96), torch.randn(96), torch.randn(96)
+    image = x.double().transpose(1, 2)
+    expected = F.group_norm(image, 32, gain.double(), bias.double(), 1e-6).transpose(1, 2)
+    found = _group_norm(x + 0, InputShape(96, 0, 40, 32, False), 32, gain, bias, 1e-6)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_start_does_not_depend_on_the_number_of_threads(demo):
