@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
-import json
+import io
+import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
-from PIL import Image
 
-from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import read_json, sha256
+from modiff_trt.export.errors import InputError, one_line, shown
+from modiff_trt.export.files import DIGEST, parse_json, read_file, read_json, read_signed, sha256, signed
 from modiff_trt.export.manifest import MANIFEST
+from modiff_trt.runtime.digest_list import read_listed, read_sums
+from modiff_trt.runtime.pictures import SUFFIXES, Images, decode, find_pictures, open_picture, survey
 
-Images = np.ndarray[Any, np.dtype[np.uint8]]
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 NPZ_KEYS = ("images", "arr_0")  # ours, and guided-diffusion's
 SHARDS = "images-*.npy"
 CIFAR_RECORD = 1 + 3 * 32 * 32
 CHUNK = 512
-# What numpy, zipfile, zlib and Pillow raise for damaged files.
-READ_ERRORS = (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error)
+# What numpy, zipfile and zlib raise for damaged files; a header that claims terabytes makes numpy ask for them.
+READ_ERRORS = (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError)
+# What every manifest of a set of images that `sample` made has.
+OURS = {"seed", "eta", "batch_size"}
+SAMPLE_AGAIN = "run `sample` again, into another folder"
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """`count` images uint8 [height, width, 3]; nothing is held in memory but the batch that is read. `first` is the index of
-    the first one in its series, and `manifest` what made them, where `modiff-trt sample` did."""
+    """`count` images uint8 [height, width, 3]; nothing is held in memory but the batch that is read.
+
+    `names` are what the images are called, without suffixes, where they have names. `first` is the index of the first one in
+    its series, and `manifest` what made them, where `modiff-trt sample` did. `notes` say what was left out, one line each.
+    """
 
     path: Path
     count: int
@@ -42,6 +49,10 @@ class ImageSet:
     chunks: Callable[[], Iterator[Images]]
     first: int | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
+    names: Sequence[str] | None = None
+    notes: tuple[str, ...] = ()
+    # Where each image stands when the files are sorted by their paths as text, as torch-fidelity does; None: as here.
+    ranks: Sequence[int] | None = None
 
     def batches(self, size: int) -> Iterator[Images]:
         """The images in order, uint8 [n, H, W, 3] with n = size but for the last. Raises InputError if one cannot be read."""
@@ -60,24 +71,23 @@ class ImageSet:
             yield np.concatenate(kept)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the file, or of a folder's names, sizes and times of change: quick, and another for a copy."""
+        """SHA-256 of names, sizes and times of change: quick, to see whether files changed while they were read."""
 
         def stamp(file: Path) -> str:
-            return f"{file.stat().st_size} {file.stat().st_mtime_ns}"
+            return f"{file.stat().st_ino} {file.stat().st_size} {file.stat().st_mtime_ns}"
 
         return self._digest(stamp)
 
     def content_sha256(self) -> str:
         """SHA-256 of the file, or of a folder's names and files."""
-        return self._digest(sha256)
+        return sha256(self.path) if self.path.is_file() else self._digest(sha256)
 
     def _digest(self, of: Callable[[Path], str]) -> str:
-        if self.path.is_file():
-            return sha256(self.path)
+        files = [self.path] if self.path.is_file() else sorted(self.path.rglob("*"))
         digest = hashlib.sha256()
-        for file in sorted(self.path.rglob("*")):
-            if file.suffix.lower() in {*SUFFIXES, ".npy"}:
-                digest.update(f"{file.relative_to(self.path)} {of(file)}\n".encode())
+        for file in files:
+            if self.path.is_file() or (file.suffix.lower() in {*SUFFIXES, ".npy"} and file.is_file()):
+                digest.update(os.fsencode(file.relative_to(self.path)) + f" {of(file)}\n".encode())
         return digest.hexdigest()
 
 
@@ -95,6 +105,8 @@ def _open(path: Path) -> ImageSet:
         return _shards(path) if any(path.glob(SHARDS)) else _pictures(path)
     if not path.exists():
         raise InputError(f"images {path} not found; pass a folder of pictures, an .npz or cifar-10-binary.tar.gz")
+    if not path.is_file():
+        raise InputError(f"images {path} are neither a folder nor a file")
     if path.suffix == ".npz":
         return _npz(path)
     if path.name.endswith((".tar.gz", ".tgz")):
@@ -112,29 +124,32 @@ def load_images(path: Path, size: int) -> Images:
 
 
 def _pictures(path: Path) -> ImageSet:
-    files = sorted((f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES), key=_place)
+    files, notes = find_pictures(path)
     if not files:
         raise InputError(f"folder {path} holds no pictures ({', '.join(sorted(SUFFIXES))}) and no shards ({SHARDS})")
-    first, manifest = None, _manifest(path)
-    if (path / MANIFEST).exists():
-        numbers = [int(f.stem) for f in files if f.stem.isdecimal()]
-        if len(numbers) == len(files) and numbers[-1] - numbers[0] + 1 != len(files):
-            raise InputError(f"{path}: some images between {numbers[0]} and {numbers[-1]} are missing; run its `sample` again")
-        first = numbers[0] if len(numbers) == len(files) else None
+    manifest = read_manifest(path)
+    if manifest is None:
+        found = survey(files, path)
+        names = [file.relative_to(path).with_suffix("").as_posix() for file in files]
+        chunks = partial(_decoded, found.files, None)
+        ranks = {file: rank for rank, file in enumerate(sorted(map(str, files)))}
+        notes += found.notes
+        return ImageSet(path, len(files), found.size, chunks, None, {}, names, tuple(notes), [ranks[str(f)] for f in files])
+    numbers = [int(f.stem) for f in files if f.stem.isascii() and f.stem.isdecimal() and f.suffix == ".png"]
+    if len(numbers) != len(files):
+        raise InputError(f"{path} holds pictures that `sample` did not make beside those that it did; move them elsewhere")
+    if numbers[-1] - numbers[0] + 1 != len(files):
+        raise InputError(f"{path}: some images between {numbers[0]} and {numbers[-1]} are missing; run its `sample` again")
+    sums = read_sums(path)
+    with open_picture(io.BytesIO(read_listed(files[0], sums, "picture")), files[0]) as image:
+        shape = (image.height, image.width)
+    chunks = partial(_decoded, tuple(files), sums)
+    return ImageSet(path, len(files), shape, chunks, numbers[0], manifest, list(map(str, numbers)), tuple(notes))
 
-    def read(file: Path) -> Images:
-        try:
-            return np.asarray(Image.open(file).convert("RGB"))[None]
-        except (*READ_ERRORS, Image.DecompressionBombError) as error:
-            raise InputError(f"{file} cannot be read: {error}") from None
 
-    height, width, _ = read(files[0])[0].shape
-    return ImageSet(path, len(files), (height, width), lambda: map(read, files), first, manifest)
-
-
-def _place(file: Path) -> tuple[Path, int, str]:
-    """Pictures that are named by a number are sorted by it."""
-    return file.parent, int(file.stem) if file.stem.isdecimal() else -1, file.name
+def _decoded(files: Sequence[Path], sums: dict[str, str] | None) -> Iterator[Images]:
+    for file in files:
+        yield decode(read_file(file, "picture") if sums is None else read_listed(file, sums, "picture"), file)
 
 
 def shard_name(first: int, last: int) -> str:
@@ -152,6 +167,8 @@ def shard_range(file: Path) -> tuple[int, int]:
 
 def _shards(path: Path) -> ImageSet:
     files = sorted(path.glob(SHARDS), key=shard_range)
+    manifest = read_manifest(path)
+    sums = read_sums(path) if manifest is not None else None
     following: int | None = None
     shape: tuple[int, ...] = ()
     for file in files:
@@ -162,21 +179,26 @@ def _shards(path: Path) -> ImageSet:
             raise InputError(f"{path}: {file.name} overlaps the shard before it; delete one of them")
         try:
             with file.open("rb") as opened:
-                shape, dtype = _npy_header(opened)
+                shape, dtype = npy_header(opened)
         except READ_ERRORS as error:
             raise InputError(f"shard {file} cannot be read ({error}); delete it and sample again") from None
         if len(shape) != 4 or dtype != np.uint8 or shape[0] != last - first + 1:
             raise InputError(f"shard {file} does not hold the images that its name says; delete it and sample again")
+        if shape[3] not in (1, 3):
+            raise InputError(f"{path} holds images of {shape[3]} channels; pictures have 1 or 3")
         following = last + 1
     begin, end = shard_range(files[0])[0], shard_range(files[-1])[1] + 1
-    return ImageSet(path, end - begin, (shape[1], shape[2]), lambda: map(_read_shard, files), begin, _manifest(path))
+    chunks = partial(_read_shards, tuple(files), sums)
+    return ImageSet(path, end - begin, (shape[1], shape[2]), chunks, begin, manifest or {}, list(map(str, range(begin, end))))
 
 
-def _read_shard(file: Path) -> Images:
-    try:
-        return _three_channels(np.load(file, allow_pickle=False))
-    except READ_ERRORS as error:
-        raise InputError(f"shard {file} cannot be read ({error}); delete it and sample again") from None
+def _read_shards(files: Sequence[Path], sums: dict[str, str] | None) -> Iterator[Images]:
+    for file in files:
+        data = read_file(file, "shard") if sums is None else read_listed(file, sums, "shard")
+        try:
+            yield _three_channels(np.load(io.BytesIO(data), allow_pickle=False))
+        except READ_ERRORS as error:
+            raise InputError(f"shard {file} cannot be read ({error}); delete it and sample again") from None
 
 
 def _three_channels(images: Images) -> Images:
@@ -184,34 +206,55 @@ def _three_channels(images: Images) -> Images:
 
 
 def _npz(path: Path) -> ImageSet:
+    shapes = []
     try:
         with zipfile.ZipFile(path) as archive:
             for key in NPZ_KEYS:
                 if f"{key}.npy" in archive.namelist():
                     with archive.open(f"{key}.npy") as file:
-                        shape, dtype = _npy_header(file)
+                        shape, dtype = npy_header(file, archive.getinfo(f"{key}.npy").file_size)
                     if dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3):
                         chunks = partial(_npz_chunks, path, f"{key}.npy")
-                        return ImageSet(path, shape[0], shape[1:3], chunks, *_npz_origin(path))
+                        return _with_origin(ImageSet(path, shape[0], shape[1:3], chunks))
+                    shapes.append(f"{key} is {dtype} {shape}")
     except READ_ERRORS as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    raise InputError(f"{path} has no uint8 array [N, H, W, 3] named {' or '.join(NPZ_KEYS)}")
+        raise InputError(f"{path} cannot be read: {one_line(str(error))}") from None
+    found = f"; {', '.join(shapes)}" if shapes else ""
+    raise InputError(f"{path} has no uint8 array [N, H, W, 3] or [N, H, W, 1] named {' or '.join(NPZ_KEYS)}{found}")
 
 
-def _npz_origin(path: Path) -> tuple[int | None, dict[str, Any]]:
-    """(`first`, `manifest`) of an .npz that `sample` wrote."""
+def _with_origin(images: ImageSet) -> ImageSet:
+    """The set with indices and manifest, where `sample` wrote it."""
+    path = images.path
     try:
         with np.load(path, allow_pickle=False) as file:
-            first, manifest = int(file["indices"][0]), json.loads(str(file["manifest"]))
-    except (*READ_ERRORS, IndexError, TypeError, KeyError):
-        return None, {}  # another tool's
-    return first, manifest if isinstance(manifest, dict) else {}
+            if not {"indices", "manifest"} <= set(file.files):
+                return images  # another tool's
+            indices, text = file["indices"], str(file["manifest"])
+    except READ_ERRORS as error:
+        raise InputError(f"{path} cannot be read: {one_line(str(error))}") from None
+    manifest = parse_json(text, f"the manifest of {path}")
+    if not isinstance(manifest, dict) or indices.shape != (images.count,) or indices.dtype != np.int64:
+        raise InputError(f"the manifest or the indices of {path} are damaged; {SAMPLE_AGAIN}")
+    names = list(map(str, indices.tolist()))
+    return ImageSet(path, images.count, images.shape, images.chunks, int(indices[0]) if names else None, manifest, names)
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a set that `sample` made; None for a set of something else, whose file of that name is not ours. Raises
+    InputError if it was altered."""
     file = folder / MANIFEST
-    about = read_json(file, "manifest") if file.exists() else {}
-    return about if isinstance(about, dict) else {}
+    if not file.exists():
+        return None
+    about = read_json(file, "manifest")
+    if not isinstance(about, dict) or not (DIGEST in about or about.keys() >= OURS):
+        return None
+    return read_signed(file, "manifest", SAMPLE_AGAIN)
+
+
+def same_manifest(found: dict[str, Any], manifest: dict[str, Any]) -> bool:
+    """Whether a manifest that was read is this one."""
+    return signed(found) == signed(manifest)
 
 
 def has_images(path: Path) -> bool:
@@ -220,15 +263,28 @@ def has_images(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             return any(f"{key}.npy" in archive.namelist() for key in NPZ_KEYS)
     except READ_ERRORS as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+        raise InputError(f"{path} cannot be read: {one_line(str(error))}") from None
 
 
-def _npy_header(file: Any) -> tuple[Any, Any]:
+def npy_header(file: Any, size: int | None = None) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """(shape, dtype) of an .npy that is open at its beginning. Raises ValueError unless the file, of `size` bytes, has just
+    what its header says."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    try:
+        shape, fortran, dtype = read(file)
+    except (RecursionError, MemoryError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"its header is damaged ({type(error).__name__})") from None
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are never executed")
+    if any(n < 0 for n in shape):
+        raise ValueError(f"its header says the shape {shown(shape)}")
     if fortran and len(shape) > 1:
         raise ValueError("its array is in Fortran order; save it with numpy.ascontiguousarray")
+    if size is None:
+        size = os.fstat(file.fileno()).st_size
+    if file.tell() + prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"its header says {dtype} {shown(shape)}, and the file has {size} bytes (truncated or damaged?)")
     return shape, dtype
 
 
@@ -236,30 +292,40 @@ def _npz_chunks(path: Path, member: str) -> Iterator[Images]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(member) as opened:
             file = cast(BinaryIO, opened)
-            shape, _ = _npy_header(file)
-            size = int(np.prod(shape[1:]))
+            shape, _ = npy_header(file, archive.getinfo(member).file_size)
+            size = prod(shape[1:])
             for begin in range(0, shape[0], CHUNK):
                 n = min(CHUNK, shape[0] - begin)
-                yield _three_channels(np.frombuffer(file.read(n * size), np.uint8).reshape(n, *shape[1:]))
+                data = file.read(n * size)
+                if begin + n == shape[0]:
+                    file.read(1)  # at the end the checksum is compared
+                yield _three_channels(np.frombuffer(data, np.uint8).reshape(n, *shape[1:]))
     except READ_ERRORS as error:
-        raise InputError(f"{path} cannot be read (truncated?): {error}") from None
+        raise InputError(f"{path} cannot be read (truncated?): {one_line(str(error))}") from None
 
 
 def cifar_batches(path: Path, prefix: str) -> Iterator[tuple[Images, Images]]:
     """(images [n, 32, 32, 3], labels [n]), uint8, of each file of CIFAR-10's binary archive whose name begins with `prefix`.
-    Raises InputError if there is none."""
-    found = False
+    Raises InputError if there is none, or the archive's checksum is wrong."""
+    parts: dict[str, bytes] = {}
     try:
-        with tarfile.open(path) as archive:
-            for member in sorted(archive.getmembers(), key=lambda m: m.name):
+        # Read to its end, or the checksum there is never compared; and a link in an archive is not followed.
+        with gzip.open(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r|") as archive:
+            for member in archive:
                 name = Path(member.name).name
-                if name.startswith(prefix) and name.endswith(".bin"):
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    rows = np.frombuffer(file.read(), np.uint8).reshape(-1, CIFAR_RECORD)
-                    found = True
-                    yield rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
-    except (*READ_ERRORS, tarfile.TarError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if not found:
+                if member.isreg() and name.startswith(prefix) and name.endswith(".bin"):
+                    opened = archive.extractfile(member)
+                    parts[member.name] = opened.read() if opened is not None else b""
+            while unpacked.read(1 << 20):
+                pass
+    except (*READ_ERRORS, tarfile.TarError, RecursionError, OverflowError) as error:
+        raise InputError(f"{path} cannot be read: {one_line(str(error))}") from None
+    for name, data in sorted(parts.items()):
+        if len(data) % CIFAR_RECORD:
+            raise InputError(f"{path}: {shown(name)} is no whole number of CIFAR-10 records; download the archive again")
+        rows = np.frombuffer(data, np.uint8).reshape(-1, CIFAR_RECORD)
+        if (rows[:, 0] > 9).any():
+            raise InputError(f"{path}: {shown(name)} has labels above 9; it is not CIFAR-10's binary version")
+        yield rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
+    if not parts:
         raise InputError(f"{path} holds no {prefix}*.bin; the binary version of CIFAR-10 is needed (no pickle is read)")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import zipfile
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from modiff_trt.export.errors import InputError
+from modiff_trt.export.errors import InputError, one_line, shown
+from modiff_trt.export.files import digest_of, read_file
+from modiff_trt.runtime.image_sets import READ_ERRORS, npy_header
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -26,17 +28,19 @@ class ImageNoise:
         return np.stack([g.standard_normal(self._shape, dtype=np.float32) for g in self._generators])
 
 
-def load_noise(path: Path, count: int, shape: tuple[int, int, int]) -> Array:
-    """Reads x_T for `count` images from a .npy file, float32 [N, C, H, W] with N >= count."""
+def load_noise(path: Path, count: int, shape: tuple[int, int, int]) -> tuple[Array, str]:
+    """x_T for `count` images from a .npy file, float32 [N, C, H, W] with N >= count, and the SHA-256 of the file."""
+    if not path.exists():
+        raise InputError(f"noise file {path} does not exist")
+    data = read_file(path, "noise file")
     try:
-        noise = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"noise file {path} does not exist") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"noise file {path} is not a valid .npy file: {error}") from None
-    if not isinstance(noise, np.ndarray) or noise.dtype != np.float32 or noise.shape[1:] != shape or len(noise) < count:
-        found = f"{noise.dtype} {noise.shape}" if isinstance(noise, np.ndarray) else "an archive"
-        raise InputError(f"noise file {path} must be float32 {('N', *shape)} with N >= {count}, found {found}")
+        found, dtype = npy_header(io.BytesIO(data), len(data))
+        good = dtype == np.float32 and found[1:] == shape and found[0] >= count
+        noise = np.load(io.BytesIO(data), allow_pickle=False) if good else None
+    except READ_ERRORS as error:
+        raise InputError(f"noise file {path} is not a valid .npy file: {one_line(str(error))}") from None
+    if noise is None:
+        raise InputError(f"noise file {path} must be float32 {('N', *shape)} with N >= {count}, found {dtype} {shown(found)}")
     if not np.isfinite(noise).all():
         raise InputError(f"noise file {path} holds NaN or infinite values")
-    return np.asarray(noise[:count])
+    return np.asarray(noise[:count]), digest_of(data)

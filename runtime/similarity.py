@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.runtime.image_sets import Images
+from modiff_trt.runtime.pictures import Images
 
 WINDOW, SIGMA, LEVELS = 11, 1.5, 255.0
 C1, C2 = (0.01 * LEVELS) ** 2, (0.03 * LEVELS) ** 2

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import write_signed
 from modiff_trt.runtime.image_sets import cifar_batches, open_images
 from modiff_trt.runtime.images import ShardFolder
 
@@ -84,7 +85,7 @@ def test_pictures_are_sorted_by_their_number(images, tmp_path):
     for name, image in zip((9, 10, 11, 100), images[:4], strict=True):
         Image.fromarray(image).save(tmp_path / f"{name}.png")
     np.testing.assert_array_equal(np.concatenate(list(open_images(tmp_path).batches(9))), images[:4])
-    (tmp_path / "manifest.json").write_text("{}")  # ours: a hole is an image that is missing
+    write_signed(tmp_path / "manifest.json", {})  # ours: a hole is an image that is missing
     with pytest.raises(InputError, match="are missing"):
         open_images(tmp_path)
 

@@ -1,11 +1,16 @@
+import fcntl
+import hashlib
+import json
 import math
 import os
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from modiff_trt.export.errors import InputError
+from modiff_trt.runtime.image_sets import open_images
 from modiff_trt.runtime.images import ImageFolder, ShardFolder, psnr, to_uint8
 from modiff_trt.runtime.noise import ImageNoise, load_noise
 
@@ -33,7 +38,8 @@ def test_noise_depends_on_seed_and_index_alone():
 
 def test_noise_file(tmp_path):
     np.save(tmp_path / "x.npy", np.ones((4, 3, 5, 5), np.float32))
-    assert load_noise(tmp_path / "x.npy", 2, (3, 5, 5)).shape == (2, 3, 5, 5)
+    noise, digest = load_noise(tmp_path / "x.npy", 2, (3, 5, 5))
+    assert noise.shape == (2, 3, 5, 5) and digest == hashlib.sha256((tmp_path / "x.npy").read_bytes()).hexdigest()
     for bad in (np.ones((4, 3, 5, 5)), np.ones((1, 3, 5, 5), np.float32), np.full((4, 3, 5, 5), np.nan, np.float32)):
         np.save(tmp_path / "bad.npy", bad)
         with pytest.raises(InputError):
@@ -50,17 +56,20 @@ def test_a_longer_shard_takes_the_place_of_one_that_a_killed_run_left(tmp_path):
     assert again.missing([0, 1, 2]) == [] and [f.name for f in tmp_path.glob("*.npy")] == ["images-000000-000002.npy"]
 
 
-def test_what_killed_processes_left_goes_after_an_hour(tmp_path):
-    for name, age in ((".00001.png.x.part", 7200), (".00002.png.x.part", 60), (".video.mp4.part", 7200)):
+def test_what_killed_processes_left_goes_with_the_next_run(tmp_path):
+    """The file of a process that is still writing is locked, and stays; so does what is not ours."""
+    for name in (".00001.png.x.part", ".00002.png.x.part", ".video.mp4.part"):
         (tmp_path / name).touch()
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
-    ImageFolder(tmp_path, {})
-    assert sorted(f.name for f in tmp_path.iterdir()) == [".00002.png.x.part", ".video.mp4.part", "manifest.json"]
+        os.utime(tmp_path / name, (time.time() - 60,) * 2)
+    with (tmp_path / ".00002.png.x.part").open() as writing:
+        fcntl.flock(writing, fcntl.LOCK_EX)
+        ImageFolder(tmp_path, {})
+    assert sorted(f.name for f in tmp_path.glob("*.part")) == [".00002.png.x.part", ".video.mp4.part"]
 
 
 def test_a_manifest_without_images_does_not_claim_a_folder(tmp_path):
     made = {"seed": 0, "batch_size": 1}
-    ImageFolder(tmp_path, made | {"eta": 1})
+    ImageFolder(tmp_path, made | {"eta": 1}).close()
     folder = ImageFolder(tmp_path, made | {"eta": 0})
     folder.save([0], np.zeros((1, 3, 4, 4), np.float32))
     with pytest.raises(InputError, match="another run"):
@@ -79,3 +88,79 @@ def test_folder_of_something_else_is_not_touched(tmp_path):
     with pytest.raises(InputError, match="without a manifest"):
         ImageFolder(tmp_path, {})
     assert [p.name for p in tmp_path.iterdir()] == ["holiday.png"]
+
+
+def test_a_folder_belongs_to_one_run_from_its_first_moment(tmp_path):
+    """A second run that begins before the first has written an image must not put its manifest in place of the first one's."""
+    made = {"seed": 0, "eta": 0, "batch_size": 1}
+    first = ImageFolder(tmp_path / "x", made)
+    with pytest.raises(InputError, match="is writing into"):
+        ImageFolder(tmp_path / "x", made | {"seed": 1})
+    with ImageFolder(tmp_path / "x", made) as rank:  # another process of the same job
+        rank.save([1], np.zeros((1, 3, 4, 4), np.float32))
+    first.save([0], np.zeros((1, 3, 4, 4), np.float32))
+    first.close()
+    assert json.loads((tmp_path / "x/manifest.json").read_text())["seed"] == 0
+    assert not (tmp_path / "x/.lock").exists() and len(list((tmp_path / "x").glob("*.png"))) == 2
+
+
+def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path):
+    with pytest.raises(MemoryError), ImageFolder(tmp_path / "x", {}):
+        raise MemoryError
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", [ImageFolder, ShardFolder])
+def test_what_was_altered_since_is_refused_and_what_is_not_listed_is_made_again(tmp_path, kind):
+    made = {"seed": 0, "eta": 0, "batch_size": 2}
+    samples = np.random.default_rng(0).uniform(-1, 1, (2, 3, 8, 8)).astype(np.float32)
+    with kind(tmp_path, made) as folder:
+        folder.save([0, 1], samples)
+    images = np.concatenate(list(open_images(tmp_path).batches(2)))
+    file = sorted([*tmp_path.glob("*.png"), *tmp_path.glob("*.npy")])[0]
+    content = file.read_bytes()
+    if kind is ImageFolder:
+        Image.fromarray(images[0] ^ np.uint8(1)).save(file)
+    else:
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match="was altered"):
+        list(open_images(tmp_path).batches(2))
+    with kind(tmp_path, made) as folder, pytest.raises(InputError, match="was altered"):
+        folder.missing([0, 1])
+    file.unlink()
+    with kind(tmp_path, made) as folder:
+        wanted = folder.missing([0, 1])
+        folder.save([0, 1], samples)
+    assert wanted and file.read_bytes() == content
+    lines = (tmp_path / "SHA256SUMS").read_text().splitlines()
+    digest = hashlib.sha256(content).hexdigest()
+    assert f"{digest}  {file.name}" in lines  # what `sha256sum -c` reads
+    (tmp_path / "SHA256SUMS").write_text("\n".join(line for line in lines if file.name not in line) + "\n" + lines[0][:30])
+    with pytest.raises(InputError, match="is not in SHA256SUMS"):
+        list(open_images(tmp_path).batches(2))
+    with kind(tmp_path, made) as folder:
+        assert folder.missing([0, 1])
+        folder.save([0, 1], samples)
+    np.testing.assert_array_equal(np.concatenate(list(open_images(tmp_path).batches(2))), images)
+
+
+def test_an_edited_manifest_is_refused(tmp_path):
+    with ImageFolder(tmp_path, {"seed": 0, "eta": 0, "batch_size": 2}) as folder:
+        folder.save([0], np.zeros((1, 3, 8, 8), np.float32))
+    file = tmp_path / "manifest.json"
+    about = json.loads(file.read_text())
+    for edit in ({"seed": 1}, {"backend": "torch"}, {"sha256": None}):
+        file.write_text(json.dumps({k: v for k, v in (about | edit).items() if v is not None}))
+        with pytest.raises(InputError, match=r"altered|carries no digest"):
+            open_images(tmp_path)
+
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    folder = ShardFolder(tmp_path / "x", {})
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(InputError, match="the disk is full"):
+        folder.save([0], np.zeros((1, 3, 8, 8), np.float32))
