@@ -12,15 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
-from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import sha256
-from modiff_trt.runtime.image_sets import Images
+from modiff_trt.export.errors import InputError, one_line
+from modiff_trt.export.files import digest_of, read_file
+from modiff_trt.runtime.pictures import Images
 
 NAME = "fd-cifar"
+# Of the file that ships: features of any other bytes would be other figures under the same name.
+SHIPPED_SHA256 = "70b30161f00bf82a46c0876d9e1612a9b26b75c8f6ce1ffe8e3b3e2bdf43571b"
 SIZE = 32
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 # A residual network of three stages, 32, 16 and 8 pixels wide, with two blocks each.
@@ -79,18 +80,23 @@ class CifarFeatures:
 
     name = NAME
 
-    def __init__(self, path: Path, device: str = "cpu") -> None:
-        """Raises InputError if the file is not a classifier of this shape."""
+    def __init__(self, path: Path, device: str = "cpu", expected: str | None = None) -> None:
+        """Raises InputError if the file is not a classifier of this shape, or its SHA-256 is not the `expected` one."""
+        data = read_file(path, "classifier")
+        self.digest = digest_of(data)
+        if expected is not None and self.digest != expected:
+            raise InputError(f"{path} is not the classifier that came with this program (altered?); install modiff-trt again")
         try:
-            params = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"classifier {path} cannot be read: {error}") from None
-        expected: dict[str, tuple[int, ...]] = {"head.weight": (CLASSES, FEATURES), "head.bias": (CLASSES,)}
+            params = load(data)
+        except Exception as error:  # the reader raises nearly anything for damaged bytes
+            raise InputError(f"classifier {path} cannot be read: {one_line(str(error))}") from None
+        shapes: dict[str, tuple[int, ...]] = {"head.weight": (CLASSES, FEATURES), "head.bias": (CLASSES,)}
         for name, (c, out, kernel, _) in LAYERS.items():
-            expected |= {f"{name}.weight": (out, c, kernel, kernel), f"{name}.scale": (out,), f"{name}.bias": (out,)}
-        if {k: tuple(v.shape) for k, v in params.items()} != expected:
+            shapes |= {f"{name}.weight": (out, c, kernel, kernel), f"{name}.scale": (out,), f"{name}.bias": (out,)}
+        if {k: tuple(v.shape) for k, v in params.items()} != shapes:
             raise InputError(f"{path} is not the FD-CIFAR classifier; install modiff-trt again, or train it anew")
-        self.digest = sha256(path)
+        if not all(value.isfinite().all() for value in params.values()):
+            raise InputError(f"classifier {path} has NaN or infinite values; train it again")
         self._device = device
         on_device = {k: v.float().to(device) for k, v in params.items()}
         self._layer: dict[str, object] = {}

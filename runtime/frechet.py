@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,14 +68,29 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(distance - 2 * np.sqrt(np.clip(cross, 0, None)).sum())
 
 
-class InceptionScore:
-    """exp(mean KL(p(y|x) || p(y))) over consecutive tenths of the images (arXiv 1606.03498): mean and deviation."""
+# torch-fidelity's: with it, the chunks of both are the same images.
+PERMUTATION_SEED = 2020
 
-    def __init__(self, total: int, splits: int = 10) -> None:
-        """`total` images will come. Raises InputError if there are fewer than splits."""
+
+class InceptionScore:
+    """exp(mean KL(p(y|x) || p(y))) over tenths of the images (arXiv 1606.03498): mean and deviation.
+
+    The tenths are drawn by a fixed permutation, as torch-fidelity draws them: consecutive ones would make the score follow the
+    order of the files, and a set that is sorted by class would score 1.
+    """
+
+    def __init__(self, total: int, splits: int = 10, consecutive: bool = False, ranks: Sequence[int] | None = None) -> None:
+        """`total` images will come; `ranks` says where each stands among them if not where it comes. `consecutive` takes the
+        tenths in that order. Raises InputError if there are fewer images than splits."""
         if total < splits:
             raise InputError(f"the Inception Score needs at least {splits} images, found {total}")
-        self._edges = np.array([total * i // splits for i in range(splits + 1)])
+        edges = np.array([total * i // splits for i in range(splits + 1)])
+        places = np.arange(total)
+        if not consecutive:
+            places[np.random.RandomState(PERMUTATION_SEED).permutation(total)] = np.arange(total)
+        places = places[np.asarray(ranks)] if ranks is not None else places
+        self._split = np.searchsorted(edges, places, "right") - 1
+        self._sizes = np.diff(edges)
         self._seen = 0
         self._entropy = np.zeros(splits)
         self._sums: list[Array | float] = [0.0] * splits
@@ -85,7 +101,7 @@ class InceptionScore:
         x = x - x.max(1, keepdims=True)
         log_p = x - np.log(np.exp(x).sum(1, keepdims=True))
         p = np.exp(log_p)
-        split = np.searchsorted(self._edges, np.arange(self._seen, self._seen + len(x)), "right") - 1
+        split = self._split[self._seen : self._seen + len(x)]
         for k in np.unique(split):
             rows = split == k
             self._entropy[k] += (p[rows] * log_p[rows]).sum()
@@ -94,11 +110,10 @@ class InceptionScore:
 
     def result(self) -> tuple[float, float]:
         """(mean, standard deviation) over the splits. Raises InputError if not all images came."""
-        if self._seen != self._edges[-1]:
-            raise InputError(f"{self._seen} of {self._edges[-1]} images came; the Inception Score is not defined")
-        sizes = np.diff(self._edges)
+        if self._seen != len(self._split):
+            raise InputError(f"{self._seen} of {len(self._split)} images came; the Inception Score is not defined")
         scores = []
-        for n, entropy, sums in zip(sizes, self._entropy, self._sums, strict=True):
+        for n, entropy, sums in zip(self._sizes, self._entropy, self._sums, strict=True):
             marginal = np.asarray(sums) / n
             scores.append(np.exp(entropy / n - (marginal * np.log(np.where(marginal > 0, marginal, 1))).sum()))
         return float(np.mean(scores)), float(np.std(scores))

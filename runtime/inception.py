@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import urllib.error
 from pathlib import Path
@@ -13,14 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import sha256
-from modiff_trt.runtime.image_sets import Images
+from modiff_trt.export.files import digest_of, read_file
+from modiff_trt.runtime.pictures import Images
 
 VARIABLE = "MODIFF_TRT_INCEPTION"
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIZE, CLASSES = 299, 1008
-SPATIAL_CHANNELS = 7  # of mixed_6/conv, 17 x 17: as guided-diffusion defines sFID
+# Of mixed_6/conv, 17 x 17, as guided-diffusion defines sFID; in its order [17, 17, 7], or its own statistics would not fit.
+SPATIAL_CHANNELS = 7
+POOL, SPATIAL = 2048, 17 * 17 * SPATIAL_CHANNELS
 RESIZES = ("torch", "tensorflow")
 
 
@@ -92,13 +95,14 @@ class InceptionFeatures:
         network = build_network()
         path = weights_file(weights)
         try:
-            network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            data = read_file(path, "Inception weights")
+            network.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
                 f"{path} does not hold Inception weights ({first[:100]}); they are {FILE} (SHA-256 {SHA256})"
             ) from None
-        self.digest = sha256(path)
+        self.digest = digest_of(data)
         self.name = "inception" if resize == "torch" else "inception-tensorflow"
         self.published = self.digest == SHA256
         self._device, self._resize = device, resize
@@ -122,6 +126,7 @@ class InceptionFeatures:
         else:
             x = (resize_tensorflow(x, SIZE) - 128) / 128
         self._network(x)
-        pool, spatial = self._found["pool"].flatten(1), self._found["spatial"][:, :SPATIAL_CHANNELS].flatten(1)
+        pool = self._found["pool"].flatten(1)
+        spatial = self._found["spatial"][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         logits = pool @ self._network.fc.weight.T
         return {k: v.cpu().numpy() for k, v in (("pool", pool), ("spatial", spatial), ("logits", logits))}

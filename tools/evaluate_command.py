@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import locked, read_json, write_json
+from modiff_trt.export.files import locked, read_json, sha256, write_json
 from modiff_trt.tools.options import Device
 
 PAPER = "paper_cifar10.yml"
+CHUNKS = ("shuffled", "consecutive")
 SHOWN = ("IS", "FID", "sFID")
 FIGURES = ("psnr_db", "ssim", "fd-cifar", "inception", "inception-tensorflow")
 # Below the number of Inception's features its covariance has no full rank.
@@ -28,13 +30,17 @@ def evaluate(
         Path | None, typer.Option(help="real images: a folder, .npz, cifar-10-binary.tar.gz, or pytorch-fid's statistics")
     ] = None,
     same_noise: Annotated[
-        Path | None, typer.Option(help="images of full precision from the same seed, for PSNR and SSIM")
+        Path | None, typer.Option(help="images from the same seed, of full precision, say, for PSNR and SSIM")
     ] = None,
     features: Annotated[
         str, typer.Option(help="comma-separated: fd-cifar (shipped), inception (FID, sFID, IS); or none")
     ] = "fd-cifar",
     inception: Annotated[Path | None, typer.Option(help="weights of pytorch-fid's Inception; downloaded otherwise")] = None,
     resize: Annotated[str, typer.Option(help="of inception: torch as pytorch-fid, tensorflow as torch-fidelity")] = "torch",
+    inception_chunks: Annotated[
+        str, typer.Option(help="of the Inception Score: shuffled as torch-fidelity, or consecutive: in the order of the files")
+    ] = "shuffled",
+    paper: Annotated[bool, typer.Option("--paper", help="the paper's figures beside any model, not its own alone")] = False,
     name: Annotated[str | None, typer.Option(help="of this set in the results; the folder's name by default")] = None,
     batch_size: Annotated[int, typer.Option(help="images read together")] = 100,
     device: Device = "cpu",
@@ -42,8 +48,11 @@ def evaluate(
     """Measure FID, sFID, IS, FD-CIFAR, PSNR and SSIM of an image set."""
     from modiff_trt.runtime.image_sets import open_images
     from modiff_trt.tools.evaluating import (
+        FULL,
+        check_pairs,
         describe,
         distances,
+        label,
         measure,
         measures_of,
         open_features,
@@ -55,9 +64,11 @@ def evaluate(
     from modiff_trt.tools.provenance import provenance
 
     if reference is None and same_noise is None:
-        raise InputError("nothing to compare with: pass --reference (real images), --same-noise (of full precision), or both")
+        raise InputError("nothing to compare with: pass --reference (real images), --same-noise (images of its seed), or both")
     if batch_size < 1:
         raise InputError("--batch-size must be at least 1")
+    if inception_chunks not in CHUNKS:
+        raise InputError(f"--inception-chunks must be one of {', '.join(CHUNKS)}, found '{inception_chunks}'")
     from modiff_trt.runtime.torch_denoiser import use_full_precision
 
     use_full_precision()
@@ -66,6 +77,8 @@ def evaluate(
     exact = open_images(same_noise) if same_noise is not None else None
     real = open_reference(reference) if reference is not None else None
     names = [part.strip() for part in features.split(",")] if features != "none" else []
+    if repeated := [part for part in names if names.count(part) > 1]:
+        raise InputError(f"--features names {repeated[0]} twice")
     wanted = [open_features(part, inception, device, resize) for part in names]
     if "fd-cifar" in names and images.shape != (32, 32):
         raise InputError(
@@ -73,8 +86,9 @@ def evaluate(
         )
     if not wanted and exact is None:
         raise InputError("--features none leaves PSNR and SSIM, which need --same-noise")
+    sources = [real.source(network) for network in wanted] if real is not None else []
     entry: dict[str, Any] = describe(images) | provenance(device)
-    place = name or (samples.name if samples.is_dir() else samples.stem)
+    place = _printable(name or (samples.name if samples.is_dir() else samples.stem))
     if not _shows({"sets": {place: entry}}):
         raise InputError(f"the manifest of {samples} is damaged; sample again, or evaluate the images from another folder")
     before = _results(out)["sets"].get(place)
@@ -86,29 +100,54 @@ def evaluate(
             raise InputError(
                 f"{out} has {', '.join(left)} of other images under the name '{place}'; pass --name, or measure these again too"
             )
+    how = check_pairs(images, exact) if exact is not None else ""
+    for note in (*images.notes, *(exact.notes if exact is not None else ()), *_notes(real)):
+        typer.echo(note, err=True)
     if exact is not None:
+        if how != "by name":
+            typer.echo(f"{samples.name} and {exact.path.name} are paired {how}", err=True)
+        pairs = {"with": label(exact), "set": exact.path.name, "paired": how, "images_sha256": exact.content_sha256()}
+        entry |= {"pairs": {key: _printable(value) for key, value in pairs.items()}}
         entry |= paired(images, exact, batch_size, device)
         _record(out, place, entry)
     if wanted and images.count < FEW:
         typer.echo(
             f"{images.count} images are few for a Frechet distance, which grows as they get fewer; compare equal numbers"
         )
-    for network in wanted:
-        own = measure(images, network, batch_size, score=True)
+    if real is not None and real.of_guided_diffusion and "inception" in names and resize == "torch":
+        typer.echo("the reference's statistics were made with TensorFlow's resizing; --resize tensorflow fits them", err=True)
+    for number, network in enumerate(wanted):
+        own = measure(images, network, batch_size, score=True, consecutive=inception_chunks == "consecutive")
         found: dict[str, Any] = {"weights_sha256": network.digest}
         if measures_of(network).score is not None:
             found |= {"published weights": getattr(network, "published", False)}
         if own.score is not None:
-            found |= {"IS": own.score[0], "IS deviation": own.score[1]}
+            found |= {"IS": own.score[0], "IS deviation": own.score[1], "IS chunks": inception_chunks}
         if reference is not None and real is not None:
-            against = reference_statistics(real, network, batch_size)
-            found |= distances(own, against, network) | {"reference": reference.name, "reference images": against.count}
+            source = sources[number]
+            given = source is real.statistics
+            against = real.statistics if given else reference_statistics(source, network, batch_size)  # type: ignore[arg-type]
+            assert against is not None
+            found |= distances(own, against, network)
+            found |= {"reference": _printable(reference.name), "reference images": against.count}
+            found |= {"reference_sha256": sha256(reference) if reference.is_file() else source.content_sha256()}  # type: ignore[union-attr]
+            found |= {"reference statistics": "of the file" if given else "of its images"}
         if exact is not None:
             baseline = reference_statistics(exact, network, batch_size)
-            found["to full precision"] = distances(own, baseline, network)
+            key = "to full precision" if label(exact) == FULL else "to its pair"
+            found[key] = distances(own, baseline, network)
         entry[network.name] = found
         _record(out, place, entry)  # what was measured is kept if the next features fail
-    Console().print(make_table(_results(out)))
+    Console().print(make_table(_results(out), paper))
+
+
+def _notes(reference: Any) -> tuple[str, ...]:
+    return reference.images.notes if reference is not None and reference.images is not None else ()
+
+
+def _printable(name: str) -> str:
+    """A name that may hold bytes that are no UTF-8, as JSON and a terminal can show it."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _record(path: Path, place: str, entry: dict[str, Any]) -> None:
@@ -139,13 +178,15 @@ def _shows(results: Any) -> bool:
     """Whether the table can be made of such results."""
     try:
         rows_of(results)
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         return False
     return True
 
 
-def rows_of(results: dict[str, Any]) -> list[list[str]]:
-    """One row of text for each set, under HEADINGS."""
+def rows_of(results: dict[str, Any], paper_always: bool = False) -> list[list[str]]:
+    """One row of text for each set, under HEADINGS. The paper's figures are shown beside images of the paper's checkpoint, or
+    with `paper_always` beside any."""
+    from modiff_trt.export.checkpoint import KNOWN_MD5
     from modiff_trt.tools.assets import config_path
     from modiff_trt.tools.evaluating import FULL, method_name
 
@@ -158,7 +199,8 @@ def rows_of(results: dict[str, Any]) -> list[list[str]]:
         bits = f"W{quantization['weight_bits']}A{quantization['act_bits']}" if quantization else ""
         if method == FULL:
             bits = made.get("dtype", "").upper()
-        published = paper.get(method, {}).get(quantization["act_bits"]) if quantization else None
+        the_paper_s = made.get("checkpoint") in KNOWN_MD5.values() or paper_always
+        published = paper.get(method, {}).get(quantization["act_bits"]) if quantization and the_paper_s else None
         empty: dict[str, Any] = {}
         inception = next((entry[key] for key in ("inception", "inception-tensorflow") if key in entry), empty)
         ours = [f"{inception[key]:.2f}" if key in inception else "" for key in SHOWN]
@@ -176,21 +218,37 @@ def rows_of(results: dict[str, Any]) -> list[list[str]]:
                 " / ".join(f"{v:.2f}" for v in published) if published else "",
                 shown,
                 f"{fd['FD-CIFAR']:.4f}" if "FD-CIFAR" in fd else "",
-                f"{psnr:.1f}" if psnr is not None else "",
+                f"{psnr:.1f}" if psnr is not None else "same" if "psnr_db" in entry else "",
                 f"{ssim:.4f}" if ssim is not None else "",
+                entry["pairs"]["with"] if "pairs" in entry else "",
                 made.get("checkpoint_sha256", "")[:8],
             ]
         )
     return rows
 
 
-HEADINGS = ("set", "method", "bits", "images", "paper: IS / FID / sFID", "ours", "FD-CIFAR", "PSNR, dB", "SSIM", "checkpoint")
+HEADINGS = (
+    "set",
+    "method",
+    "bits",
+    "images",
+    "paper: IS / FID / sFID",
+    "ours",
+    "FD-CIFAR",
+    "PSNR, dB",
+    "SSIM",
+    "PSNR and SSIM to",
+    "checkpoint",
+)
 
 
-def make_table(results: dict[str, Any]) -> Table:
-    table = Table(title="The paper's checkpoint and ours differ; so do its Inception features and FD-CIFAR")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in HEADINGS[:3] else "right")
-    for row in rows_of(results):
-        table.add_row(*row)
+def make_table(results: dict[str, Any], paper: bool = False) -> Table:
+    """The results, without columns that are empty in every row."""
+    table = Table()
+    rows = rows_of(results, paper)
+    shown = [i for i, heading in enumerate(HEADINGS) if any(row[i] for row in rows) or heading == "set"]
+    for i in shown:
+        table.add_column(HEADINGS[i], justify="left" if HEADINGS[i] in HEADINGS[:3] else "right")
+    for row in rows:
+        table.add_row(*(row[i] for i in shown))
     return table

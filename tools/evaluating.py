@@ -1,4 +1,4 @@
-"""`modiff-trt evaluate`: distances of an image set to a reference set, and to the images of full precision from the same noise.
+"""`modiff-trt evaluate`: distances of an image set to a reference set, and to the images of another set from the same noise.
 
 Images are read batch by batch and features only accumulate, so memory does not grow with the number of images.
 """
@@ -8,16 +8,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from modiff_trt.export.errors import InputError
+from modiff_trt.export.errors import InputError, one_line
 from modiff_trt.export.files import cache_folder, load_arrays, save_arrays
 from modiff_trt.runtime.frechet import Gaussian, InceptionScore, Moments, frechet_distance
-from modiff_trt.runtime.image_sets import READ_ERRORS, Images, ImageSet, has_images, open_images
+from modiff_trt.runtime.image_sets import READ_ERRORS, ImageSet, has_images, open_images
+from modiff_trt.runtime.pairing import pair
+from modiff_trt.runtime.pictures import Images
 from modiff_trt.tools.progress import progress_bar
 
 KIND, SCHEMA = "feature statistics", 1
@@ -45,8 +48,9 @@ MEASURES = {
     "fd-cifar": Measures({"features": "FD-CIFAR"}, None),
     "inception": Measures({"pool": "FID", "spatial": "sFID"}, "IS"),
 }
-# pytorch-fid's statistics files have no name for their array: it is pool3.
-FOREIGN = "pool"
+# Statistics files of other tools: the array that each pair of theirs is of, and its size. pytorch-fid's have the first pair,
+# guided-diffusion's reference batches both.
+FOREIGN = {"pool": ("mu", "sigma", 2048), "spatial": ("mu_s", "sigma_s", 2023)}
 # What two sets of images must share to have begun from the same noise.
 SAME = ("seed", "eta", "noise_sha256", "timesteps", "checkpoint_sha256")
 
@@ -54,10 +58,10 @@ SAME = ("seed", "eta", "noise_sha256", "timesteps", "checkpoint_sha256")
 def open_features(name: str, weights: Path | None, device: str, resize: str) -> Features:
     """The feature network of a name. Raises InputError if it is unknown or cannot be had."""
     if name == "fd-cifar":
-        from modiff_trt.runtime.cifar_features import CifarFeatures
+        from modiff_trt.runtime.cifar_features import SHIPPED_SHA256, CifarFeatures
         from modiff_trt.tools.assets import classifier_path
 
-        return CifarFeatures(classifier_path(), device)
+        return CifarFeatures(classifier_path(), device, SHIPPED_SHA256)
     if name == "inception":
         from modiff_trt.runtime.inception import RESIZES, InceptionFeatures
 
@@ -80,11 +84,37 @@ class Statistics:
     score: tuple[float, float] | None = None
 
 
-def measure(images: ImageSet, features: Features, batch_size: int, score: bool) -> Statistics:
-    """Runs the features over an image set."""
+@dataclass(frozen=True)
+class Reference:
+    """What a set is compared with: images, statistics that another tool made of some, or both in one file."""
+
+    path: Path
+    images: ImageSet | None
+    statistics: Statistics | None = None
+
+    @property
+    def of_guided_diffusion(self) -> bool:
+        return self.statistics is not None and "spatial" in self.statistics.gaussians
+
+    def source(self, features: Features) -> ImageSet | Statistics:
+        """What the distances of these features come from: statistics where the file has them, as the tools that write them
+        do. Raises InputError if it has neither for these features."""
+        inception = measures_of(features).score is not None
+        if inception and self.statistics is not None:
+            return self.statistics
+        if self.images is None:
+            raise InputError(
+                f"the reference {self.path} holds Inception statistics; use --features inception, or pass the images"
+            )
+        return self.images
+
+
+def measure(images: ImageSet, features: Features, batch_size: int, score: bool, consecutive: bool = False) -> Statistics:
+    """Runs the features over an image set. Raises InputError if the files change meanwhile."""
     names = measures_of(features)
     moments = {name: Moments() for name in names.distances}
-    inception = InceptionScore(images.count) if score and names.score else None
+    inception = InceptionScore(images.count, consecutive=consecutive, ranks=images.ranks) if score and names.score else None
+    before = images.fingerprint()
     with progress_bar() as bar:
         task = bar.add_task(f"{features.name} of {images.path.name}", total=images.count, unit="images")
         for batch in images.batches(batch_size):
@@ -94,43 +124,75 @@ def measure(images: ImageSet, features: Features, batch_size: int, score: bool) 
             if inception is not None:
                 inception.add(found["logits"])
             bar.advance(task, len(batch))
+    if images.fingerprint() != before:
+        raise InputError(f"{images.path} changed while it was measured; run the command again when nothing writes there")
     gaussians = {name: accumulated.gaussian() for name, accumulated in moments.items()}
     return Statistics(gaussians, images.count, inception.result() if inception is not None else None)
 
 
-def reference_statistics(images: ImageSet | Statistics, features: Features, batch_size: int) -> Statistics:
-    """Statistics of a reference, as `open_reference` gives it: computed once for each content of images and kept in the cache,
-    or pytorch-fid's own."""
-    if isinstance(images, Statistics):
-        if measures_of(features).score is None:
-            raise InputError("the reference holds Inception statistics; use --features inception, or pass the images")
-        return images
-    key = hashlib.sha256(f"{features.name} {features.digest} {images.fingerprint()}".encode()).hexdigest()
+def reference_statistics(images: ImageSet, features: Features, batch_size: int) -> Statistics:
+    """Statistics of a reference, computed once for each content of images and kept in the cache."""
+    key = hashlib.sha256(f"{features.name} {features.digest} {images.content_sha256()}".encode()).hexdigest()
     cached = cache_folder() / f"{features.name}-{key[:32]}.safetensors"
     # A cache that is damaged, or cannot be written, costs time and nothing else.
-    with contextlib.suppress(InputError, KeyError):
-        header, arrays = load_arrays(cached, KIND, SCHEMA)
+    with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
+        header, arrays, _ = load_arrays(cached, KIND, SCHEMA)
         count = int(header["count"])
         gaussians = {n: Gaussian(arrays[f"{n}.mean"], arrays[f"{n}.covariance"], count) for n in header["names"]}
-        return Statistics(gaussians, count)
+        if all(g.covariance.shape == 2 * g.mean.shape and np.isfinite(g.covariance).all() for g in gaussians.values()):
+            return Statistics(gaussians, count)
     found = measure(images, features, batch_size, score=False)
     arrays = {f"{n}.mean": g.mean for n, g in found.gaussians.items()}
     arrays |= {f"{n}.covariance": g.covariance for n, g in found.gaussians.items()}
-    header = {"kind": KIND, "schema": SCHEMA, "count": found.count, "names": list(found.gaussians), "of": str(images.path)}
+    of = os.fsencode(images.path).decode("utf-8", "replace")
+    header = {"kind": KIND, "schema": SCHEMA, "count": found.count, "names": list(found.gaussians), "of": of}
     with contextlib.suppress(InputError):
         save_arrays(cached, header, arrays)
     return found
 
 
-def open_reference(path: Path) -> ImageSet | Statistics:
-    """The images of a reference, or, of an .npz without images, pytorch-fid's statistics. Raises InputError."""
-    if path.suffix != ".npz" or not path.is_file() or has_images(path):
-        return open_images(path)
+def open_reference(path: Path) -> Reference:
+    """The images of a reference, and the statistics that pytorch-fid or guided-diffusion have put into an .npz. Raises
+    InputError, also for statistics of another layout."""
+    if path.suffix != ".npz" or not path.is_file():
+        return Reference(path, open_images(path))
+    statistics = _statistics(path)
+    if statistics is None or has_images(path):
+        return Reference(path, open_images(path), statistics)
+    return Reference(path, None, statistics)
+
+
+def _statistics(path: Path) -> Statistics | None:
+    gaussians = {}
     try:
         with np.load(path, allow_pickle=False) as file:
-            return Statistics({FOREIGN: Gaussian(file["mu"], file["sigma"], 0)}, 0)
-    except (*READ_ERRORS, KeyError):
-        return open_images(path)  # which says what is wrong
+            for name, (mean, covariance, size) in FOREIGN.items():
+                if mean in file.files or covariance in file.files:
+                    gaussians[name] = _gaussian(path, file[mean], file[covariance], size)
+    except KeyError as error:
+        raise InputError(f"{path} has half of its statistics: {one_line(str(error))}") from None
+    except READ_ERRORS as error:
+        raise InputError(f"{path} cannot be read: {one_line(str(error))}") from None
+    if gaussians and "pool" not in gaussians:
+        raise InputError(f"{path} has statistics for sFID (mu_s, sigma_s) and none for FID (mu, sigma)")
+    return Statistics(gaussians, 0) if gaussians else None
+
+
+def _gaussian(path: Path, mean: np.ndarray[Any, Any], covariance: np.ndarray[Any, Any], size: int) -> Gaussian:
+    if mean.shape != (size,) or covariance.shape != (size, size):
+        raise InputError(
+            f"{path} has statistics of the shapes {mean.shape} and {covariance.shape}; {size} features are compared here, so "
+            f"that ({size},) and ({size}, {size}) are needed"
+        )
+    if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
+        raise InputError(f"{path} has statistics of the types {mean.dtype} and {covariance.dtype}; floating point is needed")
+    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise InputError(f"{path} has statistics that are not finite; make them again")
+    largest = float(np.abs(covariance).max())
+    if (np.diag(covariance) < -1e-6 * largest).any() or np.abs(covariance - covariance.T).max() > 1e-6 * largest:
+        raise InputError(f"{path} has a matrix that is no covariance: it is not symmetric, or has negative variances")
+    return Gaussian(mean, covariance, 0)
 
 
 def distances(found: Statistics, reference: Statistics, features: Features) -> dict[str, float]:
@@ -143,9 +205,8 @@ def distances(found: Statistics, reference: Statistics, features: Features) -> d
     }
 
 
-def paired(images: ImageSet, exact: ImageSet, batch_size: int, device: str = "cpu") -> dict[str, float | None]:
-    """PSNR in dB over all pixels, and mean SSIM, of pairs of 8-bit images from one noise. The PSNR of equal sets, which is
-    infinite, is None."""
+def check_pairs(images: ImageSet, exact: ImageSet) -> str:
+    """How two sets are paired, in words. Raises InputError unless both can have begun from the same noise, image by image."""
     if images.count != exact.count or images.shape != exact.shape:
         raise InputError(
             f"{images.path} has {images.count} images of {images.shape}, {exact.path} has {exact.count} of {exact.shape}; "
@@ -159,6 +220,13 @@ def paired(images: ImageSet, exact: ImageSet, batch_size: int, device: str = "cp
         raise InputError(
             f"{images.path} and {exact.path} were not made from the same noise: they differ in {', '.join(unlike)}"
         )
+    return pair(images, exact)
+
+
+def paired(images: ImageSet, exact: ImageSet, batch_size: int, device: str = "cpu") -> dict[str, float | None]:
+    """PSNR in dB over all pixels, and mean SSIM, of pairs of 8-bit images from one noise. The PSNR of equal sets, which is
+    infinite, is None. Raises InputError unless they can be paired (see `check_pairs`)."""
+    check_pairs(images, exact)
     from modiff_trt.runtime.similarity import LEVELS, ssim
 
     squares, similarity = 0.0, 0.0
@@ -181,6 +249,19 @@ def method_name(quantization: dict[str, Any]) -> str:
         return FULL
     grids = {"static": "Q-Diff", "tensor": "LTQ", "channel": "LCQ"}[quantization["granularity"]]
     return f"{grids} + MoDiff" if quantization["method"] == "modiff" else grids
+
+
+def label(images: ImageSet) -> str:
+    """What a set was made by, as far as it says it: `full precision`, a method with its bits and backend, or the name of a set
+    of something else."""
+    made = images.manifest
+    if "quantization" not in made:
+        return f"the set {images.path.name}"
+    quantization = made["quantization"]
+    method = method_name(quantization)
+    if method == FULL:
+        return FULL
+    return f"{made.get('backend', '')} {method} W{quantization['weight_bits']}A{quantization['act_bits']}".strip()
 
 
 def describe(images: ImageSet) -> dict[str, Any]:

@@ -210,15 +210,17 @@ def native_images(data: dict[str, Any]) -> str:
 
 
 def evaluation(data: dict[str, Any]) -> str:
-    """Sets of images with the paper's figures of the same method and bits."""
+    """Sets of images; the paper's figures stand beside those of the paper's checkpoint alone."""
     from modiff_trt.tools.evaluate_command import HEADINGS, rows_of
 
     headings = [h for h in HEADINGS if h != "checkpoint"] + ["FD-CIFAR to FP16's"]
-    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    rows = []
     for row, entry in zip(rows_of(data), data["sets"].values(), strict=True):
         near = entry.get("fd-cifar", {}).get("to full precision", {}).get("FD-CIFAR")
-        cells = [*row[:-1], f"{near:.4f}" if near is not None else ""]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append([*row[:-1], f"{near:.4f}" if near is not None else ""])
+    filled = [i for i in range(len(headings)) if any(row[i] for row in rows)]
+    lines = ["| " + " | ".join(headings[i] for i in filled) + " |", "|---" * len(filled) + "|"]
+    lines += ["| " + " | ".join(row[i] for i in filled) + " |" for row in rows]
     first = next(iter(data["sets"].values()))
     what = data["what"][0].upper() + data["what"][1:]
     lines.append(f"\n{what}; {first['machine']['gpu']}. Distances of fewer images are larger by themselves. Empty: not run.")

@@ -42,19 +42,35 @@ def test_distance_of_two_known_gaussians():
     assert frechet_distance(a, b) == pytest.approx(3 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2)
 
 
-def test_inception_score_is_that_of_torch_fidelity_however_batched():
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_inception_score_is_that_of_torch_fidelity_however_batched(shuffle):
     isc = pytest.importorskip("torch_fidelity.metric_isc")
     import torch
 
     logits = 3 * np.random.default_rng(0).standard_normal((103, 19)).astype(np.float32)
-    expected = isc.isc_features_to_metric(torch.from_numpy(logits), splits=10, shuffle=False)
+    options = {} if shuffle else {"shuffle": False}  # shuffled is its default
+    expected = isc.isc_features_to_metric(torch.from_numpy(logits), splits=10, **options)
     for size in (1, 9, 200):
-        score = InceptionScore(len(logits))
+        score = InceptionScore(len(logits), consecutive=not shuffle)
         for begin in range(0, len(logits), size):
             score.add(logits[begin : begin + size])
         mean, deviation = score.result()
         assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-9)
         assert deviation == pytest.approx(expected["inception_score_std"], rel=1e-9)
+
+
+def test_inception_score_does_not_follow_the_order_of_the_files():
+    """Sorted by class, consecutive tenths hold one class each and score 1: what a set is called must not decide its score."""
+    classes = np.repeat(np.eye(10) * 9, 30, axis=0)
+
+    def score(logits, **options):
+        found = InceptionScore(len(logits), **options)
+        found.add(logits)
+        return found.result()[0]
+
+    assert score(classes, consecutive=True) == pytest.approx(1.0)
+    shuffled = classes[np.random.default_rng(0).permutation(len(classes))]
+    assert score(classes) == pytest.approx(score(shuffled), rel=0.1) and score(classes) > 5
 
 
 def test_what_cannot_be_measured_is_refused():

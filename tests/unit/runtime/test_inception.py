@@ -72,7 +72,7 @@ def test_the_resizings_differ_and_the_spatial_features_are_of_the_named_layer(we
     kept = []
     b._network.Mixed_6d.branch1x1.bn.register_forward_hook(lambda m, i, o: kept.append(o))
     spatial = b(images[:2])["spatial"]
-    np.testing.assert_array_equal(spatial, torch.relu(kept[0])[:, :7].flatten(1).numpy())
+    np.testing.assert_array_equal(spatial, torch.relu(kept[0])[:, :7].permute(0, 2, 3, 1).flatten(1).numpy())
 
 
 def test_missing_or_wrong_weights_are_one_line(tmp_path, monkeypatch):

@@ -8,8 +8,10 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from modiff_trt.export.checkpoint import KNOWN_MD5
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import sha256
+from modiff_trt.export.files import sha256, write_signed
+from modiff_trt.runtime.digest_list import append_sums
 from modiff_trt.runtime.image_sets import open_images
 from modiff_trt.runtime.images import save_npz, to_uint8
 from modiff_trt.tools import evaluating
@@ -41,7 +43,8 @@ def sets(tmp_path, monkeypatch):
 
 
 def statistics_of(path, network, batch_size):
-    return evaluating.reference_statistics(evaluating.open_reference(path), network, batch_size)
+    source = evaluating.open_reference(path).source(network)
+    return source if isinstance(source, evaluating.Statistics) else evaluating.reference_statistics(source, network, batch_size)
 
 
 def run(*arguments):
@@ -63,7 +66,8 @@ def test_distances_and_pairs(sets, tmp_path):
     mse = ((sets["quantized"].astype(float) - sets["exact"]) ** 2).mean()
     assert found["psnr_db"] == pytest.approx(10 * np.log10(255**2 / mse))
     assert 0.5 < found["ssim"] < 1
-    assert found["fd-cifar"]["to full precision"]["FD-CIFAR"] < found["fd-cifar"]["FD-CIFAR"]
+    assert found["pairs"]["with"] == "the set exact"  # which does not say that it is of full precision
+    assert found["fd-cifar"]["to its pair"]["FD-CIFAR"] < found["fd-cifar"]["FD-CIFAR"]
     run(*arguments, "--out", out, "--batch-size", 24, "--name", "again")  # other batches, and the reference from the cache
     again = json.loads(out.read_text())["sets"]
     assert set(again) == {"quantized", "again"}
@@ -100,9 +104,33 @@ def test_statistics_of_pytorch_fid_are_references_for_inception_only(sets, tmp_p
 
     found = statistics_of(tmp_path / "stats.npz", Inception(), 16)
     assert set(found.gaussians) == {"pool"}
-    # guided-diffusion's reference batches carry statistics beside the images: the images count.
-    np.savez(tmp_path / "batch.npz", arr_0=sets["real"], mu=np.zeros(2048), sigma=np.eye(2048))
+    # guided-diffusion's reference batches carry images beside the statistics, for other features and measures.
+    spatial = {"mu_s": np.ones(2023), "sigma_s": 2 * np.eye(2023)}
+    np.savez(tmp_path / "batch.npz", arr_0=sets["real"], mu=np.zeros(2048), sigma=np.eye(2048), **spatial)
     assert statistics_of(tmp_path / "batch.npz", network, 16).count == 40
+    found = statistics_of(tmp_path / "batch.npz", Inception(), 16)
+    assert set(found.gaussians) == {"pool", "spatial"} and found.gaussians["spatial"].mean[0] == 1
+    np.savez(tmp_path / "images.npz", arr_0=sets["real"])
+    assert evaluating.open_reference(tmp_path / "images.npz").statistics is None
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(768), "sigma": np.eye(768)}, "2048 features"),
+        ({"mu": np.zeros(2048), "sigma": np.eye(2047)}, "2048 features"),
+        ({"mu": np.zeros((2048, 1)), "sigma": np.eye(2048)}, "2048 features"),
+        ({"mu": np.zeros(2048)}, "half of its statistics"),
+        ({"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, "not finite"),
+        ({"mu": np.zeros(2048), "sigma": np.tri(2048)}, "no covariance"),
+        ({"mu": np.zeros(2048), "sigma": np.full((2048, 2048), "x")}, "types"),
+        ({"mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}, "none for FID"),
+    ],
+)
+def test_statistics_of_another_layout_are_refused_before_anything_is_measured(tmp_path, arrays, message):
+    np.savez(tmp_path / "s.npz", **arrays)
+    with pytest.raises(InputError, match=message):
+        evaluating.open_reference(tmp_path / "s.npz")
 
 
 def test_pairs_must_fit(sets, tmp_path):
@@ -114,7 +142,10 @@ def test_pairs_must_fit(sets, tmp_path):
 def test_the_paper_s_figures_stand_beside_the_same_method_and_bits():
     made = {"method": "modiff", "granularity": "static", "weight_bits": 8, "act_bits": 6}
     entry = {"images": 10, "made by": {"quantization": made, "checkpoint_sha256": "ab" * 32}, "psnr_db": 40.0}
-    (row,) = rows_of({"sets": {"mine": entry}})
+    (row,) = rows_of({"sets": {"mine": entry}}, paper_always=True)
+    assert rows_of({"sets": {"mine": entry}})[0][HEADINGS.index("paper: IS / FID / sFID")] == ""  # another checkpoint's
+    official = entry | {"made by": entry["made by"] | {"checkpoint": next(iter(KNOWN_MD5.values()))}}
+    assert rows_of({"sets": {"mine": official}})[0][:9] == row[:9]
     cells = dict(zip(HEADINGS, row, strict=True))
     assert cells["method"] == "Q-Diff + MoDiff" and cells["bits"] == "W8A6"
     assert cells["paper: IS / FID / sFID"] == "9.38 / 4.19 / 4.32" and cells["ours"] == cells["FD-CIFAR"] == ""
@@ -151,7 +182,9 @@ def test_damaged_references_and_results_are_one_line(sets, tmp_path, capsys):
     out.write_text(json.dumps({"sets": {"exact": {"images": 1, "made by": {"seed": 1}}}}))
     assert "pass --name" in said("--same-noise", tmp_path / "quantized", "--out", out)
     for folder, seed in (("exact", 0), ("quantized", 1)):
-        (tmp_path / folder / "manifest.json").write_text(json.dumps({"seed": seed}))
+        made = {"seed": seed, "eta": 0, "batch_size": 1}
+        write_signed(tmp_path / folder / "manifest.json", made)
+        append_sums(tmp_path / folder, {f.name: sha256(f) for f in (tmp_path / folder).glob("*.png")})
     assert "differ in seed" in said("--same-noise", tmp_path / "quantized", "--out", tmp_path / "r.json")
     (tmp_path / "exact/00003.png").unlink()
     assert "are missing" in said("--same-noise", tmp_path / "quantized", "--out", tmp_path / "r.json")
@@ -164,6 +197,7 @@ def test_pairs_of_any_size_need_no_features(tmp_path):
     run("--samples", tmp_path / "a.npz", "--same-noise", tmp_path / "b.npz", "--features", "none", "--out", tmp_path / "r.json")
     found = json.loads((tmp_path / "r.json").read_text())["sets"]["a"]
     assert found["psnr_db"] > 0 and "fd-cifar" not in found
+    assert found["pairs"]["paired"] == "by their order, because neither set has names"
 
 
 def test_what_was_measured_before_stays(sets, tmp_path):
@@ -203,7 +237,8 @@ def test_a_damaged_manifest_does_not_spoil_the_results(sets, tmp_path):
     pair = ("--same-noise", tmp_path / "exact", "--features", "none", "--out", out)
     run("--samples", tmp_path / "quantized", *pair)
     before = out.read_text()
-    (tmp_path / "quantized/manifest.json").write_text('{"quantization": "abc"}')
+    write_signed(tmp_path / "quantized/manifest.json", {"quantization": "abc"})
+    append_sums(tmp_path / "quantized", {f.name: sha256(f) for f in (tmp_path / "quantized").glob("*.png")})
     with pytest.raises(InputError, match="is damaged; sample again"):
         run("--samples", tmp_path / "quantized", "--name", "other", *pair)
     assert out.read_text() == before
