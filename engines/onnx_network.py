@@ -12,9 +12,9 @@ import onnx.inliner
 from onnx import numpy_helper
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import sha256
 from modiff_trt.export.grid import grid_max
-from modiff_trt.export.manifest import FUNCTION, read_manifest
+from modiff_trt.export.manifest import FUNCTION
+from modiff_trt.export.onnx_file import read_onnx
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 
 
@@ -34,13 +34,8 @@ class OnnxNetwork:
 def load_network(path: Path, plugin: bool = False) -> OnnxNetwork:
     """Reads a file that `modiff-trt export` wrote; `plugin` leaves its modulated layers to the plugin. Raises InputError for
     anything else."""
-    if not path.is_file():
-        raise InputError(f"ONNX file {path} does not exist; write one with `modiff-trt export`")
-    try:
-        model = onnx.load(path)
-    except Exception as error:  # protobuf raises DecodeError, and others for other damage
-        raise InputError(f"ONNX file {path} cannot be read (truncated or altered?): {error}") from None
-    manifest = read_manifest(path, model)
+    file = read_onnx(path)
+    model, manifest = file.proto, file.manifest
     modulated = [node.name for node in model.graph.node if node.op_type == FUNCTION]
     if plugin:
         changed = _to_plugins(model, path, manifest)
@@ -49,7 +44,7 @@ def load_network(path: Path, plugin: bool = False) -> OnnxNetwork:
         changed = onnx.inliner.inline_local_functions(model)
     _name_convolutions(changed, [] if plugin else modulated, list(manifest["layers"]))
     inputs = {value.name: tuple(d.dim_value or -1 for d in value.type.tensor_type.shape.dim) for value in model.graph.input}
-    return OnnxNetwork(model, changed.SerializeToString(), manifest, sha256(path), inputs, plugin)
+    return OnnxNetwork(model, changed.SerializeToString(), manifest, file.sha256, inputs, plugin)
 
 
 def _name_convolutions(model: onnx.ModelProto, modulated: list[str], layers: list[str]) -> None:

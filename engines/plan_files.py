@@ -13,7 +13,7 @@ import numpy as np
 from modiff_trt.engines.build import BuildOptions, build_plan, target_of
 from modiff_trt.engines.onnx_network import OnnxNetwork
 from modiff_trt.engines.report import read_layers, summarize
-from modiff_trt.export.files import atomic_path, save_arrays, unwritable, write_json
+from modiff_trt.export.files import atomic_path, save_arrays, sha256, unwritable, write_signed
 from modiff_trt.export.manifest import PLAN_SCHEMA, START_KIND, START_SCHEMA
 from modiff_trt.export.start_state import start_state
 from modiff_trt.plugins.tensorrt_library import Library
@@ -50,14 +50,16 @@ def build_into(
         "network": network.manifest,
         "report": summarize(read_layers(built.log), quantized),
     }
+    beside = path.with_suffix(".start.safetensors")
     # A plan never stands beside the manifest of another one.
     path.unlink(missing_ok=True)
     shapes = {input: shape[1:] for input, shape in network.inputs.items()}
     start = start_state(network.exported, network.manifest, shapes)
     real = np.float16 if network.manifest["dtype"] == "fp16" else np.float32
     header = {"kind": START_KIND, "schema": START_SCHEMA, "onnx_sha256": network.sha256}
-    save_arrays(path.with_suffix(".start.safetensors"), header, {key: array.astype(real) for key, array in start.items()})
-    write_json(path.with_suffix(".json"), manifest)
+    save_arrays(beside, header, {key: array.astype(real) for key, array in start.items()})
+    manifest["start_sha256"] = sha256(beside)
+    write_signed(path.with_suffix(".json"), manifest)
     with atomic_path(path) as temporary:
         temporary.write_bytes(built.plan)
     return path, manifest

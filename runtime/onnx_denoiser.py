@@ -11,10 +11,11 @@ import onnx
 import onnxruntime as ort
 
 from modiff_trt.export.config import Config, config_from_dict
-from modiff_trt.export.errors import InputError
-from modiff_trt.export.manifest import read_manifest
+from modiff_trt.export.errors import InputError, is_out_of_memory
+from modiff_trt.export.onnx_file import read_onnx
 from modiff_trt.export.rows import RowTable, plain_rows, rows_of_manifest
 from modiff_trt.export.start_state import start_state
+from modiff_trt.runtime.cores import usable_cores
 from modiff_trt.runtime.denoiser import StateInfo
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -22,13 +23,15 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A loaded file: its path, session, graph, configuration and manifest; `gpu` is the index of the GPU it is on, if any."""
+    """A loaded file: its path, session, graph, configuration, manifest and digest; `gpu` is the index of the GPU it is on, if
+    any."""
 
     path: Path
     session: ort.InferenceSession
     proto: onnx.ModelProto
     config: Config
     manifest: dict[str, Any]
+    sha256: str
     gpu: int = 0
 
     @property
@@ -37,28 +40,35 @@ class OnnxModel:
         return rows_of_manifest(self.manifest)
 
 
-def load_onnx(path: Path, device: str = "cpu", threads: int = 0, gpu: int = 0) -> OnnxModel:
-    """Opens an exported file. Raises InputError if it is missing, damaged, or was not written by this program."""
-    if not path.is_file():
-        raise InputError(f"ONNX file {path} does not exist; write one with `modiff-trt export`")
+def load_onnx(path: Path, device: str = "cpu", threads: int = 0, gpu: int = 0, spinning: bool = True) -> OnnxModel:
+    """Opens an exported file, for `threads` threads (0: all cores that this process may use). Without `spinning` they sleep
+    between operations: slower alone, and out of the way of other threads of this process.
+
+    Raises InputError if it is missing, damaged, or was not written by this program.
+    """
     if device not in PROVIDERS:
         raise InputError(f"--device must be one of {', '.join(PROVIDERS)}, found '{device}'")
     if PROVIDERS[device] not in ort.get_available_providers():
         raise InputError("this onnxruntime has no CUDA support; install onnxruntime-gpu instead, or pass --device cpu")
+    data = read_onnx(path)
+    # The graph first: it says in one line what is wrong with a file, and where tensors lie that onnxruntime would go and read.
+    proto, manifest = data.proto, data.manifest
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or usable_cores()
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     try:
         placed = [{"device_id": gpu}] if device == "cuda" else None
-        session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[device]], provider_options=placed)
+        session = ort.InferenceSession(data.content, options, providers=[PROVIDERS[device]], provider_options=placed)
     except Exception as error:  # onnxruntime raises bare pybind exceptions of many kinds
-        first = str(error).splitlines()[0]
+        if is_out_of_memory(error):
+            raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"ONNX file {path} cannot be loaded (truncated or altered?): {first}") from None
-    proto = onnx.load(path)
-    manifest = read_manifest(path, proto)
     try:
         config = config_from_dict(manifest["config"], str(path))
-        model = OnnxModel(path, session, proto, config, manifest, gpu)
+        model = OnnxModel(path, session, proto, config, manifest, data.sha256, gpu)
         _ = model.calibrated_rows
     except (ValueError, KeyError, TypeError):
         raise InputError(f"ONNX file {path} has a damaged manifest; export again") from None

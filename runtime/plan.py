@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ import numpy as np
 
 from modiff_trt.export.config import Config, config_from_dict
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import load_arrays, read_json
-from modiff_trt.export.manifest import PLAN_SCHEMA, START_KIND, START_SCHEMA
+from modiff_trt.export.files import digest_of, load_arrays, read_file, read_signed
+from modiff_trt.export.manifest import PLAN_SCHEMA, START_KIND, START_SCHEMA, check_manifest
 from modiff_trt.export.rows import RowTable, rows_of_manifest
 
 
@@ -42,22 +41,20 @@ def load_plan(path: Path) -> Plan:
     """Reads what `modiff-trt build` wrote. Raises InputError if a part is missing or belongs to another plan."""
     if not path.is_file():
         raise InputError(f"plan {path} does not exist; build one with `modiff-trt build`")
-    manifest = read_json(path.with_suffix(".json"), "plan manifest")
-    if not isinstance(manifest, dict) or manifest.get("schema") != PLAN_SCHEMA:
+    manifest = read_signed(path.with_suffix(".json"), "plan manifest", "build the plan again")
+    if manifest.get("schema") != PLAN_SCHEMA:
         raise InputError(f"{path.with_suffix('.json')} is not a plan manifest of schema {PLAN_SCHEMA}; build the plan again")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"plan {path} cannot be read: {error.strerror or error}") from None
-    header, start = load_arrays(path.with_suffix(".start.safetensors"), START_KIND, START_SCHEMA)
+    data = read_file(path, "plan")
+    header, start, start_sha256 = load_arrays(path.with_suffix(".start.safetensors"), START_KIND, START_SCHEMA)
     try:
         config = config_from_dict(manifest["network"]["config"], str(path))
-        if hashlib.sha256(data).hexdigest() != manifest["plan_sha256"]:
+        check_manifest(manifest["network"], f"the manifest of {path}")
+        if digest_of(data) != manifest["plan_sha256"]:
             raise InputError(f"{path} is not the plan that its manifest describes (truncated or altered?); build it again")
-        if header["onnx_sha256"] != manifest["onnx_sha256"]:
+        if header["onnx_sha256"] != manifest["onnx_sha256"] or start_sha256 != manifest["start_sha256"]:
             raise InputError(f"the start state beside {path} belongs to another network; build the plan again")
         plan = Plan(path, data, manifest, start, config)
         _ = plan.calibrated_rows, plan.batches
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"the manifest of {path} is damaged; build the plan again") from None
     return plan

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from modiff_trt.export.config import DiffusionConfig
-from modiff_trt.export.errors import InputError
+from modiff_trt.export.errors import InputError, shown
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+
+log = logging.getLogger(__name__)
 
 SKIP_TYPES = ("uniform", "quad")
 
@@ -42,14 +45,26 @@ def timestep_sequence(config: DiffusionConfig, steps: int, skip_type: str) -> tu
     """
     total = config.num_diffusion_timesteps
     if not 1 <= steps <= total:
-        raise InputError(f"--timesteps must lie between 1 and {total}, found {steps}")
+        raise InputError(f"--timesteps must lie between 1 and {total}, found {shown(steps)}")
     if skip_type == "uniform":
         sequence = list(range(0, total, total // steps))
     elif skip_type == "quad":
         sequence = [int(s) for s in np.linspace(0, np.sqrt(total * 0.8), steps) ** 2]
     else:
-        raise InputError(f"--skip-type must be one of {', '.join(SKIP_TYPES)}, found '{skip_type}'")
+        raise InputError(f"--skip-type must be one of {', '.join(SKIP_TYPES)}, found {shown(skip_type)}")
     return tuple(reversed(sequence))
+
+
+def requested_sequence(config: DiffusionConfig, steps: int, skip_type: str) -> tuple[int, ...]:
+    """The timesteps of as many steps as were asked for. Where the schedule turns them into another number, the log says so."""
+    sequence = timestep_sequence(config, steps, skip_type)
+    if len(sequence) != steps:
+        total = config.num_diffusion_timesteps
+        log.info(
+            "%d steps with --skip-type %s become %d: every %s of %d timesteps, as in DDIM's code",
+            *(steps, skip_type, len(sequence), "one" if total // steps == 1 else f"{total // steps}th", total),
+        )
+    return sequence
 
 
 @dataclass(frozen=True)

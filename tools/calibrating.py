@@ -217,7 +217,7 @@ def _resume(part: Path, header: dict[str, Any]) -> dict[str, np.ndarray[Any, Any
     if not part.exists():
         return {}
     try:
-        found, packed = load_arrays(part, ROUNDING_KIND, ROUNDING_SCHEMA)
+        found, packed, _ = load_arrays(part, ROUNDING_KIND, ROUNDING_SCHEMA)
     except InputError:
         return {}
     return packed if found == header else {}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from modiff_trt.export.errors import InputError
+from modiff_trt.export.errors import InputError, shown
 from modiff_trt.tools import engine_commands, evaluate_command, report_command
-from modiff_trt.tools.options import BatchSize, Ckpt, Config, Device, Seed
+from modiff_trt.tools.options import BatchSize, Ckpt, Config, Device, Seed, Weights
 from modiff_trt.tools.progress import errors
+from modiff_trt.tools.stopping import BAD_INPUT, GO_ON, INTERRUPTED, exit_code
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,7 +44,6 @@ def about(
 
 
 DEMO_OUT = Path("out/demo")
-INTERRUPTED = 130
 
 STAGES = (
     engine_commands.build,
@@ -67,13 +67,14 @@ def collect(
     calib_steps: Annotated[int, typer.Option(help="steps to keep, spread evenly; each with the step before it")] = 20,
     seed: Seed = 1,
     batch_size: BatchSize = 8,
+    weights: Weights = None,
     device: Device = "cpu",
 ) -> None:
     """Run full-precision DDIM and store the trajectories that calibration needs."""
     from modiff_trt.tools.collecting import collect as run
     from modiff_trt.tools.load import check_device, load_model
 
-    network, checkpoint = load_model(config, ckpt)
+    network, checkpoint = load_model(config, ckpt, weights)
     if checkpoint.description:
         typer.echo(f"checkpoint: {checkpoint.description}")
     result = run(
@@ -125,6 +126,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="adaround: seed of its batches")] = 0,
     dither: Annotated[bool, typer.Option(help="start a_hat from a random place inside the grid")] = True,
     batch_size: BatchSize = 8,
+    weights: Weights = None,
     device: Device = "cpu",
 ) -> None:
     """Find the scales of every layer and write them to a scales file."""
@@ -139,9 +141,9 @@ def calibrate(
     from modiff_trt.tools.trials import PERCENTILES, Trials
 
     if rounding not in ("nearest", "adaround"):
-        raise InputError(f"--rounding must be nearest or adaround, found '{rounding}'")
+        raise InputError(f"--rounding must be nearest or adaround, found {shown(rounding)}")
     if search not in ("none", "scales", "rows"):
-        raise InputError(f"--search must be none, scales or rows, found '{search}'")
+        raise InputError(f"--search must be none, scales or rows, found {shown(search)}")
     if search != "none" and (method != "modiff" or granularity != "static"):
         raise InputError("--search is for --method modiff with --granularity static")
     if auto and method != "modiff":
@@ -169,7 +171,7 @@ def calibrate(
     )
     check_writable(out)
     part = out.with_name(out.name + ".part")
-    network, checkpoint = load_model(config, ckpt)
+    network, checkpoint = load_model(config, ckpt, weights)
     stored = load_trajectories(trajectories, network.config, checkpoint.sha256)
     ranges = measure(network, checkpoint, stored, batch_size, check_device(device))
     on_device = replace(checkpoint, params={key: value.to(device) for key, value in checkpoint.params.items()})
@@ -200,18 +202,18 @@ def export(
     scales: Annotated[Path | None, typer.Option(help="scales file; without it the network stays in float")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 (onnxruntime on a CPU) or fp16 (GPUs)")] = "fp32",
     modulate: Annotated[bool, typer.Option(help="keep MoDiff state; off: the same layers without it")] = True,
+    weights: Weights = None,
 ) -> None:
     """Bake the scales into a QDQ ONNX file."""
-    from modiff_trt.export.files import sha256
     from modiff_trt.export.onnx_export import build_onnx, save_onnx
     from modiff_trt.export.scales import load_scales
     from modiff_trt.tools.load import load_model
 
-    network, checkpoint = load_model(config, ckpt)
+    network, checkpoint = load_model(config, ckpt, weights)
     loaded = load_scales(scales, network, checkpoint.sha256) if scales is not None else None
     if loaded is not None and not modulate:
         loaded = loaded.without_modulation()
-    model = build_onnx(network, checkpoint, loaded, dtype, sha256(scales) if scales is not None else None)
+    model = build_onnx(network, checkpoint, loaded, dtype, loaded.file_sha256 if loaded is not None else None)
     save_onnx(out, model)
     kind = f"{len(loaded.modulated)} modulated layers" if loaded is not None else "float"
     typer.echo(f"{out}: {kind}, {dtype}, {out.stat().st_size / 1e6:.1f} MB")
@@ -232,21 +234,23 @@ def bench(
     num_runs: Annotated[int, typer.Option(help="measurements; their median counts")] = 7,
     num_passes: Annotated[int, typer.Option(help="passes of one measurement")] = 10,
     profile: Annotated[bool, typer.Option("--profile", help="cuda: time by class of kernel, beside the floor")] = False,
+    weights: Weights = None,
     device: Device = "cpu",
 ) -> None:
     """Time the backends against each other, interleaved in one run."""
-    from modiff_trt.export.files import sha256
+    from modiff_trt.export.files import check_writable
     from modiff_trt.export.scales import load_scales
     from modiff_trt.tools.bench import add_profiles, candidates, native_floors, run_bench
     from modiff_trt.tools.bench_table import print_bench
-    from modiff_trt.tools.load import check_device, load_model
+    from modiff_trt.tools.load import check_device, checkpoint_manifest, load_model
 
-    network, checkpoint = load_model(config, ckpt)
+    check_writable(out)
+    network, checkpoint = load_model(config, ckpt, weights)
     loaded = load_scales(scales, network, checkpoint.sha256)
     try:
         sizes = [int(size) for size in batch_sizes.split(",")]
     except ValueError:
-        raise InputError(f"--batch-sizes must be numbers separated by commas, found '{batch_sizes}'") from None
+        raise InputError(f"--batch-sizes must be numbers separated by commas, found {shown(batch_sizes)}") from None
     if min(sizes) < 1 or num_runs < 1 or num_passes < 1:
         raise InputError("--batch-sizes, --num-runs and --num-passes must be at least 1")
     if profile and (device != "cuda" or not {"native-modiff", "all"} & set(backends.split(","))):
@@ -254,7 +258,7 @@ def bench(
     files = [Path(plan) for plan in plans.split(",") if plan]
     makes = candidates(network, checkpoint, loaded, check_device(device), backends.split(","), files)
     reached, floors = native_floors(network, loaded, device, makes)
-    settings: dict[str, Any] = {"config": config.name, "checkpoint_sha256": checkpoint.sha256, "scales_sha256": sha256(scales)}
+    settings: dict[str, Any] = {"config": config.name, "scales_sha256": loaded.file_sha256, **checkpoint_manifest(checkpoint)}
     settings |= {"ceilings": reached} if reached else {}
     result = run_bench(
         network,
@@ -297,6 +301,7 @@ def sample(
     ] = False,
     dtype: Annotated[str, typer.Option(help="of the torch backend: fp32, or fp16 on a GPU")] = "fp32",
     compile_network: Annotated[bool, typer.Option("--compile", help="torch fp16, torch-sim: through torch.compile")] = False,
+    weights: Weights = None,
     batch_size: BatchSize = 8,
     device: Device = "cpu",
 ) -> None:
@@ -308,7 +313,19 @@ def sample(
         raise InputError("--num-samples and --seeds both say how many images; pass one of them")
     indices = image_range(num_samples if num_samples is not None else 16, seeds)
     options = SamplingOptions(
-        backend, config, ckpt, scales, onnx, timesteps, skip_type, modulate, device, dtype, compile_network, plan
+        backend=backend,
+        config=config,
+        ckpt=ckpt,
+        scales=scales,
+        onnx=onnx,
+        timesteps=timesteps,
+        skip_type=skip_type,
+        modulate=modulate,
+        device=device,
+        dtype=dtype,
+        compile=compile_network,
+        plan=plan,
+        weights=weights,
     )
     loaded = load_backend(options)
     done = run_sampling(
@@ -349,41 +366,26 @@ def demo(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one line on standard error and exit code 2 for anything the user can mend."""
-    sys.exit(_run(arguments))
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # those of libraries, which would stand above our own line
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("modiff_trt").setLevel(logging.INFO)
+    sys.exit(exit_code(lambda: _run(arguments), lambda line: errors.print(line, markup=False)))
 
 
 def _run(arguments: list[str] | None) -> int:
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("modiff_trt").setLevel(logging.INFO)
     try:
         result: Any = app(args=arguments, standalone_mode=False)
-        if result == INTERRUPTED:  # the command-line library has turned Ctrl-C into this
-            errors.print("interrupted; run the same command again to go on")
-        return result if isinstance(result, int) else 0
-    except InputError as error:
-        message = str(error)
-    except KeyboardInterrupt:
-        errors.print("interrupted; run the same command again to go on")
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe has gone
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it at the end)
-        return 1
-    except OSError as error:
-        if not isinstance(error.filename, str):
-            raise
-        message = f"{error.filename}: {error.strerror}; choose another"
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; this file does not import it
-            message = "the GPU's memory is full; pass a smaller --batch-size, or free the memory that other programs hold"
         # Usage errors of the command-line library; its base class has no stable public name.
-        elif not hasattr(error, "format_message"):
+        if not hasattr(error, "format_message"):
             raise
-        elif not error.format_message():  # no arguments at all: the help has been printed
-            return 2
-        else:
-            message = f"{error.format_message()}; see --help"
-    errors.print(f"error: {' '.join(message.split())}", markup=False)
-    return 2
+        if not error.format_message():  # no arguments at all: the help has been printed
+            return BAD_INPUT
+        raise InputError(f"{error.format_message()}; see --help") from None
+    if result == INTERRUPTED:  # the command-line library has turned Ctrl-C into this
+        errors.print(GO_ON)
+    return result if isinstance(result, int) else 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from modiff_trt.export.trajectories import Trajectories, choose_steps, load_traj
 from modiff_trt.export.unet import Network
 from modiff_trt.runtime.noise import ImageNoise
 from modiff_trt.runtime.sampler import ddim_sample
-from modiff_trt.runtime.schedule import alphas_cumprod, timestep_sequence
+from modiff_trt.runtime.schedule import alphas_cumprod, requested_sequence
 from modiff_trt.runtime.torch_denoiser import TorchDenoiser
 from modiff_trt.tools.progress import progress_bar
 from modiff_trt.tools.sampling import check_seed
@@ -43,7 +43,7 @@ def collect(
     check_seed(seed)
     check_writable(out)
     config = network.config
-    sequence = timestep_sequence(config.diffusion, timesteps, skip_type)
+    sequence = requested_sequence(config.diffusion, timesteps, skip_type)
     chosen, stored = choose_steps(len(sequence), calib_steps)
     empty = np.zeros((len(stored), 0, *config.input_shape), np.float32)
     result = Trajectories(

@@ -15,7 +15,7 @@ from rich.table import Table
 from modiff_trt.export.checkpoint import Checkpoint, load_checkpoint
 from modiff_trt.export.config import load_config
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import sha256, write_json
+from modiff_trt.export.files import write_json
 from modiff_trt.export.onnx_export import build_onnx, save_onnx
 from modiff_trt.export.scales import Scales, load_scales
 from modiff_trt.export.unet import Network, trace
@@ -37,6 +37,7 @@ class Variant:
     modulate: bool = True
 
 
+MOST_IMAGES = 256
 VARIANTS = (
     Variant("FP32", None),
     Variant("Q-Diff W8A8", "modiff-w8a8.safetensors", False),
@@ -48,8 +49,8 @@ VARIANTS = (
 
 def run(out: Path, num_samples: int, seed: int) -> None:
     """Exports, samples and compares every variant; writes demo.png and demo.json into `out`."""
-    if num_samples < 1:
-        raise InputError("--num-samples must be at least 1")
+    if not 1 <= num_samples <= MOST_IMAGES:
+        raise InputError(f"--num-samples must lie between 1 and {MOST_IMAGES}: every image is in the picture")
     check_seed(seed)
     network = trace(load_config(config_path("demo.yml")))
     checkpoint = load_checkpoint(demo_path("model.safetensors"), network)
@@ -60,12 +61,13 @@ def run(out: Path, num_samples: int, seed: int) -> None:
         scales, digest = None, None
         if variant.scales is not None:
             path = demo_path(variant.scales)
-            scales, digest = load_scales(path, network, checkpoint.sha256), sha256(path)
+            scales = load_scales(path, network, checkpoint.sha256)
+            digest = scales.file_sha256
             if not variant.modulate:
                 scales = scales.without_modulation()
         file = out / (variant.name.lower().replace(" ", "-") + ".onnx")
         save_onnx(file, build_onnx(network, checkpoint, scales, "fp32", digest))
-        model = load_onnx(file)
+        model = load_onnx(file, spinning=variant.scales is None)
         native = _native(network, checkpoint, scales) if scales is not None else None
         backend = Backend(native or OnnxDenoiser(model, timesteps), model.config, {})
         begin = time.perf_counter()

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import read_json, sha256
+from modiff_trt.export.errors import InputError, one_line
+from modiff_trt.export.files import read_signed
 from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.tools.sampling import Backend, Rank, exported, image_range, run_sampling
+from modiff_trt.tools.stopping import exit_code
 
 NETWORK, PLAN, ABOUT = "network.onnx", "network.plan", "about.json"
 
@@ -21,7 +22,7 @@ NETWORK, PLAN, ABOUT = "network.onnx", "network.plan", "about.json"
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as for every other mistake."""
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {one_line(message)}; see --help\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,42 +38,35 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shards", action="store_true", help="one uint8 array a batch in the folder, instead of PNG files")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the plan, or onnxruntime-gpu")
     options = parser.parse_args(argv)
-    try:
-        done = run_sampling(
-            _backend(Path(sys.argv[0]).resolve().parent, options.device),
-            indices=image_range(options.num_samples, options.seeds),
-            seed=options.seed,
-            batch_size=options.batch_size,
-            eta=options.eta,
-            noise_file=options.noise,
-            out=options.out,
-            shards=options.shards,
-        )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)  # noqa: T201
-        return 130
+    return exit_code(lambda: _sample(options), lambda line: print(line, file=sys.stderr))  # noqa: T201
+
+
+def _sample(options: argparse.Namespace) -> int:
+    done = run_sampling(
+        _backend(Path(sys.argv[0]).resolve().parent, options.device),
+        indices=image_range(options.num_samples, options.seeds),
+        seed=options.seed,
+        batch_size=options.batch_size,
+        eta=options.eta,
+        noise_file=options.noise,
+        out=options.out,
+        shards=options.shards,
+    )
     print(f"{options.out}: {done.images} images, {done.new} of them made now")  # noqa: T201
     return 0
 
 
 def _backend(folder: Path, device: str) -> Backend:
     network, plan = folder / NETWORK, folder / PLAN
-    about = read_json(folder / ABOUT, "deployed sampler")
-    steps = about.get("timesteps") if isinstance(about, dict) else None
-    if (
-        not isinstance(steps, list)
-        or not steps
-        or not all(isinstance(step, int) for step in steps)
-        or not network.is_file()
-        or sha256(network) != about.get("onnx_sha256")
-    ):
-        raise InputError(f"{network} is missing or is not the network of this sampler; deploy it again")
+    about = read_signed(folder / ABOUT, "deployed sampler", "deploy it again")
+    steps = about.get("timesteps")
+    if not isinstance(steps, list) or not steps or not all(type(step) is int for step in steps):
+        raise InputError(f"{folder / ABOUT} names no timesteps; deploy it again")
     if device == "cuda" and plan.is_file():
         return _engine(plan, about)
     model = load_onnx(network, device, gpu=Rank.of_environment().local)
+    if model.sha256 != about.get("onnx_sha256"):
+        raise InputError(f"{network} is not the network of this sampler; deploy it again")
     if not all(0 <= step < model.config.diffusion.num_diffusion_timesteps for step in steps):
         raise InputError(f"{folder / ABOUT} names timesteps that the network does not have; deploy it again")
     rows = model.calibrated_rows

@@ -30,7 +30,8 @@ def build(
     """Build a TensorRT plan from an exported file, and say what became of its layers."""
     from modiff_trt.engines.build import BuildOptions, target_of
     from modiff_trt.engines.onnx_network import load_network
-    from modiff_trt.engines.plan_files import build_into
+    from modiff_trt.engines.plan_files import build_into, plan_path
+    from modiff_trt.export.files import check_writable
     from modiff_trt.plugins.tensorrt_library import open_library
     from modiff_trt.tools.building import print_report
 
@@ -39,10 +40,12 @@ def build(
     options = BuildOptions(min_batch, opt_batch, max_batch, target, level, version_compatible)
     network = load_network(onnx, plugin)
     library = open_library(runtime)
+    place, machine = name or onnx.stem + ("" if plugin else "-noplugin"), target_of(options)
+    check_writable(plan_path(out, place, library, machine))
     if network.manifest["dtype"] == "fp32":
         typer.echo(f"{onnx} is in fp32: for speed, build from `export --dtype fp16`", err=True)
-    typer.echo(f"building {onnx.name} for {target_of(options)}: half a minute to some minutes", err=True)
-    path, manifest = build_into(out, name or onnx.stem + ("" if plugin else "-noplugin"), library, network, options)
+    typer.echo(f"building {onnx.name} for {machine}: half a minute to some minutes", err=True)
+    path, manifest = build_into(out, place, library, network, options)
     print_report(manifest["report"], layers)
     typer.echo(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, {library.name} {library.version}, batch {min_batch} to {max_batch}"
@@ -68,7 +71,7 @@ def verify(
     if passes < 1 or batch_size < 1 or not tolerance > 0:
         raise InputError("--passes and --batch-size must be at least 1, and --tolerance above 0")
     loaded, model = load_plan(plan), load_onnx(onnx)
-    check_pair(loaded, onnx)
+    check_pair(loaded, model)
     engine, reference = TrtDenoiser(loaded, (0,)), OnnxDenoiser(model, (0,))
     with progress_bar() as bar:
         task = bar.add_task("verify", total=min(passes, len(reference.rows)), unit="passes")

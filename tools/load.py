@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modiff_trt.export.checkpoint import Checkpoint, load_checkpoint
+from modiff_trt.export.checkpoint import RAW_SUFFIX, Checkpoint, load_checkpoint
 from modiff_trt.export.config import Config, load_config, model_fingerprint
-from modiff_trt.export.errors import InputError
+from modiff_trt.export.errors import InputError, shown
 from modiff_trt.export.files import sha256
 from modiff_trt.export.manifest import quantization
 from modiff_trt.export.scales import load_scales
 from modiff_trt.export.unet import Network, trace
 from modiff_trt.runtime.denoiser import Denoiser
-from modiff_trt.runtime.schedule import timestep_sequence
+from modiff_trt.runtime.schedule import requested_sequence, timestep_sequence
 from modiff_trt.tools.sampling import Backend, Rank, exported
 
 if TYPE_CHECKING:
     from modiff_trt.runtime.native_ops import Kernels
 
+log = logging.getLogger(__name__)
+
+TORCH_BACKENDS = ("torch", "torch-sim", "native")
 BACKENDS = ("torch", "torch-sim", "onnx", "native", "trt")
 DEFAULT_TIMESTEPS = 100
 DEFAULT_SKIP_TYPE = "quad"
@@ -41,15 +45,27 @@ class SamplingOptions:
     dtype: str = "fp32"
     compile: bool = False
     plan: Path | None = None
+    weights: str | None = None
 
 
-def load_model(config: Path | None, ckpt: Path | None) -> tuple[Network, Checkpoint]:
+def load_model(config: Path | None, ckpt: Path | None, weights: str | None = None) -> tuple[Network, Checkpoint]:
+    """The network of a configuration, and its weights; which of a checkpoint's they are is said in the log where there was a
+    choice. Raises InputError."""
     if config is None:
         raise InputError("--config is missing; pass a DDIM configuration, for example configs/cifar10.yml")
     if ckpt is None:
         raise InputError("--ckpt is missing; pass the checkpoint that belongs to the configuration")
     network = trace(load_config(config))
-    return network, load_checkpoint(ckpt, network)
+    checkpoint = load_checkpoint(ckpt, network, weights)
+    if checkpoint.chosen:
+        log.info("checkpoint %s: %s are used", ckpt, checkpoint.weights)
+    return network, checkpoint
+
+
+def checkpoint_manifest(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a manifest says of the weights."""
+    known = {"checkpoint": checkpoint.description} if checkpoint.description else {}
+    return {"checkpoint_sha256": checkpoint.sha256, "checkpoint_weights": checkpoint.weights, **known}
 
 
 def check_device(device: str) -> str:
@@ -57,7 +73,7 @@ def check_device(device: str) -> str:
     import torch
 
     if device not in ("cpu", "cuda"):
-        raise InputError(f"--device must be cpu or cuda, found '{device}'")
+        raise InputError(f"--device must be cpu or cuda, found {shown(device)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no NVIDIA GPU; pass --device cpu or install a CUDA build of torch")
     return device
@@ -66,20 +82,22 @@ def check_device(device: str) -> str:
 def load_backend(options: SamplingOptions) -> Backend:
     """Builds the denoiser that the options describe. Raises InputError for options that contradict each other or files."""
     if options.dtype not in ("fp32", "fp16"):
-        raise InputError(f"--dtype must be fp32 or fp16, found '{options.dtype}'")
+        raise InputError(f"--dtype must be fp32 or fp16, found {shown(options.dtype)}")
     if options.backend != "torch" and options.dtype != "fp32":
         raise InputError(f"--dtype is for --backend torch; leave it out with {options.backend}")
     if options.backend not in ("torch", "torch-sim") and options.compile:
         raise InputError(f"--compile is for --backend torch and torch-sim; leave it out with {options.backend}")
+    if options.backend not in TORCH_BACKENDS and options.weights is not None:
+        raise InputError(f"--weights is decided at export; leave it out with --backend {shown(options.backend)[1:-1]}")
     if options.backend != "trt":
         _refuse(options.plan, "--plan", options.backend)
     if options.backend == "onnx":
         return _onnx_backend(options)
     if options.backend == "trt":
         return _trt_backend(options)
-    if options.backend in ("torch", "torch-sim", "native"):
+    if options.backend in TORCH_BACKENDS:
         return _torch_backend(options)
-    raise InputError(f"--backend must be one of {', '.join(BACKENDS)}, found '{options.backend}'")
+    raise InputError(f"--backend must be one of {', '.join(BACKENDS)}, found {shown(options.backend)}")
 
 
 def _torch_backend(options: SamplingOptions) -> Backend:
@@ -93,11 +111,11 @@ def _torch_backend(options: SamplingOptions) -> Backend:
     device = check_device(options.device)
     if device == "cuda":  # one process a GPU
         torch.cuda.set_device(Rank.of_environment().local % torch.cuda.device_count())
-    network, checkpoint = load_model(options.config, options.ckpt)
+    network, checkpoint = load_model(options.config, options.ckpt, options.weights)
     config = network.config
     manifest: dict[str, Any] = {
         "backend": options.backend,
-        "checkpoint_sha256": checkpoint.sha256,
+        **checkpoint_manifest(checkpoint),
         "config_sha256": model_fingerprint(config),
     }
     if options.backend == "torch":
@@ -123,7 +141,7 @@ def _torch_backend(options: SamplingOptions) -> Backend:
     else:
         denoiser = SimDenoiser(network, checkpoint.params, scales, device, compiled=options.compile)
     manifest |= {
-        "scales_sha256": sha256(options.scales),
+        "scales_sha256": scales.file_sha256,
         "modulate": options.modulate,
         "quantization": quantization(scales.method, scales.granularity, scales.layer_table()),
         "timesteps": list(scales.rows.timesteps),
@@ -151,7 +169,7 @@ def _onnx_backend(options: SamplingOptions) -> Backend:
     model = load_onnx(options.onnx, options.device, gpu=Rank.of_environment().local)
     if options.config is not None and model_fingerprint(load_config(options.config)) != model_fingerprint(model.config):
         raise InputError(f"{options.onnx} was exported from another configuration than --config; leave --config out")
-    if options.ckpt is not None and sha256(options.ckpt) != model.manifest["checkpoint_sha256"]:
+    if options.ckpt is not None and sha256(options.ckpt) != model.manifest["checkpoint_sha256"].removesuffix(RAW_SUFFIX):
         raise InputError(f"{options.onnx} was exported from another checkpoint than --ckpt; leave --ckpt out")
     if not options.modulate and model.manifest["method"] == "modiff":
         raise InputError("--no-modulate is decided at export; run `modiff-trt export --no-modulate` and sample from that file")
@@ -161,7 +179,7 @@ def _onnx_backend(options: SamplingOptions) -> Backend:
     else:
         timesteps = rows.timesteps
         _check_steps(options, model.config, timesteps, model.manifest["skip_type"], options.onnx)
-    manifest = {"backend": "onnx", "onnx_sha256": sha256(options.onnx), **exported(model.manifest, timesteps)}
+    manifest = {"backend": "onnx", "onnx_sha256": model.sha256, **exported(model.manifest, timesteps)}
     return Backend(OnnxDenoiser(model, timesteps, options.device), model.config, manifest)
 
 
@@ -198,7 +216,7 @@ def _refuse(value: Path | None, option: str, backend: str) -> None:
 
 def _sequence(options: SamplingOptions, config: Config) -> tuple[int, ...]:
     steps = options.timesteps if options.timesteps is not None else DEFAULT_TIMESTEPS
-    return timestep_sequence(config.diffusion, steps, options.skip_type or DEFAULT_SKIP_TYPE)
+    return requested_sequence(config.diffusion, steps, options.skip_type or DEFAULT_SKIP_TYPE)
 
 
 def _check_steps(options: SamplingOptions, config: Config, calibrated: tuple[int, ...], skip_type: str, source: Path) -> None:

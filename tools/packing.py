@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import sha256, unwritable, write_json
+from modiff_trt.export.files import sha256, unwritable, write_signed
 from modiff_trt.runtime.onnx_denoiser import load_onnx
 from modiff_trt.runtime.plan import Plan, load_plan
-from modiff_trt.runtime.schedule import timestep_sequence
+from modiff_trt.runtime.schedule import requested_sequence
 from modiff_trt.tools.deployed import ABOUT, NETWORK, PLAN
 
 LAUNCHER = "modiff-sampler"
@@ -21,12 +21,23 @@ LAUNCHER = "modiff-sampler"
 MODULES = {
     "plugins": ("__init__", "tensorrt_library"),
     "plugins.modulated_conv": ("__init__", "device_code", "geometry", "trt_plugin"),
-    "export": ("__init__", "config", "dither", "errors", "files", "grid", "manifest", "rows", "start_state"),
+    "export": ("__init__", "config", "dither", "errors", "files", "grid", "manifest", "onnx_file", "rows", "start_state"),
     "runtime": (
-        *("__init__", "cuda_memory", "denoiser", "image_sets", "images", "noise", "onnx_denoiser", "plan", "sampler"),
-        *("schedule", "trt_denoiser"),
+        *(
+            "__init__",
+            "cores",
+            "cuda_memory",
+            "denoiser",
+            "digest_list",
+            "image_sets",
+            "images",
+            "noise",
+            "onnx_denoiser",
+            "pictures",
+        ),
+        *("plan", "sampler", "schedule", "trt_denoiser"),
     ),
-    "tools": ("__init__", "deployed", "progress", "sampling"),
+    "tools": ("__init__", "deployed", "progress", "sampling", "stopping"),
 }
 REQUIREMENTS = ("numpy>=1.26", "onnx>=1.18", "onnxruntime>=1.22", "pillow>=10", "pyyaml>=6", "rich>=13", "safetensors>=0.5")
 ENTRY = """import sys
@@ -42,6 +53,9 @@ try:
     from modiff_trt.tools.deployed import main
 except ModuleNotFoundError as error:
     refuse(f"the package {error.name} is missing; pip install -r requirements.txt (beside this program)")
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 sys.exit(main())
 """
 
@@ -56,12 +70,13 @@ def package(onnx: Path, out: Path, timesteps: int, skip_type: str, plan: Path | 
         raise InputError(f"{out} is not an empty folder; choose a new one")
     model = load_onnx(onnx)
     rows = model.calibrated_rows
-    steps = rows.timesteps if rows is not None else timestep_sequence(model.config.diffusion, timesteps, skip_type)
+    steps = rows.timesteps if rows is not None else requested_sequence(model.config.diffusion, timesteps, skip_type)
     engine = load_plan(plan) if plan is not None else None
-    if engine is not None and engine.manifest["onnx_sha256"] != sha256(onnx):
+    if engine is not None and engine.manifest["onnx_sha256"] != model.sha256:
         raise InputError(f"{plan} was not built from {onnx}; build it again")
     try:
-        return _write(onnx, engine, out, {"timesteps": list(steps), "network": model.manifest})
+        about = {"onnx_sha256": model.sha256, "timesteps": list(steps), "network": model.manifest}
+        return _write(onnx, engine, out, about)
     except OSError as error:
         raise unwritable(out, error) from None
 
@@ -91,7 +106,9 @@ def _write(onnx: Path, plan: Plan | None, out: Path, about: dict[str, Any]) -> l
         (folder / LAUNCHER).chmod(0o755)
         requirements = REQUIREMENTS + (_plan_requirements(plan) if plan is not None else ())
         (folder / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
-        write_json(folder / ABOUT, {"onnx_sha256": sha256(folder / NETWORK)} | about)
+        if sha256(folder / NETWORK) != about["onnx_sha256"]:
+            raise InputError(f"{onnx} changed while it was copied; run the command again")
+        write_signed(folder / ABOUT, about)
         if out.exists():
             out.rmdir()
         folder.rename(out)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from modiff_trt.export.config import Config
-from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import sha256
+from modiff_trt.export.errors import InputError, is_out_of_memory, out_of_memory, shown
+from modiff_trt.export.files import check_writable
 from modiff_trt.export.manifest import quantization
-from modiff_trt.runtime.denoiser import Denoiser, WholeTrajectory
-from modiff_trt.runtime.images import ImageFolder, ShardFolder, save_npz
+from modiff_trt.runtime.denoiser import Denoiser
+from modiff_trt.runtime.images import PICTURE_CHANNELS, ImageFolder, ShardFolder, save_npz
 from modiff_trt.runtime.noise import ImageNoise, load_noise
 from modiff_trt.runtime.sampler import ddim_sample
 from modiff_trt.runtime.schedule import alphas_cumprod, ddim_steps
@@ -36,7 +36,11 @@ class Backend:
 def exported(manifest: dict[str, Any], timesteps: tuple[int, ...]) -> dict[str, Any]:
     """What images say of the exported file that made them, from the file's manifest."""
     granularity = manifest.get("granularity", "static")
+    known = {"checkpoint": manifest["checkpoint"]} if manifest["checkpoint"] else {}
     return {
+        "checkpoint_sha256": manifest["checkpoint_sha256"],
+        "checkpoint_weights": manifest["checkpoint_weights"],
+        **known,
         "quantization": quantization(manifest["method"], granularity, manifest["layers"]),
         "dtype": manifest["dtype"],
         "timesteps": list(timesteps),
@@ -56,7 +60,7 @@ def image_range(num_samples: int, seeds: str | None) -> range:
         return range(num_samples)
     first, dash, last = seeds.partition("-")
     if not (dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-        raise InputError(f"--seeds must be a range like 0-49999, found '{seeds}'")
+        raise InputError(f"--seeds must be a range like 0-49999, found {shown(seeds)}")
     found = range(int(first), int(last) + 1)
     if found[-1] >= LAST_IMAGE or len(found) > MOST_IMAGES:
         raise InputError(f"--seeds must lie below {LAST_IMAGE}, and name at most {MOST_IMAGES} images")
@@ -108,16 +112,20 @@ def sample_batches(
                 start = np.stack([noise[index] for index in batch])
             size = len(batch)
 
-            def on_pass(row: int, x: Any, eps: Any, n: int = size) -> None:
-                bar.advance(task, n)
+            def on_done(passes: int, n: int = size) -> None:
+                bar.advance(task, passes * n)
 
-            # A backend that runs a whole trajectory on its device must not be stopped at every pass to draw a bar.
-            whole = eta == 0.0 and isinstance(denoiser, WholeTrajectory)
-            samples = ddim_sample(
-                denoiser, alpha_bar, start, eta=eta, draw_noise=source.draw, on_pass=None if whole else on_pass
-            )
-            if whole:
-                bar.advance(task, size * len(denoiser.rows))
+            try:
+                samples = ddim_sample(denoiser, alpha_bar, start, eta=eta, draw_noise=source.draw, on_done=on_done)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                less = (
+                    f"pass --batch-size {size // 2}"
+                    if size > 1
+                    else "one image at a time is too much already: use a machine with more"
+                )
+                raise out_of_memory(f"a batch of {size} does not fit; {less}") from None
             yield batch, samples
 
 
@@ -151,13 +159,17 @@ def run_sampling(
     check_seed(seed)
     # What the schedule refuses must not claim the folder.
     ddim_steps(alphas_cumprod(backend.config.diffusion), backend.denoiser.rows.timesteps, eta)
-    noise = None
+    channels = backend.config.input_shape[0]
+    if out.suffix != ".npz" and channels not in PICTURE_CHANNELS:
+        raise InputError(f"the network makes images of {channels} channels, which are no pictures; pass FILE.npz as --out")
+    noise, noise_digest = None, None
     if noise_file is not None:
-        noise = dict(enumerate(load_noise(noise_file, indices[-1] + 1, backend.config.input_shape)))
+        given, noise_digest = load_noise(noise_file, indices[-1] + 1, backend.config.input_shape)
+        noise = dict(enumerate(given))
     manifest = backend.manifest | {
         "seed": seed,
         "eta": eta,
-        "noise_sha256": sha256(noise_file) if noise_file is not None else None,
+        "noise_sha256": noise_digest,
         # Libraries may sum in another order for another batch: images of one set are computed in one way.
         "batch_size": batch_size,
     }
@@ -166,12 +178,13 @@ def run_sampling(
     if out.suffix == ".npz":
         if rank.world > 1 or shards:
             raise InputError("shards, and several processes, cannot write one .npz; pass a folder as --out")
+        check_writable(out)
         parts = [s for _, s in sample_batches(backend, batches, seed, eta, noise)]
         save_npz(out, np.concatenate(parts), indices, manifest)
         return Sampled(rank, len(indices), len(indices))
-    folder = ShardFolder(out, manifest) if shards else ImageFolder(out, manifest)
-    missing = [len(folder.missing(batch)) for batch in batches]
-    wanted = [batch for batch, lacking in zip(batches, missing, strict=True) if lacking]
-    for batch, samples in sample_batches(backend, wanted, seed, eta, noise):
-        folder.save(batch, samples)
+    with ShardFolder(out, manifest) if shards else ImageFolder(out, manifest) as folder:
+        missing = [len(folder.missing(batch)) for batch in batches]
+        wanted = [batch for batch, lacking in zip(batches, missing, strict=True) if lacking]
+        for batch, samples in sample_batches(backend, wanted, seed, eta, noise):
+            folder.save(batch, samples)
     return Sampled(rank, sum(map(len, batches)), sum(missing))

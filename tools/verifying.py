@@ -9,16 +9,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from rich.console import Console
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import sha256
 from modiff_trt.export.rows import RowTable
 from modiff_trt.runtime.noise import ImageNoise
+from modiff_trt.runtime.onnx_denoiser import OnnxModel
 from modiff_trt.runtime.plan import Plan
 
 Array = np.ndarray[Any, Any]
@@ -116,10 +115,10 @@ def _outputs(denoiser: Observable, x: Array, row: int) -> dict[str, Array]:
     return {name: value.astype(np.float32) for name, value in denoiser.state.items()} | {EPS: eps}
 
 
-def check_pair(plan: Plan, onnx: Path) -> None:
+def check_pair(plan: Plan, model: OnnxModel) -> None:
     """Raises InputError unless the plan was built from this file."""
-    if sha256(onnx) != plan.manifest["onnx_sha256"]:
-        raise InputError(f"{plan.path} was not built from {onnx}; verify it against the file named when it was built")
+    if model.sha256 != plan.manifest["onnx_sha256"]:
+        raise InputError(f"{plan.path} was not built from {model.path}; verify it against the file named when it was built")
 
 
 def print_verdict(verdict: Verdict, tolerance: float) -> int:

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, random_checkpoint
 
 from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import write_signed
 from modiff_trt.export.onnx_export import build_onnx, save_onnx
 from modiff_trt.export.scales import save_scales
 from modiff_trt.plugins.modulated_conv.device_code import DeviceCode, Variant, pack, unpack
@@ -137,11 +138,14 @@ def test_plans_that_do_not_belong_are_refused(plan_file, tmp_path):
     manifest = json.loads(cut.with_suffix(".json").read_text())
     del manifest["network"]["timesteps"][0]
     cut.with_suffix(".json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="was altered"):
+        load_plan(cut)
+    write_signed(cut.with_suffix(".json"), manifest)
     with pytest.raises(InputError, match="damaged"):
         load_plan(cut)
     other = copy("other")
     manifest = json.loads(plan_file.with_suffix(".json").read_text()) | {"onnx_sha256": "0" * 64}
-    other.with_suffix(".json").write_text(json.dumps(manifest))
+    write_signed(other.with_suffix(".json"), manifest)
     with pytest.raises(InputError, match="another network"):
         load_plan(other)
 

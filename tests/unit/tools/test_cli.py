@@ -292,12 +292,12 @@ def test_an_altered_manifest_is_refused(files, tmp_path, capsys):
 
 
 def test_nan_in_trajectories_and_scales(files, tmp_path, capsys):
-    header, arrays = load_arrays(files["traj.safetensors"], "trajectories", 1)
+    header, arrays, _ = load_arrays(files["traj.safetensors"], "trajectories", 1)
     arrays["x"][0, 0, 0, 0, 0] = np.nan
     save_arrays(tmp_path / "t.safetensors", header, arrays)
     text = refusal(capsys, "calibrate", *MODEL, "--trajectories", tmp_path / "t.safetensors", "--out", tmp_path / "o")
     assert "NaN" in text
-    header, arrays = load_arrays(files["scales.safetensors"], "scales", SCHEMA)
+    header, arrays, _ = load_arrays(files["scales.safetensors"], "scales", SCHEMA)
     arrays["layer.conv_in.scales"][1] = np.nan
     save_arrays(tmp_path / "s.safetensors", header, arrays)
     assert "conv_in" in refusal(capsys, "export", *MODEL, "--scales", tmp_path / "s.safetensors", "--out", tmp_path / "o")
