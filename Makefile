@@ -110,9 +110,8 @@ report: setup $(SCALES) ## one HTML page of what the scales do, with BENCH= and 
 	$(RUN) report $(MODEL) --scales $(SCALES) --device $(DEVICE) $(if $(BENCH),--bench $(BENCH)) \
 		$(if $(wildcard $(RESULTS)),--evaluation $(RESULTS)) $(if $(PLAN),--plan $(PLAN)) --out $(OUT)/report.html
 
-results-tables: setup ## the tables of README.md and STUDIES.md, from results/
-	$(VENV)/bin/python -m modiff_trt.tools.results_tables README.md
-	$(VENV)/bin/python -m modiff_trt.tools.results_tables STUDIES.md
+results-tables: setup ## the tables of the documents, from results/
+	for document in README.md STUDIES.md docs/robustness.md; do $(VENV)/bin/python -m modiff_trt.tools.results_tables $$document || exit; done
 
 test: setup ## what CI runs, without a GPU
 	$(VENV)/bin/pytest -m "not gpu"

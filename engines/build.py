@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modiff_trt.engines.onnx_network import OnnxNetwork
-from modiff_trt.export.errors import InputError
+from modiff_trt.export.errors import InputError, shown
 from modiff_trt.export.files import atomic_path
 from modiff_trt.plugins.modulated_conv import trt_plugin
 from modiff_trt.plugins.modulated_conv.device_code import check_target
@@ -58,7 +58,10 @@ def build_plan(library: Library, network: OnnxNetwork, options: BuildOptions, ti
     logger = _collector(trt)
     builder = trt.Builder(logger)
     config = builder.create_builder_config()
-    _set_target(library, config, options.target)
+    capability = check_target_name(library, options.target)
+    if capability is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(capability, 0)
     if network.plugin:
         trt_plugin.register(trt, check_target(int(target_of(options).removeprefix("sm"))))
     parsed = builder.create_network(0)
@@ -111,17 +114,17 @@ def _profile(builder: Any, network: OnnxNetwork, options: BuildOptions) -> Any:
     return profile
 
 
-def _set_target(library: Library, config: Any, target: str | None) -> None:
+def check_target_name(library: Library, target: str | None) -> Any:
+    """TensorRT's name of a target's compute capability; None for this machine's GPU. Raises InputError if there is none."""
     if target is None:
-        return
+        return None
     if not library.is_rtx:
         raise InputError("--target is for TensorRT-RTX; stock TensorRT builds for the GPU of the machine it runs on")
     capability = getattr(library.trt.ComputeCapability, target.upper(), None)
     if capability is None or not target.lower().startswith("sm"):
         known = [name.lower() for name in dir(library.trt.ComputeCapability) if name.startswith("SM")]
-        raise InputError(f"--target must be one of {', '.join(known)}, found '{target}'")
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(capability, 0)
+        raise InputError(f"--target must be one of {', '.join(known)}, found {shown(target)}")
+    return capability
 
 
 def _use_timing_cache(config: Any, path: Path | None) -> Any:

@@ -19,6 +19,8 @@ from modiff_trt.export.files import read_file
 MOST_TIMESTEPS = 100_000
 # A file's aliases stand for what they repeat: a few of them in a chain make it longer than any memory.
 MOST_ALIASES = 20
+# Its scanner needs a time that grows with the square of the depth.
+LONGEST, MOST_BRACKETS = 1 << 20, 1000
 # The largest values that a network could have; beyond them a file is wrong, and building its shapes would not end.
 LARGEST = {"ch": 16384, "num_res_blocks": 64, "in_channels": 1024, "out_ch": 1024, "image_size": 16384}
 MOST_LEVELS, LARGEST_MULT = 12, 64
@@ -123,6 +125,8 @@ def load_config(path: Path) -> Config:
         text = read_file(path, "config").decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"config {path} cannot be read: {error}") from None
+    if len(text) > LONGEST or text.count("[") + text.count("{") > MOST_BRACKETS:
+        raise InputError(f"config {path} is no configuration of a network: it is too long, or nested too deeply")
     try:
         aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
         tree = yaml.safe_load(text) if aliases <= MOST_ALIASES else None

@@ -216,15 +216,27 @@ def signed(data: Mapping[str, Any]) -> dict[str, Any]:
 def read_signed(path: Path, what: str, remedy: str) -> dict[str, Any]:
     """The object that `write_signed` wrote, without its digest. Raises InputError if it was altered since; `remedy` says what
     to do then."""
-    data = read_json(path, what)
+    return check_signed(read_json(path, what), f"{what} {path}", remedy)
+
+
+def check_signed(data: Any, source: str, remedy: str) -> dict[str, Any]:
+    """The object that `signed` made, without its digest. Raises InputError if it was altered since."""
     if not isinstance(data, dict):
-        raise InputError(f"{what} {path} is not a JSON object; {remedy}")
+        raise InputError(f"{source} is not a JSON object; {remedy}")
     if DIGEST not in data:
-        raise InputError(f"{what} {path} carries no digest: another program or an earlier version wrote it; {remedy}")
-    found = data.pop(DIGEST)
-    if found != _json_digest(data):
-        raise InputError(f"{what} {path} was altered after it was written; {remedy}")
-    return data
+        raise InputError(f"{source} carries no digest: another program or an earlier version wrote it; {remedy}")
+    rest = {key: value for key, value in data.items() if key != DIGEST}
+    if data[DIGEST] != _json_digest(rest):
+        raise InputError(f"{source} was altered after it was written; {remedy}")
+    return rest
+
+
+def read_result(path: Path, what: str) -> Any:
+    """A JSON file of figures, without its digest. Raises InputError if it was altered since it was written; files of earlier
+    versions have no digest."""
+    data = read_json(path, what)
+    signs = isinstance(data, dict) and DIGEST in data
+    return check_signed(data, f"{what} {path}", "measure again, into another file") if signs else data
 
 
 def _json_digest(data: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""SHA256SUMS: a digest for every file of a set of images that we wrote, in the format of `sha256sum`. No torch.
+"""manifest.sha256: a digest for every file of a set of images that we wrote, in the format of `sha256sum`. No torch.
 
 A file is written first and listed afterwards. One that is not listed was left by a killed run, and is made again.
 """
@@ -12,12 +12,14 @@ from pathlib import Path
 from modiff_trt.export.errors import InputError
 from modiff_trt.export.files import digest_of, locked, read_file, unwritable
 
-SUMS = "SHA256SUMS"
+SUMS = "manifest.sha256"
 
 
 def read_sums(folder: Path) -> dict[str, str]:
     """Digest by file name; empty where there is no list. A line that a killed process left unfinished is passed over."""
     file = folder / SUMS
+    if file.is_symlink():
+        raise InputError(f"{file} is a link, which `sample` does not write; delete it, or choose another --out")
     lines = read_file(file, "list of digests").decode("ascii", "replace").splitlines() if file.exists() else []
     found = (line.split("  ", 1) for line in lines)
     return {part[1]: part[0] for part in found if len(part) == 2 and len(part[0]) == 64}

@@ -19,19 +19,22 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from modiff_trt.export.errors import InputError, one_line, shown
-from modiff_trt.export.files import DIGEST, parse_json, read_file, read_json, read_signed, sha256, signed
+from modiff_trt.export.files import DIGEST, check_signed, digest_of, parse_json, read_file, read_json, sha256, signed
 from modiff_trt.export.manifest import MANIFEST
-from modiff_trt.runtime.digest_list import read_listed, read_sums
+from modiff_trt.export.npy import npy_header, read_npy, read_npz
+from modiff_trt.runtime.digest_list import SUMS, read_listed, read_sums
 from modiff_trt.runtime.pictures import SUFFIXES, Images, decode, find_pictures, open_picture, survey
 
 NPZ_KEYS = ("images", "arr_0")  # ours, and guided-diffusion's
 SHARDS = "images-*.npy"
 CIFAR_RECORD = 1 + 3 * 32 * 32
 CHUNK = 512
-# What numpy, zipfile and zlib raise for damaged files; a header that claims terabytes makes numpy ask for them.
-READ_ERRORS = (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError)
+# What zipfile and zlib raise for damaged files.
+READ_ERRORS = (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 # What every manifest of a set of images that `sample` made has.
 OURS = {"seed", "eta", "batch_size"}
+# Of the arrays beside the manifest in an .npz of ours.
+IMAGES_DIGEST, INDICES_DIGEST = "images_sha256", "indices_sha256"
 SAMPLE_AGAIN = "run `sample` again, into another folder"
 
 
@@ -177,6 +180,8 @@ def _shards(path: Path) -> ImageSet:
             raise InputError(f"{path}: images {following} to {first - 1} are missing; run the same `sample` command again")
         if following is not None and first < following:
             raise InputError(f"{path}: {file.name} overlaps the shard before it; delete one of them")
+        if not file.is_file():
+            raise InputError(f"shard {file} is no regular file; delete it and sample again")
         try:
             with file.open("rb") as opened:
                 shape, dtype = npy_header(opened)
@@ -196,13 +201,9 @@ def _read_shards(files: Sequence[Path], sums: dict[str, str] | None) -> Iterator
     for file in files:
         data = read_file(file, "shard") if sums is None else read_listed(file, sums, "shard")
         try:
-            yield _three_channels(np.load(io.BytesIO(data), allow_pickle=False))
+            yield of_three_channels(read_npy(data))
         except READ_ERRORS as error:
             raise InputError(f"shard {file} cannot be read ({error}); delete it and sample again") from None
-
-
-def _three_channels(images: Images) -> Images:
-    return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
 
 
 def _npz(path: Path) -> ImageSet:
@@ -226,66 +227,51 @@ def _npz(path: Path) -> ImageSet:
 def _with_origin(images: ImageSet) -> ImageSet:
     """The set with indices and manifest, where `sample` wrote it."""
     path = images.path
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if not {"indices", "manifest"} <= set(file.files):
-                return images  # another tool's
-            indices, text = file["indices"], str(file["manifest"])
-    except READ_ERRORS as error:
-        raise InputError(f"{path} cannot be read: {one_line(str(error))}") from None
-    manifest = parse_json(text, f"the manifest of {path}")
-    if not isinstance(manifest, dict) or indices.shape != (images.count,) or indices.dtype != np.int64:
+    found, _ = read_npz(path, ("indices", "manifest"), "images")
+    if len(found) < 2:
+        return images  # another tool's
+    indices, text = found["indices"], found["manifest"]
+    if text.dtype.kind != "U" or text.shape or indices.shape != (images.count,) or indices.dtype != np.int64:
         raise InputError(f"the manifest or the indices of {path} are damaged; {SAMPLE_AGAIN}")
+    manifest = check_signed(parse_json(str(text), f"the manifest of {path}"), f"the manifest of {path}", SAMPLE_AGAIN)
+    if manifest.pop(INDICES_DIGEST, None) != digest_of(indices.tobytes()):
+        raise InputError(f"the indices of {path} were altered; {SAMPLE_AGAIN}")
+    expected = manifest.pop(IMAGES_DIGEST, None)
     names = list(map(str, indices.tolist()))
-    return ImageSet(path, images.count, images.shape, images.chunks, int(indices[0]) if names else None, manifest, names)
+    chunks = partial(_checked, images.chunks, expected, path)
+    return ImageSet(path, images.count, images.shape, chunks, int(indices[0]) if names else None, manifest, names)
+
+
+def _checked(chunks: Callable[[], Iterator[Images]], expected: Any, path: Path) -> Iterator[Images]:
+    """The chunks of an .npz of ours, whose digest is compared when the last one has been read."""
+    digest = hashlib.sha256()
+    for chunk in chunks():
+        digest.update(chunk.tobytes())
+        yield chunk
+    if digest.hexdigest() != expected:
+        raise InputError(f"the images of {path} were altered after they were written; {SAMPLE_AGAIN}")
+
+
+def of_three_channels(images: Images) -> Images:
+    """Grey images [N, H, W, 1] as RGB."""
+    return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a set that `sample` made; None for a set of something else, whose file of that name is not ours. Raises
     InputError if it was altered."""
     file = folder / MANIFEST
-    if not file.exists():
-        return None
-    about = read_json(file, "manifest")
+    about = read_json(file, "manifest") if file.exists() else None
     if not isinstance(about, dict) or not (DIGEST in about or about.keys() >= OURS):
+        if (folder / SUMS).exists() or (folder / SUMS).is_symlink():
+            raise InputError(f"{folder} has a {SUMS} of `sample`, and its {MANIFEST} is gone or another; {SAMPLE_AGAIN}")
         return None
-    return read_signed(file, "manifest", SAMPLE_AGAIN)
+    return check_signed(about, f"manifest {file}", SAMPLE_AGAIN)
 
 
 def same_manifest(found: dict[str, Any], manifest: dict[str, Any]) -> bool:
     """Whether a manifest that was read is this one."""
     return signed(found) == signed(manifest)
-
-
-def has_images(path: Path) -> bool:
-    """Whether an .npz holds images under one of our names. Raises InputError if it cannot be read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(f"{key}.npy" in archive.namelist() for key in NPZ_KEYS)
-    except READ_ERRORS as error:
-        raise InputError(f"{path} cannot be read: {one_line(str(error))}") from None
-
-
-def npy_header(file: Any, size: int | None = None) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """(shape, dtype) of an .npy that is open at its beginning. Raises ValueError unless the file, of `size` bytes, has just
-    what its header says."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    try:
-        shape, fortran, dtype = read(file)
-    except (RecursionError, MemoryError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"its header is damaged ({type(error).__name__})") from None
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects, which are never executed")
-    if any(n < 0 for n in shape):
-        raise ValueError(f"its header says the shape {shown(shape)}")
-    if fortran and len(shape) > 1:
-        raise ValueError("its array is in Fortran order; save it with numpy.ascontiguousarray")
-    if size is None:
-        size = os.fstat(file.fileno()).st_size
-    if file.tell() + prod(shape) * dtype.itemsize != size:
-        raise ValueError(f"its header says {dtype} {shown(shape)}, and the file has {size} bytes (truncated or damaged?)")
-    return shape, dtype
 
 
 def _npz_chunks(path: Path, member: str) -> Iterator[Images]:
@@ -299,7 +285,7 @@ def _npz_chunks(path: Path, member: str) -> Iterator[Images]:
                 data = file.read(n * size)
                 if begin + n == shape[0]:
                     file.read(1)  # at the end the checksum is compared
-                yield _three_channels(np.frombuffer(data, np.uint8).reshape(n, *shape[1:]))
+                yield of_three_channels(np.frombuffer(data, np.uint8).reshape(n, *shape[1:]))
     except READ_ERRORS as error:
         raise InputError(f"{path} cannot be read (truncated?): {one_line(str(error))}") from None
 
@@ -313,15 +299,15 @@ def cifar_batches(path: Path, prefix: str) -> Iterator[tuple[Images, Images]]:
         with gzip.open(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r|") as archive:
             for member in archive:
                 name = Path(member.name).name
-                if member.isreg() and name.startswith(prefix) and name.endswith(".bin"):
-                    opened = archive.extractfile(member)
+                if name.startswith(prefix) and name.endswith(".bin"):
+                    opened = archive.extractfile(member) if member.isreg() else None
                     parts[member.name] = opened.read() if opened is not None else b""
             while unpacked.read(1 << 20):
                 pass
     except (*READ_ERRORS, tarfile.TarError, RecursionError, OverflowError) as error:
         raise InputError(f"{path} cannot be read: {one_line(str(error))}") from None
     for name, data in sorted(parts.items()):
-        if len(data) % CIFAR_RECORD:
+        if not data or len(data) % CIFAR_RECORD:
             raise InputError(f"{path}: {shown(name)} is no whole number of CIFAR-10 records; download the archive again")
         rows = np.frombuffer(data, np.uint8).reshape(-1, CIFAR_RECORD)
         if (rows[:, 0] > 9).any():

@@ -21,12 +21,22 @@ from modiff_trt.export.files import (
     lock_file,
     locked,
     remove_leftovers,
+    signed,
     unwritable,
     write_signed,
 )
 from modiff_trt.export.manifest import MANIFEST
 from modiff_trt.runtime.digest_list import SUMS, append_sums, read_listed, read_sums
-from modiff_trt.runtime.image_sets import SHARDS, read_manifest, same_manifest, shard_name, shard_range
+from modiff_trt.runtime.image_sets import (
+    IMAGES_DIGEST,
+    INDICES_DIGEST,
+    SHARDS,
+    of_three_channels,
+    read_manifest,
+    same_manifest,
+    shard_name,
+    shard_range,
+)
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 UInt8 = np.ndarray[Any, np.dtype[np.uint8]]
@@ -47,9 +57,11 @@ def psnr(samples: Float32, reference: Float32) -> float:
 
 def save_npz(path: Path, samples: Float32, indices: Sequence[int], manifest: dict[str, Any]) -> None:
     """`samples` float32 NCHW before clipping, `images` uint8 NHWC, their `indices` int64, and the manifest as JSON text."""
-    places, text = np.asarray(indices, np.int64), np.asarray(json.dumps(manifest))
+    images, places = np.ascontiguousarray(to_uint8(samples)), np.asarray(indices, np.int64)
+    digests = {IMAGES_DIGEST: digest_of(of_three_channels(images).tobytes()), INDICES_DIGEST: digest_of(places.tobytes())}
+    text = np.asarray(json.dumps(signed(manifest | digests)))
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, samples=samples, images=to_uint8(samples), indices=places, manifest=text)
+        np.savez(file, samples=samples, images=images, indices=places, manifest=text)
 
 
 PICTURE_CHANNELS = (1, 3)
@@ -68,17 +80,18 @@ class SetFolder(ABC):
         self.path = path
         self._new = not path.exists()
         self._held = contextlib.ExitStack()
+        self._claimed = False
         try:
             path.mkdir(parents=True, exist_ok=True)
             with locked(path):
                 self._claim(manifest)
+            self._sums = read_sums(path)
         except OSError as error:
-            self._held.close()
+            self.close()
             raise unwritable(path, error) from None
         except InputError:
-            self._held.close()
+            self.close()
             raise
-        self._sums = read_sums(path)
 
     def _claim(self, manifest: dict[str, Any]) -> None:
         path, file = self.path, self.path / MANIFEST
@@ -99,6 +112,7 @@ class SetFolder(ABC):
                     raise InputError(f"another run is writing into {path} now (see its {MANIFEST}); choose another --out")
                 (path / SUMS).unlink(missing_ok=True)
                 write_signed(file, manifest)
+                self._claimed = True
             # Nobody comes between: whoever claims this folder holds its lock, as this process does here.
             self._held.enter_context(lock_file(path / LOCK, shared=True))
         for name in (MANIFEST, SUMS, SHARDS, "[0-9]*.png"):
@@ -106,7 +120,7 @@ class SetFolder(ABC):
 
     def close(self) -> None:
         """Gives the folder back. Where no image was written it is as it was found."""
-        empty = not any(self.path.glob("*.png")) and not any(self.path.glob(SHARDS))
+        empty = self._claimed and not any(self.path.glob("*.png")) and not any(self.path.glob(SHARDS))
         self._held.close()
         with contextlib.suppress(OSError), locked(self.path), lock_file(self.path / LOCK, shared=False) as alone:
             if alone is None:
@@ -115,8 +129,8 @@ class SetFolder(ABC):
             if empty:
                 for name in (MANIFEST, SUMS):
                     (self.path / name).unlink(missing_ok=True)
-                if self._new:
-                    self.path.rmdir()
+            if self._new:
+                self.path.rmdir()  # which a folder that holds anything refuses
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from modiff_trt.export.errors import InputError, one_line, shown
 from modiff_trt.export.files import digest_of, read_file
-from modiff_trt.runtime.image_sets import READ_ERRORS, npy_header
+from modiff_trt.export.npy import read_npy
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -34,13 +33,12 @@ def load_noise(path: Path, count: int, shape: tuple[int, int, int]) -> tuple[Arr
         raise InputError(f"noise file {path} does not exist")
     data = read_file(path, "noise file")
     try:
-        found, dtype = npy_header(io.BytesIO(data), len(data))
-        good = dtype == np.float32 and found[1:] == shape and found[0] >= count
-        noise = np.load(io.BytesIO(data), allow_pickle=False) if good else None
-    except READ_ERRORS as error:
+        noise = read_npy(data)
+    except ValueError as error:
         raise InputError(f"noise file {path} is not a valid .npy file: {one_line(str(error))}") from None
-    if noise is None:
-        raise InputError(f"noise file {path} must be float32 {('N', *shape)} with N >= {count}, found {dtype} {shown(found)}")
+    if noise.dtype != np.float32 or noise.shape[1:] != shape or len(noise) < count:
+        found = f"{noise.dtype} {shown(noise.shape)}"
+        raise InputError(f"noise file {path} must be float32 {('N', *shape)} with N >= {count}, found {found}")
     if not np.isfinite(noise).all():
         raise InputError(f"noise file {path} holds NaN or infinite values")
     return np.asarray(noise[:count]), digest_of(data)

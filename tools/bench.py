@@ -23,7 +23,7 @@ import torch
 
 from modiff_trt.export.checkpoint import Checkpoint
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import write_json
+from modiff_trt.export.files import write_signed
 from modiff_trt.export.scales import Scales
 from modiff_trt.export.unet import Network
 from modiff_trt.runtime.denoiser import Denoiser
@@ -162,7 +162,7 @@ def run_bench(
             rows[name] = _row(denoiser, seconds[name], batch, memory, (floors or {}).get(name))
             del denoiser
         result["batches"][str(batch)] = rows
-        write_json(out, result)
+        write_signed(out, result)
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -273,4 +273,4 @@ def add_profiles(
     denoiser, least = make(), floors(work(network, scales), result["ceilings"])
     assert isinstance(denoiser, NativeDenoiser)
     result["profiles"] = {str(batch): profile(denoiser, least, batch) for batch in batch_sizes}
-    write_json(out, result)
+    write_signed(out, result)

@@ -43,6 +43,7 @@ def about(
     """Calibrate, export and deploy INT8 diffusion UNets with MoDiff state kept on the device."""
 
 
+LARGEST_BATCH = 65536
 DEMO_OUT = Path("out/demo")
 
 STAGES = (
@@ -251,8 +252,8 @@ def bench(
         sizes = [int(size) for size in batch_sizes.split(",")]
     except ValueError:
         raise InputError(f"--batch-sizes must be numbers separated by commas, found {shown(batch_sizes)}") from None
-    if min(sizes) < 1 or num_runs < 1 or num_passes < 1:
-        raise InputError("--batch-sizes, --num-runs and --num-passes must be at least 1")
+    if not all(1 <= size <= LARGEST_BATCH for size in sizes) or num_runs < 1 or num_passes < 1:
+        raise InputError(f"--batch-sizes must lie between 1 and {LARGEST_BATCH}, --num-runs and --num-passes be at least 1")
     if profile and (device != "cuda" or not {"native-modiff", "all"} & set(backends.split(","))):
         raise InputError("--profile is for --device cuda and the backend native-modiff")
     files = [Path(plan) for plan in plans.split(",") if plan]

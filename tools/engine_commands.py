@@ -28,7 +28,7 @@ def build(
     layers: Annotated[bool, typer.Option("--layers", help="print every layer of the engine")] = False,
 ) -> None:
     """Build a TensorRT plan from an exported file, and say what became of its layers."""
-    from modiff_trt.engines.build import BuildOptions, target_of
+    from modiff_trt.engines.build import BuildOptions, check_target_name, target_of
     from modiff_trt.engines.onnx_network import load_network
     from modiff_trt.engines.plan_files import build_into, plan_path
     from modiff_trt.export.files import check_writable
@@ -40,6 +40,7 @@ def build(
     options = BuildOptions(min_batch, opt_batch, max_batch, target, level, version_compatible)
     network = load_network(onnx, plugin)
     library = open_library(runtime)
+    check_target_name(library, target)
     place, machine = name or onnx.stem + ("" if plugin else "-noplugin"), target_of(options)
     check_writable(plan_path(out, place, library, machine))
     if network.manifest["dtype"] == "fp32":

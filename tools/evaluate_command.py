@@ -11,8 +11,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import locked, read_json, sha256, write_json
+from modiff_trt.export.errors import InputError, one_line
+from modiff_trt.export.files import DIGEST, locked, read_result, signed, write_signed
 from modiff_trt.tools.options import Device
 
 PAPER = "paper_cifar10.yml"
@@ -101,21 +101,20 @@ def evaluate(
                 f"{out} has {', '.join(left)} of other images under the name '{place}'; pass --name, or measure these again too"
             )
     how = check_pairs(images, exact) if exact is not None else ""
-    for note in (*images.notes, *(exact.notes if exact is not None else ()), *_notes(real)):
-        typer.echo(note, err=True)
+    notes = [*images.notes, *(exact.notes if exact is not None else ()), *_notes(real)]
     if exact is not None:
-        if how != "by name":
-            typer.echo(f"{samples.name} and {exact.path.name} are paired {how}", err=True)
+        notes += [f"{samples.name} and {exact.path.name} are paired {how}"] if how != "by name" else []
         pairs = {"with": label(exact), "set": exact.path.name, "paired": how, "images_sha256": exact.content_sha256()}
+        pairs["manifest_sha256"] = signed(exact.manifest)[DIGEST]
         entry |= {"pairs": {key: _printable(value) for key, value in pairs.items()}}
         entry |= paired(images, exact, batch_size, device)
         _record(out, place, entry)
     if wanted and images.count < FEW:
-        typer.echo(
+        notes.append(
             f"{images.count} images are few for a Frechet distance, which grows as they get fewer; compare equal numbers"
         )
     if real is not None and real.of_guided_diffusion and "inception" in names and resize == "torch":
-        typer.echo("the reference's statistics were made with TensorFlow's resizing; --resize tensorflow fits them", err=True)
+        notes.append("the reference's statistics were made with TensorFlow's resizing; --resize tensorflow fits them")
     for number, network in enumerate(wanted):
         own = measure(images, network, batch_size, score=True, consecutive=inception_chunks == "consecutive")
         found: dict[str, Any] = {"weights_sha256": network.digest}
@@ -130,7 +129,7 @@ def evaluate(
             assert against is not None
             found |= distances(own, against, network)
             found |= {"reference": _printable(reference.name), "reference images": against.count}
-            found |= {"reference_sha256": sha256(reference) if reference.is_file() else source.content_sha256()}  # type: ignore[union-attr]
+            found |= {"reference_sha256": real.sha256, "reference statistics sha256": against.sha256()}
             found |= {"reference statistics": "of the file" if given else "of its images"}
         if exact is not None:
             baseline = reference_statistics(exact, network, batch_size)
@@ -138,6 +137,8 @@ def evaluate(
             found[key] = distances(own, baseline, network)
         entry[network.name] = found
         _record(out, place, entry)  # what was measured is kept if the next features fail
+    for note in notes:
+        typer.echo(one_line(note), err=True)
     Console().print(make_table(_results(out), paper))
 
 
@@ -157,12 +158,14 @@ def _record(path: Path, place: str, entry: dict[str, Any]) -> None:
         results = _results(path)
         current = results["sets"].get(place, {})
         results["sets"][place] = current | entry if current and _same_images(current, entry) else entry
-        write_json(path, results)
+        write_signed(path, results)
 
 
 def _results(path: Path) -> dict[str, Any]:
     """What a results file holds so far. Raises InputError if it is none of this command's."""
-    results = read_json(path, "results") if path.exists() else {"sets": {}}
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path} is a link to a file that is not there; choose another --out")
+    results = read_result(path, "results") if path.exists() else {"sets": {}}
     if not _shows(results):
         raise InputError(f"{path} is not a results file of `evaluate`; choose another")
     return dict(results)

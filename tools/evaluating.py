@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import math
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from modiff_trt.export.errors import InputError, one_line
-from modiff_trt.export.files import cache_folder, load_arrays, save_arrays
+from modiff_trt.export.errors import InputError
+from modiff_trt.export.files import cache_folder, digest_of, load_arrays, save_arrays
+from modiff_trt.export.npy import read_npz
 from modiff_trt.runtime.frechet import Gaussian, InceptionScore, Moments, frechet_distance
-from modiff_trt.runtime.image_sets import READ_ERRORS, ImageSet, has_images, open_images
+from modiff_trt.runtime.image_sets import NPZ_KEYS, ImageSet, open_images
 from modiff_trt.runtime.pairing import pair
 from modiff_trt.runtime.pictures import Images
 from modiff_trt.tools.progress import progress_bar
@@ -83,6 +86,13 @@ class Statistics:
     count: int
     score: tuple[float, float] | None = None
 
+    def sha256(self) -> str:
+        """Digest of every mean and covariance."""
+        digest = hashlib.sha256()
+        for name, found in sorted(self.gaussians.items()):
+            digest.update(name.encode() + found.mean.tobytes() + found.covariance.tobytes())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -90,6 +100,7 @@ class Reference:
 
     path: Path
     images: ImageSet | None
+    sha256: str
     statistics: Statistics | None = None
 
     @property
@@ -135,47 +146,47 @@ def reference_statistics(images: ImageSet, features: Features, batch_size: int) 
     key = hashlib.sha256(f"{features.name} {features.digest} {images.content_sha256()}".encode()).hexdigest()
     cached = cache_folder() / f"{features.name}-{key[:32]}.safetensors"
     # A cache that is damaged, or cannot be written, costs time and nothing else.
-    with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
-        header, arrays, _ = load_arrays(cached, KIND, SCHEMA)
-        count = int(header["count"])
-        gaussians = {n: Gaussian(arrays[f"{n}.mean"], arrays[f"{n}.covariance"], count) for n in header["names"]}
-        if all(g.covariance.shape == 2 * g.mean.shape and np.isfinite(g.covariance).all() for g in gaussians.values()):
-            return Statistics(gaussians, count)
+    with contextlib.suppress(InputError, KeyError):
+        _, arrays, _ = load_arrays(cached, KIND, SCHEMA)
+        names = list(measures_of(features).distances)
+        gaussians = {n: Gaussian(arrays[f"{n}.mean"], arrays[f"{n}.covariance"], images.count) for n in names}
+        if all(_is_sound(g) for g in gaussians.values()):
+            return Statistics(gaussians, images.count)
     found = measure(images, features, batch_size, score=False)
     arrays = {f"{n}.mean": g.mean for n, g in found.gaussians.items()}
     arrays |= {f"{n}.covariance": g.covariance for n, g in found.gaussians.items()}
     of = os.fsencode(images.path).decode("utf-8", "replace")
-    header = {"kind": KIND, "schema": SCHEMA, "count": found.count, "names": list(found.gaussians), "of": of}
+    header = {"kind": KIND, "schema": SCHEMA, "of": of}
     with contextlib.suppress(InputError):
         save_arrays(cached, header, arrays)
     return found
+
+
+def _is_sound(found: Gaussian) -> bool:
+    sizes = found.mean.ndim == 1 and found.covariance.shape == 2 * found.mean.shape
+    return sizes and bool(np.isfinite(found.mean).all() and np.isfinite(found.covariance).all())
 
 
 def open_reference(path: Path) -> Reference:
     """The images of a reference, and the statistics that pytorch-fid or guided-diffusion have put into an .npz. Raises
     InputError, also for statistics of another layout."""
     if path.suffix != ".npz" or not path.is_file():
-        return Reference(path, open_images(path))
-    statistics = _statistics(path)
-    if statistics is None or has_images(path):
-        return Reference(path, open_images(path), statistics)
-    return Reference(path, None, statistics)
-
-
-def _statistics(path: Path) -> Statistics | None:
+        images = open_images(path)
+        return Reference(path, images, images.content_sha256())
+    names = [name for mean, covariance, _ in FOREIGN.values() for name in (mean, covariance)]
+    found, data = read_npz(path, names, "reference")
     gaussians = {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            for name, (mean, covariance, size) in FOREIGN.items():
-                if mean in file.files or covariance in file.files:
-                    gaussians[name] = _gaussian(path, file[mean], file[covariance], size)
-    except KeyError as error:
-        raise InputError(f"{path} has half of its statistics: {one_line(str(error))}") from None
-    except READ_ERRORS as error:
-        raise InputError(f"{path} cannot be read: {one_line(str(error))}") from None
+    for name, (mean, covariance, size) in FOREIGN.items():
+        if (mean in found) != (covariance in found):
+            raise InputError(f"{path} has half of its statistics: one of {mean} and {covariance} is missing")
+        if mean in found:
+            gaussians[name] = _gaussian(path, found[mean], found[covariance], size)
     if gaussians and "pool" not in gaussians:
         raise InputError(f"{path} has statistics for sFID (mu_s, sigma_s) and none for FID (mu, sigma)")
-    return Statistics(gaussians, 0) if gaussians else None
+    statistics = Statistics(gaussians, 0) if gaussians else None
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        pictures = any(f"{key}.npy" in archive.namelist() for key in NPZ_KEYS)
+    return Reference(path, open_images(path) if pictures or not gaussians else None, digest_of(data), statistics)
 
 
 def _gaussian(path: Path, mean: np.ndarray[Any, Any], covariance: np.ndarray[Any, Any], size: int) -> Gaussian:

@@ -25,11 +25,21 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
 
 def _machine(device: str) -> dict[str, Any]:
     machine: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    machine["vnni"] = _has_vnni()
     if device == "cuda":
         import torch
 
         machine["gpu"] = torch.cuda.get_device_name()
     return machine
+
+
+def _has_vnni() -> bool | None:
+    """Whether the CPU has an INT8 dot product; native INT8 on a CPU is much slower without it. None: not known."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return None
+    return "avx512_vnni" in flags or "avx_vnni" in flags
 
 
 def _version(name: str) -> str | None:

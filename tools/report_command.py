@@ -67,6 +67,7 @@ def report(
         **provenance(device),
     }
     shown = {"bench": [Path(part) for part in bench.split(",") if part], "evaluation": [evaluation] if evaluation else []}
+    shown["plan manifest"] = [plan.with_suffix(".json")] if plan else []
     for what, files in shown.items():
         manifest |= {f"{what}_sha256": [sha256(file) for file in files]} if files else {}
     comparison = compare(network, checkpoint, loaded, num_samples, seed, device)
@@ -81,10 +82,10 @@ def report(
 
 def _result(path: Path, shown: Callable[[dict[str, Any]], Any], of_a_plan: bool = False) -> dict[str, Any]:
     """A file that another command wrote. Raises InputError if `shown`, its part of the page, cannot be made from it."""
-    from modiff_trt.export.files import read_json, read_signed
+    from modiff_trt.export.files import read_result, read_signed
 
     data: dict[str, Any] = (
-        read_signed(path, "plan manifest", "build the plan again") if of_a_plan else read_json(path, "result")
+        read_signed(path, "plan manifest", "build the plan again") if of_a_plan else read_result(path, "result")
     )
     try:
         shown(data)

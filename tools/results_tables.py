@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import atomic_path, read_json
+from modiff_trt.export.files import atomic_path, read_result
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -259,6 +259,32 @@ def memory(data: dict[str, Any]) -> str:
     return "\n".join([*lines, f"\nThe demo model and FD-CIFAR, {data['machine']['cores']} CPU cores."])
 
 
+def fuzz(data: dict[str, Any]) -> str:
+    """How commands end whose input was altered, by kind of input."""
+    names = [name for name in next(iter(data["table"].values())) if name != "trials"]
+    lines = ["| altered | trials | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for kind, counts in {**data["table"], "**all**": data["total"]}.items():
+        lines.append(f"| {kind} | {counts['trials']} | " + " | ".join(str(counts[name]) for name in names) + " |")
+    versions = ", ".join(f"{name} {data['versions'][name]}" for name in ("torch", "onnxruntime", "numpy"))
+    return "\n".join([*lines, f"\nSeed {data['seed']}; Python {data['versions']['python']}, {versions}."])
+
+
+def load(data: dict[str, Any]) -> str:
+    """Seconds an image beside busy processes."""
+    lines = [
+        "| busy processes, batch | native, s | onnxruntime, s | native loses | onnxruntime loses | ratio |",
+        "|---" * 6 + "|",
+    ]
+    for key, seconds in data["seconds an image"].items():
+        lost = data["times as long as alone"][key]
+        cells = [seconds["native"], seconds["onnxruntime"], lost["native"], lost["onnxruntime"], lost["ratio"]]
+        lines.append(f"| {key} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    machine = data["machine"]
+    vnni = "with" if machine["vnni"] else "without"
+    what = data["what"][0].upper() + data["what"][1:]
+    return "\n".join([*lines, f"\n{what}; {machine['cores']} cores {vnni} VNNI, torch {data['versions']['torch']}."])
+
+
 # Table name -> (file in results/, how it is rendered)
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo", demo),
@@ -284,6 +310,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "native_images": ("native_images_h200", native_images),
     "bench_cpu_cifar10": ("bench_cpu_cifar10", bench),
     "bench_cpu_demo": ("bench_cpu_demo", bench),
+    "fuzz": ("fuzz_trials", fuzz),
+    "load": ("load_trials", load),
 }
 
 
@@ -295,19 +323,25 @@ def render(text: str, results: Path) -> str:
         if name not in TABLES:
             raise InputError(f"unknown table '{name}'; known: {', '.join(TABLES)}")
         file, table = TABLES[name]
-        return f"{match[1]}{table(read_json(results / f'{file}.json', 'result'))}\n{match[3]}"
+        return f"{match[1]}{table(read_result(results / f'{file}.json', 'result'))}\n{match[3]}"
 
     return BLOCK.sub(replace, text)
+
+
+def _results(document: Path) -> Path:
+    """The folder results/ of the document's checkout."""
+    folders = [folder / "results" for folder in document.resolve().parents]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def main(
     document: Annotated[Path, typer.Argument(help="the document whose tables are rendered")] = Path("README.md"),
     check: Annotated[bool, typer.Option(help="write nothing; fail if a table is not current")] = False,
 ) -> None:
-    """Renders a document's tables from the JSON files in results/ beside it."""
+    """Renders a document's tables from the JSON files in results/, beside it or in a folder above."""
     try:
         text = document.read_text(encoding="utf-8")
-        rendered = render(text, document.parent / "results")
+        rendered = render(text, _results(document))
         if check and rendered != text:
             raise InputError(f"the tables of {document} are not those of results/; run `make results-tables`")
         if not check:

@@ -7,7 +7,6 @@ fit (2 * 128 * 127 < 2^15), so that sums are exact on every CPU, at the price of
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 
 import torch
@@ -15,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modiff_trt.export.unet import LayerSpec
-
-log = logging.getLogger(__name__)
 
 ZERO_POINT = 128
 
@@ -57,10 +54,7 @@ class OneDnnConv:
 @cache
 def pairs_saturate() -> bool:
     """Whether oneDNN's sums of the largest 8-bit products saturate on this CPU."""
-    found = not sums_are_exact(halves=False)
-    if found:
-        log.info("this CPU has no INT8 dot product (VNNI): native INT8 is exact on it, but takes two products for one")
-    return found
+    return not sums_are_exact(halves=False)
 
 
 def sums_are_exact(halves: bool) -> bool:

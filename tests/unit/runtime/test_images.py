@@ -132,11 +132,11 @@ def test_what_was_altered_since_is_refused_and_what_is_not_listed_is_made_again(
         wanted = folder.missing([0, 1])
         folder.save([0, 1], samples)
     assert wanted and file.read_bytes() == content
-    lines = (tmp_path / "SHA256SUMS").read_text().splitlines()
+    lines = (tmp_path / "manifest.sha256").read_text().splitlines()
     digest = hashlib.sha256(content).hexdigest()
     assert f"{digest}  {file.name}" in lines  # what `sha256sum -c` reads
-    (tmp_path / "SHA256SUMS").write_text("\n".join(line for line in lines if file.name not in line) + "\n" + lines[0][:30])
-    with pytest.raises(InputError, match="is not in SHA256SUMS"):
+    (tmp_path / "manifest.sha256").write_text("\n".join(line for line in lines if file.name not in line) + "\n" + lines[0][:30])
+    with pytest.raises(InputError, match="is not in manifest"):
         list(open_images(tmp_path).batches(2))
     with kind(tmp_path, made) as folder:
         assert folder.missing([0, 1])
