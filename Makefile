@@ -111,7 +111,7 @@ report: setup $(SCALES) ## one HTML page of what the scales do, with BENCH= and 
 		$(if $(wildcard $(RESULTS)),--evaluation $(RESULTS)) $(if $(PLAN),--plan $(PLAN)) --out $(OUT)/report.html
 
 results-tables: setup ## the tables of the documents, from results/
-	for document in README.md STUDIES.md docs/robustness.md; do $(VENV)/bin/python -m modiff_trt.tools.results_tables $$document || exit; done
+	for document in README.md STUDIES.md docs/robustness.md; do $(VENV)/bin/python -m modiff_trt.tools.report.results_tables $$document || exit; done
 
 test: setup ## what CI runs, without a GPU
 	$(VENV)/bin/pytest -m "not gpu"
@@ -123,8 +123,8 @@ lint: setup ## ruff, mypy, import-linter
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	mkdir -p .typing/modiff_trt
-	for folder in export plugins engines runtime tools configs calib_cache; do ln -sfn ../../$$folder .typing/modiff_trt/$$folder; done
-	$(VENV)/bin/mypy -p modiff_trt.export -p modiff_trt.plugins -p modiff_trt.engines -p modiff_trt.runtime -p modiff_trt.tools
+	for folder in core networks plugins runtime export engines tools configs calib_cache; do ln -sfn ../../$$folder .typing/modiff_trt/$$folder; done
+	$(VENV)/bin/mypy $(foreach folder,core networks plugins runtime export engines tools,-p modiff_trt.$(folder))
 	$(VENV)/bin/lint-imports
 
 clean: ## remove outputs, caches and built plans (not calib_cache)

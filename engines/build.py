@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modiff_trt.core.errors import InputError, shown
+from modiff_trt.core.files import atomic_path
 from modiff_trt.engines.onnx_network import OnnxNetwork
-from modiff_trt.export.errors import InputError, shown
-from modiff_trt.export.files import atomic_path
-from modiff_trt.plugins.modulated_conv import trt_plugin
-from modiff_trt.plugins.modulated_conv.device_code import check_target
-from modiff_trt.plugins.tensorrt_library import Library
+from modiff_trt.plugins.modulated_conv.kernels.device_code import check_target
+from modiff_trt.plugins.modulated_conv.tensorrt import plugin as trt_plugin
+from modiff_trt.plugins.modulated_conv.tensorrt.library import Library
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def target_of(options: BuildOptions) -> str:
     """`sm89`, ...: the target named, or the GPU of this machine. Raises InputError where there is none."""
     if options.target is not None:
         return options.target.lower()
-    from modiff_trt.plugins.modulated_conv.device_code import current_capability
+    from modiff_trt.plugins.modulated_conv.kernels.device_code import current_capability
 
     if importlib.util.find_spec("cuda") is None:
         raise InputError(

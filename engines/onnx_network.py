@@ -11,10 +11,10 @@ import onnx
 import onnx.inliner
 from onnx import numpy_helper
 
-from modiff_trt.export.errors import InputError
-from modiff_trt.export.grid import grid_max
-from modiff_trt.export.manifest import FUNCTION
-from modiff_trt.export.onnx_file import read_onnx
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.grid import grid_max
+from modiff_trt.core.manifest import FUNCTION
+from modiff_trt.core.onnx_file import read_onnx
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 
 

@@ -15,10 +15,10 @@ import pycuda.autoprimaryctx  # noqa: F401
 import pycuda.driver as cuda
 from pycuda import gpuarray
 
-from modiff_trt.runtime.noise import ImageNoise
-from modiff_trt.runtime.plan import load_plan
-from modiff_trt.runtime.schedule import alphas_cumprod, ddim_steps
-from modiff_trt.runtime.trt_denoiser import TrtDenoiser
+from modiff_trt.core.schedule import alphas_cumprod, ddim_steps
+from modiff_trt.runtime.backends.plan import load_plan
+from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser
+from modiff_trt.runtime.images.noise import ImageNoise
 
 
 def main(plan_file: str, images: int = 4) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from modiff_trt.export.rows import RowTable
+from modiff_trt.core.rows import RowTable
 
 OnDone = Callable[[int], None]
 Array = Any  # a numpy array or a torch tensor: whatever the backend computes on

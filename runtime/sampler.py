@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from modiff_trt.export.errors import InputError
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.schedule import Array as Float64Array
+from modiff_trt.core.schedule import ddim_steps
 from modiff_trt.runtime.denoiser import Denoiser, OnDone, WholeTrajectory
-from modiff_trt.runtime.schedule import Array as Float64Array
-from modiff_trt.runtime.schedule import ddim_steps
 
 OnPass = Callable[[int, Any, Any], None]
 

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from modiff_trt.export.calibrate import LayerRanges, Recipe, make_scales, measure_ranges
-from modiff_trt.export.checkpoint import Checkpoint, load_checkpoint
-from modiff_trt.export.config import Config, DataConfig, DiffusionConfig, ModelConfig, load_config
-from modiff_trt.export.scales import Scales
-from modiff_trt.export.torch_ops import UNet
-from modiff_trt.export.trajectories import Trajectories, choose_steps
-from modiff_trt.export.unet import Network, trace
-from modiff_trt.runtime.noise import ImageNoise
+from modiff_trt.core.config import Config, DataConfig, DiffusionConfig, ModelConfig, load_config
+from modiff_trt.core.scales import Scales
+from modiff_trt.core.schedule import alphas_cumprod, timestep_sequence
+from modiff_trt.export.calibration.static import LayerRanges, Recipe, make_scales, measure_ranges
+from modiff_trt.export.calibration.trajectories import Trajectories, choose_steps
+from modiff_trt.networks.checkpoint import Checkpoint, load_checkpoint
+from modiff_trt.networks.torch_ops import UNet
+from modiff_trt.networks.unet import Network, trace
+from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
+from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import ddim_sample
-from modiff_trt.runtime.schedule import alphas_cumprod, timestep_sequence
-from modiff_trt.runtime.torch_denoiser import TorchDenoiser
 
 ROOT = Path(__file__).resolve().parents[1]
 

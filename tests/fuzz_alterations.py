@@ -23,9 +23,9 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load
 
-from modiff_trt.export.files import HEADER_KEY, save_arrays, write_signed
-from modiff_trt.export.manifest import DIGEST as ONNX_DIGEST
-from modiff_trt.export.manifest import MANIFEST_KEY, content_digest
+from modiff_trt.core.files import HEADER_KEY, save_arrays, write_signed
+from modiff_trt.core.manifest import DIGEST as ONNX_DIGEST
+from modiff_trt.core.manifest import MANIFEST_KEY, content_digest
 
 
 class Unfit(Exception):
@@ -235,7 +235,7 @@ def sign_json(path, text):
         try:
             write_signed(path, tree)
         except ValueError:  # not a number: our writer does not write it
-            from modiff_trt.export.files import signed
+            from modiff_trt.core.files import signed
 
             json.dump(signed(tree), file)
 

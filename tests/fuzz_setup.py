@@ -17,16 +17,16 @@ from fuzz_alterations import BYTES, JSON, NAMES, SPECIAL
 from PIL import Image
 from safetensors.torch import save_file
 
-from modiff_trt.export.config import config_to_dict
-from modiff_trt.export.files import digest_of, save_arrays, write_signed
-from modiff_trt.export.manifest import PLAN_SCHEMA, START_KIND, START_SCHEMA
-from modiff_trt.export.start_state import start_state
-from modiff_trt.runtime.cifar_features import SHIPPED_SHA256, CifarFeatures
-from modiff_trt.runtime.onnx_denoiser import load_onnx
-from modiff_trt.runtime.plan import load_plan
-from modiff_trt.tools import deployed
-from modiff_trt.tools.cli import main
-from modiff_trt.tools.evaluating import open_reference
+from modiff_trt.core.config import config_to_dict
+from modiff_trt.core.files import digest_of, save_arrays, write_signed
+from modiff_trt.core.manifest import PLAN_SCHEMA, START_KIND, START_SCHEMA
+from modiff_trt.core.start_state import start_state
+from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
+from modiff_trt.runtime.backends.plan import load_plan
+from modiff_trt.tools.cli.main import main
+from modiff_trt.tools.evaluation.cifar_features import SHIPPED_SHA256, CifarFeatures
+from modiff_trt.tools.evaluation.measures import open_reference
+from modiff_trt.tools.package import deployed
 from modiff_trt.tools.stopping import exit_code
 
 SIZE, CLASSIFIER = 12, ROOT / "calib_cache/fd_cifar/classifier.safetensors"

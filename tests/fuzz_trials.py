@@ -43,7 +43,8 @@ import typer
 from PIL import Image
 from safetensors.numpy import load
 
-from modiff_trt.tools import cli, provenance
+from modiff_trt.tools import provenance
+from modiff_trt.tools.cli import main as cli
 
 GOOD = ("refused", "same", "explained")
 FAULTS = ("traceback", "hang", "crash", "changed", "noise", "leftover")
@@ -100,11 +101,11 @@ KINDS = (*setup.KINDS, *OPTIONS)
 
 
 def preload():
-    for part in ("export", "runtime", "engines", "tools"):
+    for part in ("core", "networks", "runtime", "export", "engines", "tools"):
         package = importlib.import_module(f"modiff_trt.{part}")
-        for module in pkgutil.iter_modules(package.__path__):
-            if module.name not in ("profiling", "train", "train_classifier", "entry"):
-                importlib.import_module(f"modiff_trt.{part}.{module.name}")
+        for module in pkgutil.walk_packages(package.__path__, f"modiff_trt.{part}."):
+            if module.name.rsplit(".", 1)[1] not in ("profiling", "train", "train_classifier", "entry", "cuda_kernels"):
+                importlib.import_module(module.name)
 
 
 def fork(folder, run, environment=()):

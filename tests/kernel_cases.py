@@ -66,7 +66,7 @@ CASES["upsampled sum"] = KernelCase(InputShape(32, 0, 3, 5, upsample=True), add=
 
 def launch(case: KernelCase, device: str, real: torch.dtype, overlap: bool = False) -> SimpleNamespace:
     """The kernel on fresh random inputs and poisoned outputs: its arguments by name, and `before`, the state as it was."""
-    from modiff_trt.plugins.modulated_conv import quantize_kernel as kernel
+    from modiff_trt.plugins.modulated_conv.kernels import quantize as kernel
 
     shape, n = case.shape, case.batch
 

@@ -25,7 +25,7 @@ MODEL = ["--config", ROOT / "configs/demo.yml", "--ckpt", ROOT / "calib_cache/de
 
 def start(out):
     options = [*MODEL, "--timesteps", 5, "--num-samples", IMAGES, "--batch-size", 2, "--shards", "--out", out]
-    command = [sys.executable, "-m", "modiff_trt.tools.cli", "sample", *map(str, options)]
+    command = [sys.executable, "-m", "modiff_trt.tools.cli.main", "sample", *map(str, options)]
     ranks = (
         {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(RANKS)
     )

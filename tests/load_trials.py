@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from modiff_trt.runtime.cores import usable_cores
+from modiff_trt.runtime.backends.cores import usable_cores
 from modiff_trt.tools.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,18 +21,18 @@ BATCHES, BUSY, REPEATS = (1, 4), (0, 1, 2), 3
 
 def measure(backend, batch):
     """Seconds an image of a second trajectory, in this process."""
-    from modiff_trt.export.onnx_export import build_onnx, save_onnx
-    from modiff_trt.export.scales import load_scales
-    from modiff_trt.runtime.noise import ImageNoise
-    from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
+    from modiff_trt.core.scales import load_scales
+    from modiff_trt.core.schedule import alphas_cumprod
+    from modiff_trt.export.onnx.network import build_onnx, save_onnx
+    from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
+    from modiff_trt.runtime.backends.registry import load_model, native_kernels
+    from modiff_trt.runtime.images.noise import ImageNoise
     from modiff_trt.runtime.sampler import ddim_sample
-    from modiff_trt.runtime.schedule import alphas_cumprod
-    from modiff_trt.tools.load import load_model, native_kernels
 
     network, checkpoint = load_model(ROOT / "configs/demo.yml", ROOT / "calib_cache/demo/model.safetensors")
     scales = load_scales(ROOT / "calib_cache/demo/modiff-w8a8.safetensors", network, checkpoint.sha256)
     if backend == "native":
-        from modiff_trt.runtime.native_denoiser import NativeDenoiser
+        from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 
         denoiser = NativeDenoiser(network, checkpoint.params, scales, native_kernels("cpu"), "cpu")
     else:

@@ -21,7 +21,7 @@ MODEL = ["--config", ROOT / "configs/demo.yml", "--ckpt", ROOT / "calib_cache/de
 
 def peak(*arguments, **environment):
     """MB that a run of the command line has held at most."""
-    command = [sys.executable, "-m", "modiff_trt.tools.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "modiff_trt.tools.cli.main", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | environment)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 import torch
 
 from modiff_trt.plugins.modulated_conv import reference
-from modiff_trt.plugins.modulated_conv.conv_kernel import convolve_real
-from modiff_trt.plugins.modulated_conv.quantize_kernel import Norm, quantize_input
+from modiff_trt.plugins.modulated_conv.kernels.conv import convolve_real
+from modiff_trt.plugins.modulated_conv.kernels.quantize import Norm, quantize_input
 
 
 class ReferenceKernels:

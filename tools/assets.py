@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from modiff_trt.export.errors import InputError
+from modiff_trt.core.errors import InputError
 
 
 def config_path(name: str) -> Path:

@@ -12,20 +12,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from modiff_trt.export.checkpoint import Checkpoint, load_checkpoint
-from modiff_trt.export.config import load_config
-from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import write_json
-from modiff_trt.export.onnx_export import build_onnx, save_onnx
-from modiff_trt.export.scales import Scales, load_scales
-from modiff_trt.export.unet import Network, trace
+from modiff_trt.core.config import load_config
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.files import write_json
+from modiff_trt.core.scales import Scales, load_scales
+from modiff_trt.export.onnx.network import build_onnx, save_onnx
+from modiff_trt.networks.checkpoint import Checkpoint, load_checkpoint
+from modiff_trt.networks.unet import Network, trace
+from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.runtime.denoiser import Denoiser
-from modiff_trt.runtime.images import psnr
-from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
+from modiff_trt.runtime.images.folders import psnr
+from modiff_trt.runtime.sampling import Backend, check_seed, sample_batches
 from modiff_trt.tools.assets import config_path, demo_path
-from modiff_trt.tools.grid import save_grid
 from modiff_trt.tools.provenance import provenance
-from modiff_trt.tools.sampling import Backend, check_seed, sample_batches
+from modiff_trt.tools.report.picture_grid import save_grid
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def run(out: Path, num_samples: int, seed: int) -> None:
 
 def _native(network: Network, checkpoint: Checkpoint, scales: Scales) -> Denoiser | None:
     """The native backend, or None on a CPU that has no INT8 dot product."""
-    from modiff_trt.runtime.cpu_kernels import CpuKernels
-    from modiff_trt.runtime.native_denoiser import NativeDenoiser
+    from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels
+    from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 
     try:
         return NativeDenoiser(network, checkpoint.params, scales, CpuKernels(), "cpu")

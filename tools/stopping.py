@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from modiff_trt.export.errors import InputError, is_out_of_memory, one_line, out_of_memory
+from modiff_trt.core.errors import InputError, is_out_of_memory, one_line, out_of_memory
 
 BAD_INPUT, INTERRUPTED = 2, 130
 GO_ON = "interrupted; run the same command again to go on"

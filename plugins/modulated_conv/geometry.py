@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modiff_trt.export.errors import InputError
-from modiff_trt.plugins.modulated_conv.device_code import Variant
+from modiff_trt.core.errors import InputError
 
 # Integer inputs and weights are padded to a multiple of so many channels.
 CHANNELS = 32
@@ -16,6 +15,21 @@ FULL = 100
 MOST_TILES = 4096
 # Images of at most so many pixels are normalized in one launch.
 SMALL = 64
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is specialized for. `kind` is `residual`, with the tile (pixels, channels, warps), or `conv`, with (sites,
+    channels, depth, stages, warps) and the constants of its geometry."""
+
+    kind: str
+    real: str
+    constants: tuple[tuple[str, int], ...]
+    tile: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.kind, self.real, *(str(value) for _, value in self.constants), *map(str, self.tile)])
 
 
 @dataclass(frozen=True)

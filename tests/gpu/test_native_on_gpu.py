@@ -6,22 +6,22 @@ import torch
 import torch.nn.functional as F
 from kernel_cases import CASES, check
 
-from modiff_trt.runtime.images import psnr
-from modiff_trt.runtime.noise import ImageNoise
-from modiff_trt.runtime.torch_denoiser import SimDenoiser
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
+from modiff_trt.runtime.images.folders import psnr
+from modiff_trt.runtime.images.noise import ImageNoise
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    from modiff_trt.runtime.cuda_kernels import CudaKernels
+    from modiff_trt.runtime.backends.native.cuda_kernels import CudaKernels
 
     return CudaKernels()
 
 
 def native(case, scales, kernels):
-    from modiff_trt.runtime.native_denoiser import NativeDenoiser
+    from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 
     return NativeDenoiser(case.network, case.checkpoint.params, scales, kernels, "cuda")
 
@@ -45,7 +45,7 @@ def test_kernel_equals_the_reference(name, overlap):
 )
 def test_integer_products_are_exact(channels, size, out, kernel, stride, padding):
     """With scale 1 and a float32 accumulator every sum is an integer that float32 holds."""
-    from modiff_trt.plugins.modulated_conv.cudnn_conv import ConvSpec, Int8Conv
+    from modiff_trt.plugins.modulated_conv.libraries.cudnn import ConvSpec, Int8Conv
 
     spec = ConvSpec(3, channels, *size, out, kernel, stride, padding, torch.float32)
     conv = Int8Conv(spec)
@@ -81,7 +81,7 @@ def test_images_are_those_of_the_simulation(demo, kernels, recipe):
 )
 def test_our_own_integer_products_are_exact(batch, channels, size, out):
     """Every tile that small batches take, against the CPU: ptxas has assembled one wrongly."""
-    from modiff_trt.plugins.modulated_conv.conv_kernel import Scratch, convolve_int8
+    from modiff_trt.plugins.modulated_conv.kernels.conv import Scratch, convolve_int8
 
     q = torch.randint(-128, 128, (batch, size * size, channels), dtype=torch.int8)
     weight = torch.randint(-50, 51, (out, 3, 3, channels), dtype=torch.int8)
@@ -98,8 +98,8 @@ def test_our_own_integer_products_are_exact(batch, channels, size, out):
 @pytest.mark.parametrize("channels", [(256,), (256, 128)])
 def test_products_of_many_pixels_are_those_of_few(channels):
     """A layer takes one kernel or the other by the number of its pixels; an image must not tell which."""
-    from modiff_trt.plugins.modulated_conv.conv_kernel import convolve_real
-    from modiff_trt.plugins.modulated_conv.product_kernel import multiply_real
+    from modiff_trt.plugins.modulated_conv.kernels.conv import convolve_real
+    from modiff_trt.plugins.modulated_conv.kernels.product import multiply_real
 
     n, pixels, out = 7, 301, 768
     sources = [torch.randn(n, pixels, c, device="cuda").half() for c in channels]
@@ -117,7 +117,7 @@ def test_products_of_many_pixels_are_those_of_few(channels):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_only_a_1x1_without_stride_is_a_product_of_many_pixels(stride, monkeypatch):
-    from modiff_trt.plugins.modulated_conv import conv_kernel
+    from modiff_trt.plugins.modulated_conv.kernels import conv as conv_kernel
 
     taken = []
     multiply = conv_kernel.multiply_real
@@ -157,7 +157,7 @@ def test_many_images_are_the_same_every_time(demo, kernels, recipe):
 
 @pytest.mark.parametrize("recipe", [{}, {"min_intensity": 200.0}, {"granularity": "tensor"}])
 def test_launches_that_begin_early_change_nothing(demo, kernels, recipe):
-    from modiff_trt.runtime.cuda_kernels import CudaKernels
+    from modiff_trt.runtime.backends.native.cuda_kernels import CudaKernels
 
     waiting = CudaKernels(overlap=False)
     x = ImageNoise(0, range(2), demo.network.config.input_shape).draw()
@@ -168,7 +168,7 @@ def test_launches_that_begin_early_change_nothing(demo, kernels, recipe):
 
 @pytest.mark.parametrize("passes", [2, 1000])
 def test_a_capture_keeps_no_copy_of_the_state(demo, kernels, passes, monkeypatch):
-    from modiff_trt.runtime import native_denoiser
+    from modiff_trt.runtime.backends.native import denoiser as native_denoiser
 
     monkeypatch.setattr(native_denoiser, "REFRESH", passes)
     denoiser, images = native(demo, demo.scales(), kernels), 128
@@ -186,7 +186,7 @@ def test_grids_that_follow_each_image_give_the_simulation_s_images(demo, kernels
 
 
 def test_shortcuts_beside_change_nothing(demo, kernels, monkeypatch):
-    from modiff_trt.runtime import native_denoiser
+    from modiff_trt.runtime.backends.native import denoiser as native_denoiser
 
     scales = demo.scales(min_intensity=200.0)
     deployed = demo.sample(native(demo, scales, kernels))
@@ -196,7 +196,7 @@ def test_shortcuts_beside_change_nothing(demo, kernels, monkeypatch):
 
 @pytest.mark.parametrize("recipe", [{}, {"min_intensity": 200.0}, {"granularity": "tensor"}])
 def test_sums_are_computed_anew_on_the_way(demo, kernels, recipe, monkeypatch):
-    from modiff_trt.runtime import native_denoiser
+    from modiff_trt.runtime.backends.native import denoiser as native_denoiser
 
     monkeypatch.setattr(native_denoiser, "REFRESH", 2)
     scales, x = demo.scales(**recipe), ImageNoise(0, range(160), demo.network.config.input_shape).draw()

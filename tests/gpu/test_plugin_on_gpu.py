@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from modiff_trt.export.config import load_config
-from modiff_trt.export.errors import InputError
-from modiff_trt.export.unet import trace
-from modiff_trt.plugins.modulated_conv import trt_plugin
-from modiff_trt.plugins.modulated_conv.device_code import current_capability
+from modiff_trt.core.config import load_config
+from modiff_trt.core.errors import InputError
+from modiff_trt.networks.unet import trace
+from modiff_trt.plugins.modulated_conv.kernels.device_code import current_capability
+from modiff_trt.plugins.modulated_conv.tensorrt import plugin as trt_plugin
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
 def trt():
-    from modiff_trt.plugins.tensorrt_library import open_library
+    from modiff_trt.plugins.modulated_conv.tensorrt.library import open_library
 
     try:
         return open_library().trt
@@ -134,7 +134,7 @@ def test_a_captured_graph_replayed_a_hundred_times_goes_on_from_its_own_state(tr
 
 
 def test_device_arrays_streams_and_graphs_without_torch(tmp_path):
-    from modiff_trt.runtime.cuda_memory import DeviceArray, Graph, Stream, use_device
+    from modiff_trt.plugins.cuda.memory import DeviceArray, Graph, Stream, use_device
 
     name, capability = use_device()
     assert "NVIDIA" in name and capability >= (8, 0)
@@ -159,9 +159,9 @@ def test_device_arrays_streams_and_graphs_without_torch(tmp_path):
 
 def test_a_gpu_that_the_plan_was_not_built_for_is_refused_in_one_line(trt, tmp_path):
     """TensorRT-RTX does not run on every GPU; whatever it says must reach the user as one sentence."""
-    from modiff_trt.plugins.tensorrt_library import open_library
-    from modiff_trt.runtime.plan import Plan
-    from modiff_trt.runtime.trt_denoiser import _deserialize
+    from modiff_trt.plugins.modulated_conv.tensorrt.library import open_library
+    from modiff_trt.runtime.backends.plan import Plan
+    from modiff_trt.runtime.backends.trt_denoiser import _deserialize
 
     with pytest.raises(InputError, match="cannot load"):
         _deserialize(open_library(), Plan(tmp_path / "x.plan", b"not a plan", {}, {}, None))

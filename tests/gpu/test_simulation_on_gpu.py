@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from modiff_trt.export.calibrate import measure_ranges
-from modiff_trt.runtime.images import psnr
-from modiff_trt.runtime.noise import ImageNoise
+from modiff_trt.core.schedule import alphas_cumprod
+from modiff_trt.export.calibration.static import measure_ranges
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser, use_full_precision
+from modiff_trt.runtime.images.folders import psnr
+from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import ddim_sample
-from modiff_trt.runtime.schedule import alphas_cumprod
-from modiff_trt.runtime.torch_denoiser import SimDenoiser, TorchDenoiser, use_full_precision
 
 pytestmark = pytest.mark.gpu
 

@@ -9,13 +9,13 @@ import torch
 from conftest import ROOT, make_case
 from reference import ReferenceUNet, linear_alpha_bar, reference_ddim
 
-from modiff_trt.export.checkpoint import load_checkpoint
-from modiff_trt.export.config import load_config
-from modiff_trt.export.unet import trace
-from modiff_trt.runtime.images import psnr
-from modiff_trt.runtime.noise import ImageNoise
-from modiff_trt.runtime.torch_denoiser import SimDenoiser
-from modiff_trt.tools.cli import main
+from modiff_trt.core.config import load_config
+from modiff_trt.networks.checkpoint import load_checkpoint
+from modiff_trt.networks.unet import trace
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
+from modiff_trt.runtime.images.folders import psnr
+from modiff_trt.runtime.images.noise import ImageNoise
+from modiff_trt.tools.cli.main import main
 
 pytestmark = pytest.mark.slow
 

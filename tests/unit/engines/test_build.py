@@ -6,17 +6,17 @@ import onnx
 import pytest
 from conftest import ROOT, random_checkpoint
 
+from modiff_trt.core.config import load_config
+from modiff_trt.core.errors import InputError
 from modiff_trt.engines.build import BuildOptions, build_plan
 from modiff_trt.engines.onnx_network import load_network
 from modiff_trt.engines.plan_files import build_into, plan_path
 from modiff_trt.engines.report import read_layers, summarize
-from modiff_trt.export.calibrate import Recipe, make_scales, measure_ranges
-from modiff_trt.export.config import load_config
-from modiff_trt.export.errors import InputError
-from modiff_trt.export.onnx_export import build_onnx, save_onnx
-from modiff_trt.export.unet import trace
-from modiff_trt.plugins.tensorrt_library import open_library
-from modiff_trt.tools.trials import with_modes
+from modiff_trt.export.calibration.static import Recipe, make_scales, measure_ranges
+from modiff_trt.export.calibration.trials import with_modes
+from modiff_trt.export.onnx.network import build_onnx, save_onnx
+from modiff_trt.networks.unet import trace
+from modiff_trt.plugins.modulated_conv.tensorrt.library import open_library
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_every_name_that_is_used_exists_in_the_bindings(rtx):
     """What the code takes from TensorRT; names that only stock TensorRT has stand behind `is_rtx`."""
     import re
 
-    files = [*(ROOT / "engines").glob("*.py"), *(ROOT / "plugins").rglob("*.py"), ROOT / "runtime/trt_denoiser.py"]
+    files = [*(ROOT / "engines").glob("*.py"), *(ROOT / "plugins").rglob("*.py"), ROOT / "runtime/backends/trt_denoiser.py"]
     used = {name for file in files for name in re.findall(r"\btrt\.([A-Za-z]\w*)", file.read_text())}
     assert len(used) > 20
     assert [name for name in sorted(used) if not hasattr(rtx.trt, name)] == []

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, random_checkpoint
 
-from modiff_trt.export.errors import InputError
-from modiff_trt.export.files import write_signed
-from modiff_trt.export.onnx_export import build_onnx, save_onnx
-from modiff_trt.export.scales import save_scales
-from modiff_trt.plugins.modulated_conv.device_code import DeviceCode, Variant, pack, unpack
-from modiff_trt.runtime.plan import load_plan
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.files import write_signed
+from modiff_trt.core.scales import save_scales
+from modiff_trt.export.onnx.network import build_onnx, save_onnx
+from modiff_trt.plugins.modulated_conv.geometry import Variant
+from modiff_trt.plugins.modulated_conv.kernels.device_code import DeviceCode, pack, unpack
+from modiff_trt.runtime.backends.plan import load_plan
 
 pytestmark = pytest.mark.skipif(
     __import__("importlib.util").util.find_spec("tensorrt_rtx") is None, reason="pip install 'modiff-trt[rtx]'"
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 def command(*arguments):
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", "modiff_trt.tools.cli", *map(str, arguments)],
+        [sys.executable, "-m", "modiff_trt.tools.cli.main", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -72,7 +73,7 @@ def test_every_modulated_layer_is_the_plugin(tiny, onnx_file, tmp_path, target, 
 def test_a_plan_reads_back_with_the_state_it_begins_from(tiny, onnx_file, plan_file):
     plan = load_plan(plan_file)
     assert plan.batches == (1, 16) and len(plan.calibrated_rows) > 6 and plan.manifest["target"] == "sm89"
-    from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
+    from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
 
     reference = OnnxDenoiser(load_onnx(onnx_file))
     reference.reset(1)
@@ -92,9 +93,9 @@ def test_the_kernels_travel_in_the_plan(plan_file):
 PTX = """
 import sys
 from pathlib import Path
-from modiff_trt.export.config import load_config
-from modiff_trt.export.unet import trace
-from modiff_trt.plugins.modulated_conv.device_code import compile_variant
+from modiff_trt.core.config import load_config
+from modiff_trt.networks.unet import trace
+from modiff_trt.plugins.modulated_conv.kernels.device_code import compile_variant
 from modiff_trt.plugins.modulated_conv.geometry import Geometry, conv_variant
 variants = set()
 for spec in trace(load_config(Path(sys.argv[1]))).layers:
@@ -153,8 +154,8 @@ def test_plans_that_do_not_belong_are_refused(plan_file, tmp_path):
 def test_the_wrong_version_and_the_wrong_gpu_are_named(plan_file):
     from dataclasses import replace
 
-    from modiff_trt.plugins.tensorrt_library import Library, open_library
-    from modiff_trt.runtime.trt_denoiser import check_plan, check_target
+    from modiff_trt.plugins.modulated_conv.tensorrt.library import Library, open_library
+    from modiff_trt.runtime.backends.trt_denoiser import check_plan, check_target
 
     plan = load_plan(plan_file)
     check_plan(plan, open_library("rtx"))
@@ -192,9 +193,9 @@ def test_what_the_plugin_cannot_compute_is_refused(tiny, onnx_file, tmp_path):
 def test_the_full_cifar10_network_with_the_plugin(tmp_path):
     from conftest import make_case
 
-    from modiff_trt.export.calibrate import Recipe, make_scales, measure_ranges
-    from modiff_trt.export.config import load_config
-    from modiff_trt.export.unet import trace
+    from modiff_trt.core.config import load_config
+    from modiff_trt.export.calibration.static import Recipe, make_scales, measure_ranges
+    from modiff_trt.networks.unet import trace
 
     network = trace(load_config(ROOT / "configs/cifar10.yml"))
     case = make_case(network, random_checkpoint(network.config), 2, 1, 2)
@@ -224,7 +225,7 @@ def test_a_sampler_with_a_plan(onnx_file, plan_file, tmp_path):
         ran = subprocess.run(asked, capture_output=True, text=True, env=clean, check=False)
         assert ran.returncode == 2 and "GPU" in ran.stderr and len(ran.stderr.strip().splitlines()) == 1, ran.stderr
     with pytest.raises(InputError, match="was not built from"):
-        from modiff_trt.tools.packing import package
+        from modiff_trt.tools.package.packing import package
 
         other = tmp_path / "other.onnx"
         other.write_bytes(onnx_file.read_bytes())

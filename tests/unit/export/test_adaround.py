@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from modiff_trt.export.adaround import AdaRoundOptions, SoftRounding, learn_rounding, rectified_sigmoid
-from modiff_trt.export.quantizers import minmax_weight_scale, pack_rounding, quantize_weight, unpack_rounding
-from modiff_trt.export.reconstruct import Samples, WeightGrid, reconstruct, units
-from modiff_trt.export.scales import load_scales, save_scales
-from modiff_trt.export.torch_ops import convolve, layer_bias, layer_weight, run_unet, time_bias
-from modiff_trt.tools import calibrating
+from modiff_trt.core.scales import load_scales, save_scales
+from modiff_trt.export.calibration import pipeline as calibrating
+from modiff_trt.export.calibration.adaround import AdaRoundOptions, SoftRounding, learn_rounding, rectified_sigmoid
+from modiff_trt.export.calibration.reconstruct import Samples, WeightGrid, reconstruct, units
+from modiff_trt.networks.quantizers import minmax_weight_scale, pack_rounding, quantize_weight, unpack_rounding
+from modiff_trt.networks.torch_ops import convolve, layer_bias, layer_weight, run_unet, time_bias
 
 
 def test_starts_from_the_float_weight():

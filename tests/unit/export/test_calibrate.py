@@ -7,12 +7,12 @@ import torch
 from conftest import ROOT
 from reference import ReferenceUNet
 
-from modiff_trt.export.calibrate import Recipe, measure_ranges
-from modiff_trt.export.errors import InputError
-from modiff_trt.export.rows import modulated_rows
-from modiff_trt.export.scales import load_scales, save_scales
-from modiff_trt.export.trajectories import choose_steps, load_trajectories, save_trajectories
-from modiff_trt.export.unet import trace
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.rows import modulated_rows
+from modiff_trt.core.scales import load_scales, save_scales
+from modiff_trt.export.calibration.static import Recipe, measure_ranges
+from modiff_trt.export.calibration.trajectories import choose_steps, load_trajectories, save_trajectories
+from modiff_trt.networks.unet import trace
 
 
 class Spy(ReferenceUNet):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from modiff_trt.export.modulated import (
+from modiff_trt.core.schedule import alphas_cumprod
+from modiff_trt.networks.modulated import (
     LayerState,
     dynamic_quantize,
     initial_state,
@@ -12,10 +13,9 @@ from modiff_trt.export.modulated import (
     quantize_layers,
     stateless_layer,
 )
-from modiff_trt.runtime.noise import ImageNoise
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
+from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import ddim_sample
-from modiff_trt.runtime.schedule import alphas_cumprod
-from modiff_trt.runtime.torch_denoiser import SimDenoiser
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])

@@ -7,17 +7,17 @@ import pytest
 import torch
 from conftest import random_checkpoint, tiny_config
 
-from modiff_trt.export.checkpoint import Checkpoint
-from modiff_trt.export.errors import InputError
-from modiff_trt.export.manifest import MANIFEST_KEY, decode_array
-from modiff_trt.export.modulated import LayerState, initial_state, integer_product, quantize_layers, simulate
-from modiff_trt.export.onnx_export import build_onnx, save_onnx
-from modiff_trt.export.split import divide_skip
-from modiff_trt.export.torch_ops import run_unet, time_bias, time_table
-from modiff_trt.export.unet import trace
-from modiff_trt.runtime.images import psnr
-from modiff_trt.runtime.onnx_denoiser import OnnxDenoiser, load_onnx
-from modiff_trt.runtime.torch_denoiser import SimDenoiser
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.manifest import MANIFEST_KEY, decode_array
+from modiff_trt.export.onnx.network import build_onnx, save_onnx
+from modiff_trt.networks.checkpoint import Checkpoint
+from modiff_trt.networks.modulated import LayerState, initial_state, integer_product, quantize_layers, simulate
+from modiff_trt.networks.split import divide_skip
+from modiff_trt.networks.torch_ops import run_unet, time_bias, time_table
+from modiff_trt.networks.unet import trace
+from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
+from modiff_trt.runtime.images.folders import psnr
 
 
 def session_of(model, tmp_path):
@@ -198,7 +198,7 @@ def test_scale_too_small_for_half_precision(tiny):
 
 
 def _rescaled(case, params):
-    from modiff_trt.export.calibrate import Recipe, make_scales
+    from modiff_trt.export.calibration.static import Recipe, make_scales
 
     return make_scales(case.network, Checkpoint(params, "x", ""), case.trajectories, case.ranges, Recipe())
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from modiff_trt.export.calibrate import Recipe
-from modiff_trt.export.modulated import LayerState, integer_product, modulated_layer, quantize_layers
-from modiff_trt.export.residuals import learn_residual_scale, refit
-from modiff_trt.tools.calibrating import refit_residuals
+from modiff_trt.export.calibration.pipeline import refit_residuals
+from modiff_trt.export.calibration.residuals import learn_residual_scale, refit
+from modiff_trt.export.calibration.static import Recipe
+from modiff_trt.networks.modulated import LayerState, integer_product, modulated_layer, quantize_layers
 
 
 def test_a_learned_scale_beats_min_max_on_the_output(tiny):

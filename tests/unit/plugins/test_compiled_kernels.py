@@ -14,8 +14,10 @@ from kernel_cases import CASES, KernelCase, launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from modiff_trt.plugins.modulated_conv import quantize_kernel, refresh_kernel
-from modiff_trt.plugins.modulated_conv.device_code import check_ptx
+from modiff_trt.plugins.modulated_conv.kernels import quantize as quantize_kernel
+
+from modiff_trt.plugins.modulated_conv.kernels import refresh as refresh_kernel
+from modiff_trt.plugins.modulated_conv.kernels.device_code import check_ptx
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 
 TYPES = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int16: "*i16", torch.int8: "*i8", torch.int32: "*i32"}

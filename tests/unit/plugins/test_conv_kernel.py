@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from modiff_trt.export.errors import InputError
-from modiff_trt.plugins.modulated_conv import conv_kernel as conv
+from modiff_trt.core.errors import InputError
 from modiff_trt.plugins.modulated_conv import reference
 from modiff_trt.plugins.modulated_conv.geometry import RESIDUAL_TILE, ConvTile, Geometry, conv_tile
-from modiff_trt.plugins.modulated_conv.residual_kernel import residual_kernel
+from modiff_trt.plugins.modulated_conv.kernels import conv as conv
+from modiff_trt.plugins.modulated_conv.kernels.residual import residual_kernel
 
 # N, C, H, W, K, kernel, stride, padding: odd images, channels that no tile divides, sums in parts, a strided window
 SHAPES = [

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from modiff_trt.plugins.modulated_conv.conv_kernel import convolve_real
-from modiff_trt.plugins.modulated_conv.product_kernel import fits_descriptors, multiply_real
+from modiff_trt.plugins.modulated_conv.kernels.conv import convolve_real
+from modiff_trt.plugins.modulated_conv.kernels.product import fits_descriptors, multiply_real
 
 
 @pytest.mark.parametrize(("n", "pixels", "channels", "out"), [(3, 70, (64,), 128), (2, 130, (128, 64), 256)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import CASES, check
 
-from modiff_trt.plugins.modulated_conv.quantize_kernel import quantize_input
+from modiff_trt.plugins.modulated_conv.kernels.quantize import quantize_input
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 
 

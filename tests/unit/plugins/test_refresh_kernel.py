@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from modiff_trt.plugins.modulated_conv import reference
+from modiff_trt.plugins.modulated_conv.kernels.refresh import set_to_bias, write_byte
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
-from modiff_trt.plugins.modulated_conv.refresh_kernel import set_to_bias, write_byte
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import pytest
 from conftest import ROOT, tiny_config
 from PIL import Image
 
-from modiff_trt.export.config import TrainingConfig
-from modiff_trt.export.errors import InputError
-from modiff_trt.runtime.image_sets import load_images
+from modiff_trt.core.config import TrainingConfig
+from modiff_trt.core.errors import InputError
+from modiff_trt.runtime.images.sets import load_images
 from modiff_trt.tools.demo import run
-from modiff_trt.tools.train import train
+from modiff_trt.tools.research.train import train
 
 
 @pytest.mark.slow
@@ -26,8 +26,8 @@ def test_demo_shows_the_method(tmp_path):
 
 
 def test_training_runs_and_writes_a_loadable_checkpoint(tmp_path):
-    from modiff_trt.export.checkpoint import load_checkpoint
-    from modiff_trt.export.unet import trace
+    from modiff_trt.networks.checkpoint import load_checkpoint
+    from modiff_trt.networks.unet import trace
 
     config = replace(tiny_config(), training=TrainingConfig(batch_size=4))
     images = np.random.default_rng(0).integers(0, 255, (16, 12, 12, 3), dtype=np.uint8)

@@ -8,7 +8,9 @@ import tomllib
 import pytest
 from conftest import ROOT
 
-FOLDERS = ("export", "plugins", "engines", "runtime", "tools")
+from modiff_trt.tools.package.packing import modules
+
+FOLDERS = ("core", "networks", "plugins", "runtime", "export", "engines", "tools")
 MODULES = sorted(
     "modiff_trt." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for folder in FOLDERS
@@ -16,26 +18,14 @@ MODULES = sorted(
     if path.name != "__init__.py"
 )
 # These are the modules that exist for an optional package; everything else must import without it.
-KERNELS = (
-    "conv_kernel",
-    "cudnn_conv",
-    "kernel_parts",
-    "product_kernel",
-    "quantize_kernel",
-    "refresh_kernel",
-    "residual_kernel",
-)
-FOR_PACKAGES = (*(f"modiff_trt.plugins.modulated_conv.{name}" for name in KERNELS), "modiff_trt.tools.profiling")
+LAYER = "modiff_trt.plugins.modulated_conv"
+FOR_PACKAGES = [f"{LAYER}.kernels.{name}" for name in ("conv", "parts", "product", "quantize", "refresh", "residual")]
+FOR_PACKAGES += [f"{LAYER}.libraries.cudnn", "modiff_trt.tools.bench.profiling"]
 OPTIONAL = ("tensorrt", "tensorrt_rtx", "triton", "cudnn", "cuda", "pycuda", "polygraphy", "pytorch_fid")
-# The deployed sampler runs without torch.
-TORCH_FREE = [
-    "modiff_trt.export." + m
-    for m in ("config", "errors", "files", "grid", "manifest", "rows", "scales", "start_state", "unet", "trajectories")
-]
-RUNTIME = "cuda_memory denoiser frechet image_sets images noise onnx_denoiser plan sampler schedule trt_denoiser"
-TORCH_FREE += ["modiff_trt.runtime." + m for m in RUNTIME.split()]
-TORCH_FREE += ["modiff_trt.plugins.modulated_conv.trt_plugin", "modiff_trt.plugins.tensorrt_library"]
-TORCH_FREE += ["modiff_trt.tools.deployed", "modiff_trt.tools.packing", "modiff_trt.tools.sampling"]
+# core runs without torch, and so does the deployed sampler, with all that it packs.
+TORCH_FREE = [module for module in MODULES if module.startswith("modiff_trt.core.")]
+TORCH_FREE += [*modules(), "modiff_trt.tools.package.packing", "modiff_trt.export.calibration.trajectories"]
+TORCH_FREE += ["modiff_trt.tools.evaluation.frechet", "modiff_trt.networks.unet", f"{LAYER}.tensorrt.library"]
 
 
 def without(blocked: tuple[str, ...], modules: list[str]) -> None:
@@ -93,7 +83,7 @@ def test_wheel_holds_the_demo_and_the_configurations(tmp_path):
         "configs/cifar10.yml",
         "configs/demo.yml",
         "configs/paper_cifar10.yml",
-        "tools/cli.py",
+        "tools/cli/main.py",
     ):
         assert f"modiff_trt/{wanted}" in names
     assert (ROOT / "calib_cache/demo/model.safetensors").stat().st_size <= 6_000_000

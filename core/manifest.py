@@ -1,0 +1,132 @@
+"""What travels inside an exported file, so that it can be sampled from with nothing else. No torch.
+
+JSON under one metadata key: configuration, digests of checkpoint and scales, method and bits per layer, the timestep
+sequence, and as base64 float32 the row table [R, L] and the start of every o_hat [C_out].
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modiff_trt.core.errors import InputError, shown
+from modiff_trt.core.files import parse_json
+from modiff_trt.core.grid import MAX_BITS, MIN_BITS
+
+# The modulated layer in the graph: its function, by whose name, domain and version TensorRT finds a plugin, and the attributes
+# of its convolution.
+FUNCTION, DOMAIN, PLUGIN_VERSION = "ModulatedConv", "modiff", "1"
+CONV_ATTRIBUTES = ("kernel_shape", "pads", "strides")
+
+MODES = ("modiff", "int8", "float")
+
+MANIFEST_KEY = "modiff.manifest"
+# The manifest in a folder of images.
+MANIFEST = "manifest.json"
+MANIFEST_SCHEMA = 4
+DIGEST = "content_sha256"
+# The manifest beside a plan, and the arrays that a trajectory begins from.
+PLAN_SCHEMA = 3
+START_KIND, START_SCHEMA = "start state", 1
+
+
+def content_digest(model: Any, manifest: dict[str, Any]) -> str:
+    """SHA-256 over an ONNX model's graph and functions, and its manifest but for the digest itself, which stands there."""
+    digest = hashlib.sha256()
+    graph = model.graph
+    for tensor in graph.initializer:
+        digest.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)} ".encode())
+        digest.update(tensor.raw_data)
+    for part in (*graph.node, *graph.input, *graph.output, *model.functions, *model.opset_import):
+        digest.update(part.SerializeToString(deterministic=True))
+    rest = {key: value for key, value in manifest.items() if key != DIGEST}
+    digest.update(json.dumps(rest, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def read_manifest(path: Path, model: Any) -> dict[str, Any]:
+    """The manifest of an ONNX model that was read from `path`. Raises InputError unless this program wrote the file, in this
+    version's schema, and it has not been altered since."""
+    text = {entry.key: entry.value for entry in model.metadata_props}.get(MANIFEST_KEY)
+    if text is None:
+        raise InputError(f"ONNX file {path} has no manifest; it was not written by `modiff-trt export`")
+    manifest = parse_json(text, f"the manifest of ONNX file {path}")
+    if not isinstance(manifest, dict) or "schema" not in manifest:
+        raise InputError(f"ONNX file {path} has a damaged manifest; export again")
+    if manifest["schema"] != MANIFEST_SCHEMA:
+        raise InputError(
+            f"ONNX file {path} has manifest schema {shown(manifest['schema'])}, not {MANIFEST_SCHEMA}; export again"
+        )
+    if content_digest(model, manifest) != manifest.get(DIGEST):
+        raise InputError(f"ONNX file {path} was altered after it was written; export again")
+    check_manifest(manifest, f"ONNX file {path}")
+    return manifest
+
+
+# What a manifest's entries must be; those after the first seven are of quantized networks.
+ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "config": dict,
+    "checkpoint_sha256": str,
+    "checkpoint_weights": str,
+    "checkpoint": str,
+    "dtype": str,
+    "method": str,
+    "layers": dict,
+    "skip_type": str,
+    "timesteps": list,
+    "warmup": int,
+    "modulated": list,
+    "multipliers": str,
+    "dither": bool,
+    "upsampled": list,
+    "o_hat_start": dict,
+    "granularity": str,
+}
+
+
+def check_manifest(manifest: dict[str, Any], source: str) -> None:
+    """Raises InputError unless the entries of an exported network's manifest are of the types that its readers expect."""
+    quantized = "timesteps" in manifest
+    for name, kind in list(ENTRIES.items())[: None if quantized else 7]:
+        found = manifest.get(name)
+        if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+            raise InputError(f"{source}: '{name}' of its manifest is damaged; export again")
+    check_layers(manifest["layers"], f"{source}: its manifest")
+    if quantized:
+        steps, warmup = manifest["timesteps"], manifest["warmup"]
+        good = steps and all(type(t) is int and 0 <= t < 2**31 for t in steps) and 0 <= warmup <= 64
+        if not good or not all(isinstance(name, str) for name in (*manifest["modulated"], *manifest["upsampled"])):
+            raise InputError(f"{source}: the timesteps of its manifest are damaged; export again")
+
+
+def check_layers(layers: dict[str, Any], source: str) -> None:
+    """Raises InputError unless `layers` is a layer table: mode and bits by name."""
+    for name, entry in layers.items():
+        bits = [entry.get(key) for key in ("act_bits", "weight_bits")] if isinstance(entry, dict) else [None]
+        if not all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in bits) or entry.get("mode") not in MODES:
+            raise InputError(f"{source} says of layer '{shown(name)[1:-1]}' what no layer can be: {shown(entry)}")
+
+
+def quantization(method: str, granularity: str, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a set of images says of the network that made it: method, grids, bits of most layers, and how many have which mode.
+    `layers` is a layer table, as files carry it."""
+    modes = Counter(entry["mode"] for entry in layers.values())
+    bits = Counter((entry["weight_bits"], entry["act_bits"]) for entry in layers.values() if entry["mode"] != "float")
+    weight, act = bits.most_common(1)[0][0] if bits else (32, 32)
+    return {"method": method, "granularity": granularity, "weight_bits": weight, "act_bits": act, "layers": dict(modes)}
+
+
+def encode_array(array: np.ndarray[Any, Any]) -> str:
+    """A float32 array as base64 text."""
+    return base64.b64encode(np.ascontiguousarray(array, np.float32).tobytes()).decode("ascii")
+
+
+def decode_array(text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The flat float32 array of `encode_array`. Raises ValueError when the text is damaged."""
+    return np.frombuffer(base64.b64decode(text, validate=True), np.float32).copy()

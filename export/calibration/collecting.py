@@ -1,0 +1,91 @@
+"""The collecting job: full-precision trajectories for calibration, batch by batch, resumable."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.files import check_writable
+from modiff_trt.core.progress import progress_bar
+from modiff_trt.core.schedule import alphas_cumprod, requested_sequence
+from modiff_trt.export.calibration.trajectories import Trajectories, choose_steps, load_trajectories, save_trajectories
+from modiff_trt.networks.checkpoint import Checkpoint
+from modiff_trt.networks.unet import Network
+from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
+from modiff_trt.runtime.images.noise import ImageNoise
+from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.sampling import check_seed
+
+
+def collect(
+    network: Network,
+    checkpoint: Checkpoint,
+    *,
+    timesteps: int,
+    skip_type: str,
+    num_samples: int,
+    calib_steps: int,
+    seed: int,
+    batch_size: int,
+    device: str,
+    out: Path,
+) -> Trajectories:
+    """Runs DDIM (eta 0) on `num_samples` images and writes x_t at `calib_steps` steps and the step before each.
+
+    What is finished stands in `<out>.part` until all of it is; a second call goes on from there.
+    """
+    if min(num_samples, batch_size, calib_steps) < 1:
+        raise InputError("--num-samples, --batch-size and --calib-steps must be at least 1")
+    check_seed(seed)
+    check_writable(out)
+    config = network.config
+    sequence = requested_sequence(config.diffusion, timesteps, skip_type)
+    chosen, stored = choose_steps(len(sequence), calib_steps)
+    empty = np.zeros((len(stored), 0, *config.input_shape), np.float32)
+    result = Trajectories(
+        config, checkpoint.sha256, skip_type, sequence, seed, np.asarray(stored, np.int64), np.asarray(chosen, np.int64), empty
+    )
+    part = out.with_name(out.name + ".part")
+    result = _resume(part, result, num_samples)
+    denoiser = TorchDenoiser(network, checkpoint.params, sequence, device)
+    alpha_bar = alphas_cumprod(config.diffusion)
+    with progress_bar() as bar:
+        task = bar.add_task("collect", total=num_samples * len(sequence), unit="passes")
+        while (done := result.x.shape[1]) < num_samples:
+            indices = range(done, min(done + batch_size, num_samples))
+            bar.update(task, completed=done * len(sequence))
+            kept: dict[int, np.ndarray[Any, Any]] = {}
+
+            def keep(row: int, x: Any, eps: Any, kept: dict[int, Any] = kept, n: int = len(indices)) -> None:
+                if row in stored:
+                    kept[row] = denoiser.to_host(x).copy()
+                bar.advance(task, n)
+
+            ddim_sample(denoiser, alpha_bar, ImageNoise(seed, indices, config.input_shape).draw(), on_pass=keep)
+            x = np.concatenate([result.x, np.stack([kept[step] for step in stored])], axis=1)
+            result = replace(result, x=x)
+            save_trajectories(part, result)
+    save_trajectories(out, result)
+    part.unlink(missing_ok=True)
+    return result
+
+
+def _resume(part: Path, fresh: Trajectories, num_samples: int) -> Trajectories:
+    """What an interrupted run of the same job left, or `fresh`."""
+    if not part.exists():
+        return fresh
+    try:
+        old = load_trajectories(part, fresh.config, fresh.checkpoint_sha256)
+    except InputError:
+        return fresh
+    same = (old.timesteps, old.seed, old.steps.tolist(), old.chosen.tolist()) == (
+        fresh.timesteps,
+        fresh.seed,
+        fresh.steps.tolist(),
+        fresh.chosen.tolist(),
+    )
+    return old if same and old.x.shape[1] <= num_samples else fresh

@@ -1,0 +1,223 @@
+"""The jobs of calibration, under progress bars: measuring ranges, and learning the rounding of weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.files import load_arrays, save_arrays
+from modiff_trt.core.progress import progress_bar
+from modiff_trt.core.scales import Scales
+from modiff_trt.core.schedule import alphas_cumprod
+from modiff_trt.export.calibration.adaround import AdaRoundOptions
+from modiff_trt.export.calibration.reconstruct import Samples, Unit, WeightGrid, reconstruct
+from modiff_trt.export.calibration.residuals import learn_residual_scale, refit
+from modiff_trt.export.calibration.static import LayerRanges, Recipe, make_scales, measure_ranges
+from modiff_trt.export.calibration.trajectories import Trajectories
+from modiff_trt.export.calibration.trials import MARGINS, Trials, search_modes, search_rows, search_scales
+from modiff_trt.networks.checkpoint import Checkpoint
+from modiff_trt.networks.modulated import LayerState, QuantizedLayer
+from modiff_trt.networks.quantizers import RangeHistogram, pack_rounding, unpack_rounding
+from modiff_trt.networks.torch_ops import layer_weight
+from modiff_trt.networks.unet import Network
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, use_full_precision
+from modiff_trt.runtime.sampler import ddim_sample
+
+ROUNDING_KIND, ROUNDING_SCHEMA = "rounding", 1
+# Trials run on noise that neither calibration (seed 1) nor the default sampling (seed 0) uses.
+TRIAL_SEED = 2
+
+
+def measure(
+    network: Network, checkpoint: Checkpoint, trajectories: Trajectories, batch_size: int, device: str
+) -> dict[str, LayerRanges]:
+    """`measure_ranges` on a device."""
+    use_full_precision()
+    params = {key: value.to(device) for key, value in checkpoint.params.items()}
+    with progress_bar() as bar:
+
+        def steps(items: Iterator[int], total: int) -> Iterator[int]:
+            return iter(bar.track(items, total=total, description="ranges"))
+
+        return measure_ranges(network, params, trajectories, batch_size, steps)
+
+
+def learn_weights(
+    network: Network,
+    checkpoint: Checkpoint,
+    trajectories: Trajectories,
+    scales: Scales,
+    options: AdaRoundOptions,
+    seed: int,
+    device: str,
+    part: Path,
+) -> Scales:
+    """The same scales with AdaRound's rounding of every weight, learned on the stored trajectories.
+
+    What is finished stands in `part`, block by block; a second call with the same settings goes on from there and ends
+    with the same decisions. The caller removes `part` once it has saved the result.
+    """
+    use_full_precision()
+    params = {key: value.to(device) for key, value in checkpoint.params.items()}
+    grids = {
+        name: WeightGrid(torch.from_numpy(layer.weight_scale).to(device), layer.weight_bits, layer.skip_ratio)
+        for name, layer in scales.layers.items()
+        if layer.mode != "float"
+    }
+    weights = {spec.name: layer_weight(spec, params) for spec in network.layers}
+    header = {
+        "kind": ROUNDING_KIND,
+        "schema": ROUNDING_SCHEMA,
+        "checkpoint_sha256": checkpoint.sha256,
+        "trajectories": [trajectories.seed, list(trajectories.x.shape), list(trajectories.timesteps), _digest(trajectories)],
+        "weight_bits": {name: scales.layers[name].weight_bits for name in grids},
+        "scale_method": scales.scale_method,
+        "skip_ratios": {name: layer.skip_ratio for name, layer in scales.layers.items() if layer.skip_ratio != 1.0},
+        "options": asdict(options),
+        "seed": seed,
+    }
+    packed = _resume(part, header)
+    done = {name: up for name, bits in packed.items() if (up := unpack_rounding(bits, weights[name])) is not None}
+
+    def keep(unit: Unit, found: dict[str, Tensor], loss: float) -> None:
+        packed.update({name: pack_rounding(up) for name, up in found.items()})
+        save_arrays(part, header, packed)
+
+    with progress_bar() as bar:
+
+        def blocks(items: Iterator[Unit], total: int) -> Iterator[Unit]:
+            return iter(bar.track(items, total=total, description="adaround"))
+
+        reconstruct(network, params, grids, _samples(trajectories), options, seed, done, keep, progress=blocks)
+    return replace(scales, layers={n: replace(layer, round_up=packed.get(n)) for n, layer in scales.layers.items()})
+
+
+def refit_residuals(
+    network: Network,
+    checkpoint: Checkpoint,
+    trajectories: Trajectories,
+    scales: Scales,
+    recipe: Recipe,
+    batch_size: int,
+    device: str,
+) -> Scales:
+    """Residual scales again, from whole trajectories of the network that these scales quantize.
+
+    The recipe's scale method `learned` trains them on layer outputs at the chosen steps, of the first `batch_size` images.
+    """
+    use_full_precision()
+    method = recipe.scale_method
+    denoiser = SimDenoiser(network, checkpoint.params, scales, device)
+    histograms = {name: RangeHistogram() for name in scales.modulated}
+    kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in scales.modulated}
+    chosen = {int(step) + scales.rows.warmup for step in trajectories.chosen if step > 0}
+    # An exact start meets the whole activation in its first row.
+    first = scales.rows.warmup + int(scales.rows.exact_start)
+    row, keep = 0, True
+
+    def watch(layer: QuantizedLayer, x: Tensor, state: LayerState) -> None:
+        if row >= first:
+            histograms[layer.spec.name].update(x - state.a_hat)
+        if method == "learned" and keep and row in chosen:
+            kept[layer.spec.name].append((x[row % len(x)].cpu(), state.a_hat[row % len(x)].cpu()))
+
+    def on_pass(done: int, x: Tensor, eps: Tensor) -> None:
+        nonlocal row
+        row = done + 1
+
+    denoiser.on_layer = watch
+    start = trajectories.x[0]
+    for begin in range(0, len(start), batch_size):
+        row, keep = 0, begin == 0
+        x_start = start[begin : begin + batch_size]
+        ddim_sample(denoiser, alphas_cumprod(network.config.diffusion), x_start, on_pass=on_pass)
+    found = {name: h.scale(method, scales.layers[name].act_bits, recipe.percentile) for name, h in histograms.items()}
+    if method == "learned":
+        with progress_bar() as bar:
+            for name in bar.track(scales.modulated, description="residual scales"):
+                layer = replace(denoiser.layers[name], scale=found[name])
+                x, a_hat = (torch.stack(part).to(device) for part in zip(*kept.pop(name), strict=True))
+                found[name] = learn_residual_scale(layer, x, a_hat)
+    return refit(scales, found)
+
+
+def residual_scales(
+    network: Network,
+    checkpoint: Checkpoint,
+    trajectories: Trajectories,
+    ranges: dict[str, LayerRanges],
+    recipe: Recipe,
+    scales: Scales,
+    percentile: float,
+) -> dict[str, float]:
+    """The residual scales that a recipe would give with another percentile, by layer, in the units of `scales`."""
+    recipe = replace(recipe, scale_method="percentile", percentile=percentile)
+    found = make_scales(network, checkpoint, trajectories, ranges, recipe).layers
+    # Where the skip half has its own grid, the weights of `scales` are folded with its ratio of the halves.
+    return {n: found[n].residual_scale * max(1.0, found[n].skip_ratio / scales.layers[n].skip_ratio) for n in scales.modulated}
+
+
+def improve(
+    trials: Trials, scales: Scales, candidates: dict[float, dict[str, float]], rows: bool, max_loss: float | None
+) -> Scales:
+    """Calibration by trial: residual scales, then a row table, then state only where it is needed.
+
+    `candidates` are residual scales by percentile for `search_scales`; none leaves the scales as they are. `max_loss` is the
+    PSNR in dB that `search_modes` may spend; None leaves the modes as they are. Prints what was tried.
+    """
+    console = Console(highlight=False)
+    with progress_bar() as bar:
+        lines = (len(candidates) + 3 if candidates else 0) + (2 * len(MARGINS) + 2 if rows else 0)
+        task = bar.add_task("search", total=lines, unit="trials", visible=lines > 0)
+
+        def report(text: str) -> None:
+            console.print(text)
+            bar.advance(task)
+
+        if candidates:
+            scales = search_scales(trials, scales, candidates, report)
+        if rows:
+            scales = search_rows(trials, scales, report)
+    if max_loss is not None:
+        with progress_bar() as bar:
+            task = bar.add_task("modes", total=len(scales.modulated), unit="layers")
+            scales, curve = search_modes(trials, scales, max_loss, console.print, lambda: bar.advance(task))
+        table = Table(title="state traffic against PSNR to FP32")
+        for heading in ("layers without state", "state traffic, MB an image and pass (fp16)", "PSNR, dB"):
+            table.add_column(heading, justify="right")
+        for point in curve:
+            table.add_row(str(point.stateless), f"{point.traffic_bytes / 1e6:.2f}", f"{point.decibels:.2f}")
+        console.print(table)
+    return scales
+
+
+def _samples(trajectories: Trajectories) -> Samples:
+    """Every stored image at every stored step."""
+    steps, images = trajectories.x.shape[:2]
+    x = torch.from_numpy(trajectories.x.reshape(steps * images, *trajectories.x.shape[2:]))
+    t = torch.tensor([trajectories.timesteps[int(s)] for s in trajectories.steps]).repeat_interleave(images)
+    return Samples(x, t)
+
+
+def _digest(trajectories: Trajectories) -> str:
+    return hashlib.sha256(trajectories.x.tobytes() + trajectories.steps.tobytes()).hexdigest()
+
+
+def _resume(part: Path, header: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    if not part.exists():
+        return {}
+    try:
+        found, packed, _ = load_arrays(part, ROUNDING_KIND, ROUNDING_SCHEMA)
+    except InputError:
+        return {}
+    return packed if found == header else {}

@@ -1,0 +1,208 @@
+"""Block reconstruction (BRECQ, arXiv 2102.05426; Q-Diffusion, arXiv 2302.04304) of the UNet's weights with AdaRound.
+
+Blocks are taken in execution order. Each sees the inputs that the already rounded network gives it and is trained to
+answer with the full-precision network's output. Residual and attention blocks are reconstructed whole, the remaining
+convolutions one by one. Nothing but one block's inputs and outputs is ever held: they are recomputed for each block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modiff_trt.export.calibration.adaround import AdaRoundOptions, SoftRounding, learn_rounding
+from modiff_trt.networks.quantizers import quantize_weight
+from modiff_trt.networks.split import divide_skip, fold_skip
+from modiff_trt.networks.torch_ops import LayerFn, Params, TorchOps, convolve, float_layer, layer_bias, layer_weight, time_table
+from modiff_trt.networks.unet import LayerSpec, Network, attention_block, resnet_block, unet
+
+# What one block's cached inputs and outputs may take, in bytes; beyond it fewer samples are used at a time.
+CACHE_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is reconstructed together: a block, or a single convolution."""
+
+    name: str
+    layers: tuple[LayerSpec, ...]
+    is_block: bool
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Network inputs to reconstruct on: `x` [S, C, H, W] and their timesteps `t` [S]."""
+
+    x: Tensor
+    t: Tensor
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """Scale [C_out] and bits of one layer's weights, and the ratio that was folded into its skip columns."""
+
+    scale: Tensor
+    bits: int
+    skip_ratio: float = 1.0
+
+
+def units(network: Network) -> list[Unit]:
+    """All units in execution order; every layer belongs to exactly one."""
+    found: list[Unit] = []
+    for spec in network.layers:
+        block = next((b for b in network.blocks if spec.name.startswith(b + ".")), None)
+        if block is None:
+            found.append(Unit(spec.name, (spec,), False))
+        elif found and found[-1].name == block:
+            found[-1] = Unit(block, (*found[-1].layers, spec), True)
+        else:
+            found.append(Unit(block, (spec,), True))
+    return found
+
+
+class _Done(Exception):
+    """Ends a forward pass once the wanted unit has been seen."""
+
+
+class _CaptureOps(TorchOps):
+    """The network up to one unit; keeps the unit's input and output."""
+
+    def __init__(self, network: Network, params: Params, bias: Mapping[str, Tensor], layer: LayerFn, unit: Unit) -> None:
+        super().__init__(network, params, bias, self._watch if not unit.is_block else layer)
+        self._plain, self._unit = layer, unit
+        self.captured: tuple[Tensor, Tensor] | None = None
+
+    def _watch(self, spec: LayerSpec, x: Tensor) -> Tensor:
+        y = self._plain(spec, x)
+        if spec.name == self._unit.name:
+            self.captured = (x, y)
+            raise _Done
+        return y
+
+    def block_done(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        if name == self._unit.name:
+            self.captured = (x, y)
+            raise _Done
+        return y
+
+
+def _capture(
+    network: Network, params: Params, x: Tensor, bias: Mapping[str, Tensor], layer: LayerFn, unit: Unit
+) -> tuple[Tensor, Tensor]:
+    ops = _CaptureOps(network, params, bias, layer, unit)
+    with contextlib.suppress(_Done):
+        unet(ops, network.config, x)
+    assert ops.captured is not None
+    return ops.captured
+
+
+def _run_unit(ops: TorchOps, unit: Unit, x: Tensor) -> Tensor:
+    first = unit.layers[0]
+    if not unit.is_block:
+        return ops.conv(unit.name, x, first.out_shape[0], first.kernel)
+    if first.name.endswith(".qkv"):
+        return attention_block(ops, unit.name, x, first.in_shape[0])
+    return resnet_block(ops, unit.name, x, first.in_shape[0], first.out_shape[0], first.split)
+
+
+def reconstruct(
+    network: Network,
+    params: Params,
+    grids: Mapping[str, WeightGrid],
+    samples: Samples,
+    options: AdaRoundOptions,
+    seed: int,
+    done: Mapping[str, Tensor],
+    on_unit: Callable[[Unit, dict[str, Tensor], float], None],
+    forward_batch: int = 64,
+    progress: Callable[[Iterator[Unit], int], Iterator[Unit]] = lambda units, total: units,
+) -> dict[str, Tensor]:
+    """AdaRound's decisions for every layer of `grids`: booleans in the weight's shape, by layer name. Others stay in float.
+
+    `done` holds the decisions of units finished earlier, which are taken as they are; `on_unit` receives each new unit's
+    decisions and final loss, so that a caller can save them. The result depends on `seed` alone, not on interruptions.
+    """
+    table = time_table(network, params)
+    rounded: dict[str, Tensor] = {}
+    decisions = dict(done)
+
+    def quantized(spec: LayerSpec, x: Tensor) -> Tensor:
+        if spec.name not in grids:
+            return unquantized(spec, x)
+        x = divide_skip(spec, x, grids[spec.name].skip_ratio)
+        return convolve(spec, x, rounded.get(spec.name, folded[spec.name]), layer_bias(spec, params))
+
+    folded = {
+        s.name: fold_skip(s, layer_weight(s, params), grids[s.name].skip_ratio) for s in network.layers if s.name in grids
+    }
+    unquantized = float_layer(params)
+    todo = units(network)
+    for index, unit in enumerate(progress(iter(todo), len(todo))):
+        trained = [spec for spec in unit.layers if spec.name in grids]
+        if not all(spec.name in decisions for spec in trained):
+            soft = {s.name: SoftRounding(folded[s.name], grids[s.name].scale, grids[s.name].bits) for s in trained}
+            loss = _train_unit(
+                network, params, table, quantized, unquantized, grids, unit, soft, samples, options, seed + index, forward_batch
+            )
+            found = {name: layer.round_up() for name, layer in soft.items()}
+            decisions |= found
+            on_unit(unit, found, loss)
+        for spec in trained:
+            grid, up = grids[spec.name], decisions[spec.name]
+            integers = quantize_weight(folded[spec.name], grid.scale, grid.bits, up)
+            rounded[spec.name] = integers * grid.scale.reshape(-1, 1, 1, 1)
+    return decisions
+
+
+def _train_unit(
+    network: Network,
+    params: Params,
+    table: Mapping[str, Tensor],
+    quantized: LayerFn,
+    unquantized: LayerFn,
+    grids: Mapping[str, WeightGrid],
+    unit: Unit,
+    soft: Mapping[str, SoftRounding],
+    samples: Samples,
+    options: AdaRoundOptions,
+    seed: int,
+    forward_batch: int,
+) -> float:
+    generator = torch.Generator().manual_seed(seed)
+    device = next(iter(params.values())).device
+    order = torch.randperm(len(samples.x), generator=generator)
+    first, last = unit.layers[0], unit.layers[-1]
+    size = 4 * (torch.Size(first.in_shape).numel() + torch.Size(last.out_shape).numel())
+    window = order[: max(options.batch_size, CACHE_BYTES // size)]
+
+    inputs, targets = [], []
+    with torch.no_grad():
+        for part in torch.split(window, forward_batch):
+            x = samples.x[part].to(device)
+            bias = _bias(table, samples.t[part])
+            inputs.append(_capture(network, params, x, bias, quantized, unit)[0])
+            targets.append(_capture(network, params, x, bias, unquantized, unit)[1])
+    cached, target, t = torch.cat(inputs), torch.cat(targets), samples.t[window]
+    del inputs, targets
+
+    def layer(spec: LayerSpec, x: Tensor) -> Tensor:
+        if spec.name not in soft:
+            return unquantized(spec, x)
+        x = divide_skip(spec, x, grids[spec.name].skip_ratio)
+        return convolve(spec, x, soft[spec.name].weight(), layer_bias(spec, params))
+
+    def loss(indices: Tensor) -> Tensor:
+        ops = TorchOps(network, params, _bias(table, t[indices]), layer)
+        at = indices.to(device)
+        difference = _run_unit(ops, unit, cached[at]) - target[at]
+        return difference.square().sum(1).mean()
+
+    return learn_rounding(soft, loss, len(window), options, generator)
+
+
+def _bias(table: Mapping[str, Tensor], t: Tensor) -> dict[str, Tensor]:
+    return {block: rows[t.to(rows.device)] for block, rows in table.items()}

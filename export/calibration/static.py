@@ -1,0 +1,258 @@
+"""Static calibration: activation and residual scales from full-precision trajectories, and the mode of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.grid import MAX_BITS, MIN_BITS, grid_max
+from modiff_trt.core.rows import STARTS, RowTable, modulated_rows, plain_rows
+from modiff_trt.core.scales import GRANULARITIES, METHODS, LayerScales, Scales
+from modiff_trt.export.calibration.trajectories import Trajectories
+from modiff_trt.networks.checkpoint import Checkpoint
+from modiff_trt.networks.quantizers import SCALE_METHODS, RangeHistogram, minmax_weight_scale, mse_weight_scale
+from modiff_trt.networks.split import fold_skip
+from modiff_trt.networks.torch_ops import Params, float_layer, layer_weight, run_unet, time_table
+from modiff_trt.networks.unet import LayerSpec, Network
+
+# Residuals are measured between float steps, or against the a_hat of the quantized network.
+RESIDUALS = ("float", "quantized")
+EDGE_LAYERS = ("conv_in", "conv_out")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to calibrate: `method` modiff or qdiff, bits, how scales are searched, and how a trajectory starts.
+
+    `split` gives the skip half of a concatenated input its own grid. `residuals` says whether residual ranges are those of
+    the float network or of the quantized one (see `export.calibration.residuals`). `edge_bits` raises the bits of the first
+    and last
+    convolution (Q-Diffusion keeps them at 8); None leaves them. Layers below `min_intensity` multiply-accumulates for each
+    element of input and output stay in float: there, moving the state takes longer than INT8 saves.
+    """
+
+    method: str = "modiff"
+    weight_bits: int = 8
+    act_bits: int = 8
+    scale_method: str = "minmax"
+    start: str = "warmup"
+    edge_bits: int | None = None
+    granularity: str = "static"
+    dither: bool = True
+    split: bool = False
+    residuals: str = "float"
+    percentile: float = 0.9999
+    min_intensity: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(f"--method must be one of {', '.join(METHODS)}, found '{self.method}'")
+        if self.scale_method not in SCALE_METHODS:
+            raise InputError(f"--scale-method must be one of {', '.join(SCALE_METHODS)}, found '{self.scale_method}'")
+        if self.start not in STARTS:
+            raise InputError(f"--start must be one of {', '.join(STARTS)}, found '{self.start}'")
+        if not self.min_intensity >= 0:
+            raise InputError(f"--min-intensity must not be negative, found {self.min_intensity}")
+        refits = self.residuals == "quantized" or self.scale_method == "learned"
+        if refits and (self.method != "modiff" or self.granularity != "static"):
+            raise InputError(
+                "--residuals quantized and --scale-method learned are for --method modiff with --granularity static"
+            )
+        if self.residuals not in RESIDUALS:
+            raise InputError(f"--residuals must be one of {', '.join(RESIDUALS)}, found '{self.residuals}'")
+        if not 0.5 <= self.percentile <= 1:
+            raise InputError(f"--percentile must be a share between 0.5 and 1, found {self.percentile}")
+        if self.granularity not in GRANULARITIES:
+            raise InputError(f"--granularity must be one of {', '.join(GRANULARITIES)}, found '{self.granularity}'")
+        edge = self.edge_bits if self.edge_bits is not None else self.act_bits
+        for option, bits in (("--weight-bit", self.weight_bits), ("--act-bit", self.act_bits), ("--edge-bit", edge)):
+            if not MIN_BITS <= bits <= MAX_BITS:
+                raise InputError(f"{option} must lie between {MIN_BITS} and {MAX_BITS}, found {bits}")
+
+    def bits(self, layer: str) -> tuple[int, int]:
+        """(weight bits, activation bits) of a layer."""
+        if layer in EDGE_LAYERS and self.edge_bits is not None:
+            return max(self.weight_bits, self.edge_bits), max(self.act_bits, self.edge_bits)
+        return self.weight_bits, self.act_bits
+
+
+@dataclass
+class InputRanges:
+    """What one tensor does along the trajectories: over all chosen steps, and per step."""
+
+    activation: RangeHistogram = field(default_factory=RangeHistogram)
+    residual: RangeHistogram = field(default_factory=RangeHistogram)
+    activation_max: list[float] = field(default_factory=list)
+    residual_max: list[float] = field(default_factory=list)
+
+    def begin_step(self) -> None:
+        self.activation_max.append(0.0)
+        self.residual_max.append(0.0)
+
+    def update(self, value: Tensor, before: Tensor | None) -> None:
+        """Takes the tensor at the current step, and at the step before it."""
+        self.activation.update(value)
+        self.activation_max[-1] = max(self.activation_max[-1], float(value.abs().max()))
+        if before is not None:
+            residual = value - before
+            self.residual.update(residual)
+            self.residual_max[-1] = max(self.residual_max[-1], float(residual.abs().max()))
+
+
+@dataclass
+class LayerRanges(InputRanges):
+    """The ranges of a layer's input; of a concatenated one also for the main half and the skip half."""
+
+    halves: tuple[InputRanges, InputRanges] | None = None
+
+
+def measure_ranges(
+    network: Network,
+    params: Params,
+    trajectories: Trajectories,
+    batch_size: int,
+    progress: Callable[[Iterator[int], int], Iterator[int]] = lambda steps, total: steps,
+) -> dict[str, LayerRanges]:
+    """Runs the float network on each chosen step and its predecessor and records every layer's input.
+
+    The residual of step i is a_i - a_{i-1}; step 0 has none (its residual is recorded as 0 and is not part of the
+    histogram). Raises InputError when an activation is not finite.
+    """
+    device = next(iter(params.values())).device
+    table = time_table(network, params)
+    position = {int(step): i for i, step in enumerate(trajectories.steps)}
+    ranges = {s.name: LayerRanges(halves=(InputRanges(), InputRanges()) if s.split else None) for s in network.layers}
+    chosen = [int(step) for step in trajectories.chosen]
+    count = trajectories.x.shape[1]
+
+    for step in progress(iter(chosen), len(chosen)):
+        for entry in ranges.values():
+            for part in (entry, *(entry.halves or ())):
+                part.begin_step()
+        for begin in range(0, count, batch_size):
+            before: dict[str, Tensor] = {}
+            for index in [step - 1, step] if step > 0 else [step]:
+                x = torch.from_numpy(trajectories.x[position[index], begin : begin + batch_size]).to(device)
+                t = trajectories.timesteps[index]
+                bias = {block: rows[t].expand(len(x), -1) for block, rows in table.items()}
+                recorder = _Recorder(params)
+                with torch.no_grad():
+                    run_unet(network, params, x, bias, recorder)
+                if index == step:
+                    for name, value in recorder.inputs.items():
+                        if not torch.isfinite(value).all():
+                            raise InputError(f"the input of layer '{name}' is not finite at step {step}; check the checkpoint")
+                        entry, split = ranges[name], network.layer(name).split
+                        entry.update(value, before.get(name))
+                        for part, channels in zip(entry.halves or (), (slice(0, split), slice(split, None)), strict=False):
+                            part.update(value[:, channels], before[name][:, channels] if name in before else None)
+                before = recorder.inputs
+    return ranges
+
+
+class _Recorder:
+    """The float layer, keeping its inputs."""
+
+    def __init__(self, params: Params) -> None:
+        self._layer = float_layer(params)
+        self.inputs: dict[str, Tensor] = {}
+
+    def __call__(self, spec: LayerSpec, x: Tensor) -> Tensor:
+        self.inputs[spec.name] = x
+        return self._layer(spec, x)
+
+
+class _Grid(NamedTuple):
+    """A layer's grid steps, the largest magnitude of its input at the first timestep, and its skip ratio."""
+
+    activation: float
+    residual: float
+    first_max: float
+    skip_ratio: float
+
+
+def _grid(ranges: LayerRanges, mode: str, recipe: Recipe, bits: int) -> _Grid:
+    """The grids of a layer by its ranges, in units of the main half where the recipe splits it."""
+
+    def steps(part: InputRanges) -> tuple[float, float]:
+        method, share = recipe.scale_method, recipe.percentile
+        return part.activation.scale(method, bits, share), part.residual.scale(method, bits, share)
+
+    if not recipe.split or ranges.halves is None:
+        return _Grid(*steps(ranges), ranges.activation_max[0], 1.0)
+    (main, main_residual), (skip, skip_residual) = (steps(part) for part in ranges.halves)
+    ratio = skip_residual / main_residual if mode == "modiff" else skip / main
+    # In float32, as the file holds it: the weights are folded with it here and when they are quantized.
+    ratio = float(np.float32(ratio))
+    first = max(ranges.halves[0].activation_max[0], ranges.halves[1].activation_max[0] / ratio)
+    return _Grid(max(main, skip / ratio), max(main_residual, skip_residual / ratio), first, ratio)
+
+
+def make_scales(
+    network: Network, checkpoint: Checkpoint, trajectories: Trajectories, ranges: dict[str, LayerRanges], recipe: Recipe
+) -> Scales:
+    """Turns measured ranges into a scales file's content, by the recipe.
+
+    A layer is modulated only where its residual range is smaller than its activation range, and quantized only where it
+    has the recipe's intensity.
+    """
+    if recipe.method == "modiff" and not any(step > 0 for step in trajectories.chosen):
+        if len(trajectories.timesteps) == 1:
+            raise InputError(
+                "one step has no change from a step before it, so nothing to modulate; use --method qdiff, or more --timesteps"
+            )
+        raise InputError("the trajectories hold no step after the first, so no residuals; collect with more --calib-steps")
+    layers: dict[str, LayerScales] = {}
+    full_range, bits = [], []
+    for spec in network.layers:
+        measured = ranges[spec.name]
+        weight_bits, act_bits = recipe.bits(spec.name)
+        shrinks = 0 < measured.residual.absmax < measured.activation.absmax
+        mode = "modiff" if recipe.method == "modiff" and shrinks else "int8"
+        if spec.intensity < recipe.min_intensity:
+            mode = "float"
+        grid = _grid(measured, mode, recipe, act_bits)
+        weight = fold_skip(spec, layer_weight(spec, checkpoint.params), grid.skip_ratio)
+        weight_scale = (mse_weight_scale if recipe.scale_method == "mse" else minmax_weight_scale)(weight, weight_bits)
+        layers[spec.name] = LayerScales(
+            mode,
+            act_bits,
+            weight_bits,
+            grid.activation,
+            grid.residual,
+            weight_scale.float().cpu().numpy(),
+            skip_ratio=grid.skip_ratio,
+        )
+        if mode == "modiff":
+            first = max(grid.first_max, float(np.finfo(np.float32).tiny))
+            full_range.append(first / grid_max(act_bits) / grid.residual)
+            bits.append(act_bits)
+    rows: RowTable
+    if bits:
+        rows = modulated_rows(trajectories.timesteps, np.asarray(full_range), np.asarray(bits), recipe.start)
+    else:
+        rows = plain_rows(trajectories.timesteps)
+    names = [spec.name for spec in network.layers]
+    histograms = [ranges[name].residual.coarse() for name in names]
+    return Scales(
+        network.config,
+        checkpoint.sha256,
+        recipe.method,
+        recipe.scale_method,
+        trajectories.skip_type,
+        layers,
+        rows,
+        trajectories.chosen,
+        np.asarray([ranges[n].activation_max for n in names], np.float32).T.copy(),
+        np.asarray([ranges[n].residual_max for n in names], np.float32).T.copy(),
+        np.stack([shares.float().numpy() for shares, _ in histograms]),
+        np.asarray([top for _, top in histograms], np.float32),
+        recipe.granularity,
+        bool(bits) and recipe.start == "warmup" and recipe.granularity == "static" and recipe.dither,
+    )

@@ -1,0 +1,213 @@
+"""Calibration by trial: runs whole quantized trajectories and keeps what is best for the final image.
+
+Three searches live here. `search_scales` decides which share of the residuals a static grid holds. `search_rows` gives every
+row its own grid, with a margin chosen by what the quantized trajectory does, not the float one. `search_modes` finds which
+layers can do without MoDiff state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.grid import grid_max
+from modiff_trt.core.rows import RowTable, plain_rows
+from modiff_trt.core.scales import Scales
+from modiff_trt.core.schedule import alphas_cumprod
+from modiff_trt.export.calibration.residuals import refit
+from modiff_trt.networks.checkpoint import Checkpoint
+from modiff_trt.networks.modulated import LayerState, QuantizedLayer
+from modiff_trt.networks.state_elements import state_elements
+from modiff_trt.networks.unet import Network
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser
+from modiff_trt.runtime.images.folders import psnr
+from modiff_trt.runtime.images.noise import ImageNoise
+from modiff_trt.runtime.sampler import ddim_sample
+
+Report = Callable[[str], None]
+Array = np.ndarray[Any, Any]
+
+MARGINS = (0.35, 0.5, 0.7, 1.0)
+# Shares of the residuals that a searched static grid holds.
+PERCENTILES = (0.99999, 0.9999, 0.9997, 0.999, 0.997, 0.99)
+# A residual's row may need a coarser grid than the static one where quantization itself has made it larger.
+WIDEST = 4.0
+FINEST = 1 / 16
+# A layer may stay in float if it does at most this share of the network's multiply-accumulates.
+FLOAT_MACS = 0.02
+
+
+class Trials:
+    """Runs scales from fixed calibration noise and scores them by PSNR to FP32."""
+
+    def __init__(
+        self, network: Network, checkpoint: Checkpoint, timesteps: tuple[int, ...], images: int, seed: int, device: str
+    ) -> None:
+        self.network, self.checkpoint, self._device = network, checkpoint, device
+        self._alpha_bar = alphas_cumprod(network.config.diffusion)
+        self._noise = ImageNoise(seed, range(images), network.config.input_shape).draw()
+        self._reference = ddim_sample(
+            TorchDenoiser(network, checkpoint.params, timesteps, device), self._alpha_bar, self._noise
+        )
+
+    def decibels(self, scales: Scales) -> float:
+        """`score` of the simulation of these scales."""
+        return self.score(SimDenoiser(self.network, self.checkpoint.params, scales, self._device))
+
+    def residuals(self, scales: Scales) -> tuple[float, Array]:
+        """PSNR, and the largest |x - a_hat| [rows, modulated layers] that each pass had to round."""
+        denoiser = SimDenoiser(self.network, self.checkpoint.params, scales, self._device)
+        passes: list[dict[str, float]] = []
+        first = scales.modulated[0]
+
+        def watch(layer: QuantizedLayer, x: Tensor, state: LayerState) -> None:
+            if layer.spec.name == first:
+                passes.append({})
+            passes[-1][layer.spec.name] = float((x - state.a_hat).abs().max())
+
+        denoiser.on_layer = watch
+        score = self.score(denoiser)
+        return score, np.asarray([[found[name] for name in scales.modulated] for found in passes], np.float32)
+
+    def score(self, denoiser: SimDenoiser) -> float:
+        """PSNR in dB of one whole trajectory; minus infinity where it is not finite: the method has failed there."""
+        try:
+            return self.against(self.sample(denoiser))
+        except InputError:
+            return float("-inf")
+
+    def sample(self, denoiser: SimDenoiser) -> Array:
+        """The final images, float32 [N, C, H, W]. Raises InputError where they are not finite."""
+        return ddim_sample(denoiser, self._alpha_bar, self._noise)
+
+    def against(self, samples: Array) -> float:
+        """PSNR in dB of final images to FP32's."""
+        return psnr(samples, self._reference)
+
+
+def search_scales(trials: Trials, scales: Scales, candidates: Mapping[float, Mapping[str, float]], report: Report) -> Scales:
+    """The scales with the best residual scales found among those given and `candidates` (by percentile), and with or
+    without dither.
+
+    A residual beyond its grid is not lost: a_hat follows it at the next passes. So at few bits a grid that clips the rare
+    large residuals is better than one that holds them all; which share to clip is measured here on whole trajectories.
+    """
+    best, top_score, kept = scales, trials.decibels(scales), "as calibrated"
+    report(f"scales: as calibrated: {top_score:.2f} dB")
+    for percentile, steps in candidates.items():
+        candidate = refit(scales, steps)
+        score = trials.decibels(candidate)
+        report(f"scales: percentile {percentile}: {score:.2f} dB")
+        if score > top_score:
+            best, top_score, kept = candidate, score, f"percentile {percentile}"
+    if best.dither:
+        plain = replace(best, dither=False)
+        score = trials.decibels(plain)
+        report(f"scales: the best without dither: {score:.2f} dB")
+        if score > top_score:
+            best, top_score, kept = plain, score, f"{kept}, without dither"
+    report(f"scales: kept {kept}: {top_score:.2f} dB")
+    return best
+
+
+def search_rows(trials: Trials, scales: Scales, report: Report) -> Scales:
+    """The scales with the best row table found: static, or one multiplier per row and layer.
+
+    A candidate covers the largest residual of each row times a margin, warm-up rows included, of which none is finer than
+    the first running row. It is measured with the quantized network in the loop, once more after its own first run,
+    because a finer row changes the residuals of the rows after it.
+    """
+    if not scales.modulated:
+        return scales
+    best, kept, (top_score, seen) = scales, "static", trials.residuals(scales)
+    report(f"rows: static: {top_score:.2f} dB")
+    for margin in MARGINS:
+        residuals = seen
+        for attempt in (1, 2):
+            candidate = replace(scales, rows=_covering(scales, residuals, margin))
+            score, found = trials.residuals(candidate)
+            report(f"rows: margin {margin}, attempt {attempt}: {score:.2f} dB")
+            if score > top_score:
+                best, top_score, kept = candidate, score, f"margin {margin}, attempt {attempt}"
+            residuals = np.maximum(residuals, found)
+    report(f"rows: kept {kept}: {top_score:.2f} dB")
+    return best
+
+
+def _covering(scales: Scales, residuals: Array, margin: float) -> RowTable:
+    """A row table whose grids reach `margin` times these largest magnitudes [rows, modulated layers]; warm-up rows reach
+    all of them."""
+    reach = np.asarray([grid_max(scales.layers[n].act_bits) * scales.layers[n].scale for n in scales.modulated], np.float32)
+    warmup = scales.rows.warmup
+    multipliers = residuals / reach
+    multipliers[warmup:] = np.clip(margin * multipliers[warmup:], FINEST, WIDEST)
+    multipliers[:warmup] = np.maximum(multipliers[:warmup], multipliers[warmup])
+    return replace(scales.rows, multipliers=multipliers.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """One point of the curve: how many layers lost their state, the state traffic that is left, and what it costs."""
+
+    stateless: int
+    traffic_bytes: int
+    decibels: float
+
+
+def state_traffic(scales: Scales, network: Network, element_bytes: int = 2) -> int:
+    """Bytes of state read and written for one image and pass: a_hat and o_hat, in and out."""
+    return 2 * element_bytes * sum(state_elements(scales, network).values())
+
+
+def search_modes(
+    trials: Trials, scales: Scales, loss_db: float, report: Report, on_layer: Callable[[], None]
+) -> tuple[Scales, list[TradeOff]]:
+    """Takes the state from as many layers as `loss_db` allows: the cheapest in added error per byte first.
+
+    Every modulated layer is first measured alone in mode `int8`, and as `float` where that is much better and its share
+    of the arithmetic is small (`FLOAT_MACS`). The order found this way is then tried in whole trajectories, by
+    bisection. `on_layer` is called after each single-layer measurement.
+    """
+    network = trials.network
+    base = trials.decibels(scales)
+    report(f"modes: all {len(scales.modulated)} modulated: {base:.2f} dB")
+    total = sum(spec.macs for spec in network.layers)
+    ranked: list[tuple[float, str, str]] = []
+    for name in scales.modulated:
+        spec = network.layer(name)
+        mode, score = "int8", trials.decibels(with_modes(scales, {name: "int8"}))
+        if spec.macs <= FLOAT_MACS * total and score < base - loss_db:
+            mode, score = "float", trials.decibels(with_modes(scales, {name: "float"}))
+        added = max(10 ** (-score / 10) - 10 ** (-base / 10), 0.0)
+        ranked.append((added / (prod(spec.in_shape) + prod(spec.out_shape)), name, mode))
+        on_layer()
+    ranked.sort()
+    curve = [TradeOff(0, state_traffic(scales, network), base)]
+    best, low, high = scales, 0, len(ranked)
+    while low < high:
+        count = (low + high + 1) // 2
+        candidate = with_modes(scales, {name: mode for _, name, mode in ranked[:count]})
+        score = trials.decibels(candidate)
+        curve.append(TradeOff(count, state_traffic(candidate, network), score))
+        report(f"modes: {count} layers without state: {score:.2f} dB")
+        if score >= base - loss_db:
+            best, low = candidate, count
+        else:
+            high = count - 1
+    return best, sorted(curve, key=lambda point: point.stateless)
+
+
+def with_modes(scales: Scales, modes: dict[str, str]) -> Scales:
+    """The same scales with other modes for some layers, and the row table's columns to match."""
+    layers = {n: replace(layer, mode=modes.get(n, layer.mode)) for n, layer in scales.layers.items()}
+    if all(layer.mode != "modiff" for layer in layers.values()):
+        return replace(scales, layers=layers, dither=False, rows=plain_rows(scales.rows.timesteps))
+    keep = [i for i, name in enumerate(scales.modulated) if name not in modes]
+    rows = RowTable(scales.rows.t, scales.rows.multipliers[:, keep], scales.rows.warmup, scales.rows.exact_start)
+    return replace(scales, layers=layers, rows=rows)

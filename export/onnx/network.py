@@ -1,0 +1,156 @@
+"""Writes the QDQ ONNX file: the network, its constants, its state inputs and outputs, and its manifest.
+
+Inputs: `x` [N,C,H,W] float32, `t` [N] int64, `row_scale` [L] float32, then `a_hat.<layer>` and `o_hat.<layer>`.
+Outputs: `eps` float32, then `a_hat_out.<layer>` and `o_hat_out.<layer>`. N is dynamic. State and everything between
+layers is float32 or float16 (`dtype`); group statistics, softmax and the time table are float32 in both.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from modiff_trt.core.config import config_to_dict
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.files import atomic_path
+from modiff_trt.core.manifest import DIGEST, DOMAIN, MANIFEST_KEY, MANIFEST_SCHEMA, content_digest, encode_array
+from modiff_trt.core.scales import LayerScales, Scales
+from modiff_trt.export.onnx.ops import IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
+from modiff_trt.networks.checkpoint import Checkpoint
+from modiff_trt.networks.modulated import quantize_layers
+from modiff_trt.networks.torch_ops import layer_bias, layer_weight, time_table
+from modiff_trt.networks.unet import Network, unet
+
+DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
+LARGEST_FILE = 2**31 - 1
+LCQ_REFUSAL = (
+    "scales with --granularity channel (LCQ) cannot be exported: a scale per input channel varies inside the "
+    "sum of an INT8 product, where no engine can apply it; calibrate with --granularity static or tensor"
+)
+
+
+def build_onnx(
+    network: Network, checkpoint: Checkpoint, scales: Scales | None, dtype: str, scales_sha256: str | None
+) -> onnx.ModelProto:
+    """The ONNX model of a network: quantized by `scales`, or in float throughout when it is None.
+
+    Raises InputError for an unknown dtype, a scales file that cannot be exported, or a scale too small for float16.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, found '{dtype}'")
+    if scales is not None and scales.rows.exact_start:
+        raise InputError(
+            "the scales file starts with a full-precision step, which an engine cannot run; calibrate with --start warmup"
+        )
+    if scales is not None and scales.granularity == "channel":
+        raise InputError(LCQ_REFUSAL)
+    dynamic = scales is not None and scales.granularity == "tensor"
+    real = DTYPES[dtype]
+    modulated = scales.modulated if scales is not None else ()
+    constants = _constants(network, checkpoint, scales)
+    _check_range(constants, real)
+    norms = {k: v.numpy() for k, v in checkpoint.params.items() if v.ndim == 1}
+    ops = OnnxOps(network, constants, norms, modulated, real, dynamic)
+    table = {block: rows.numpy() for block, rows in time_table(network, checkpoint.params).items()}
+    ops.bind_time("t", table)
+    if modulated and not dynamic:
+        ops.bind_rows("row_scale")
+    x = ops.cast("x", "x_cast", ops._type)
+    eps = unet(ops, network.config, Value(x, network.config.input_shape))
+    ops.node(
+        "Identity" if dtype == "fp32" else "Cast", [eps.name], "eps", **({} if dtype == "fp32" else {"to": TensorProto.FLOAT})
+    )
+
+    info = helper.make_tensor_value_info
+    image = ["N", *network.config.input_shape]
+    inputs = [info("x", TensorProto.FLOAT, image), info("t", TensorProto.INT64, ["N"])]
+    outputs = [info("eps", TensorProto.FLOAT, image)]
+    if modulated and not dynamic:
+        inputs.append(info("row_scale", TensorProto.FLOAT, [len(modulated)]))
+    for name in modulated:
+        spec = network.layer(name)
+        for state, shape in (("a_hat", spec.in_shape), ("o_hat", spec.out_shape)):
+            inputs.append(info(f"{state}.{name}", ops._type, ["N", *shape]))
+            outputs.append(info(f"{state}_out.{name}", ops._type, ["N", *shape]))
+    graph = helper.make_graph(ops.nodes, "modiff_unet", inputs, outputs, list(ops.initializers.values()))
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    functions = [modulated_conv_function()] if modulated else []
+    model = helper.make_model(
+        graph, opset_imports=opsets, functions=functions, ir_version=IR_VERSION, producer_name="modiff-trt"
+    )
+    manifest = _manifest(network, checkpoint, scales, dtype, scales_sha256, constants)
+    manifest[DIGEST] = content_digest(model, manifest)
+    helper.set_model_props(model, {MANIFEST_KEY: json.dumps(manifest)})
+    return model
+
+
+def save_onnx(path: Path, model: onnx.ModelProto) -> None:
+    """Checks the model (onnx.checker with shape inference) and writes it atomically."""
+    if model.ByteSize() > LARGEST_FILE:
+        raise InputError(f"{path} would exceed 2 GiB, the limit of one ONNX file; quantize more layers or use --dtype fp16")
+    onnx.checker.check_model(model, full_check=True)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(model.SerializeToString())
+
+
+def _constants(network: Network, checkpoint: Checkpoint, scales: Scales | None) -> dict[str, LayerConstants]:
+    quantized = quantize_layers(network, checkpoint.params, scales) if scales is not None else {}
+    constants = {}
+    for spec in network.layers:
+        bias = layer_bias(spec, checkpoint.params).numpy()
+        if scales is None or spec.name not in quantized:
+            weight = layer_weight(spec, checkpoint.params).numpy()
+            none = LayerScales("float", 8, 8, 1.0, 1.0, np.ones(spec.out_shape[0], np.float32))
+            constants[spec.name] = LayerConstants(weight, bias, none)
+        else:
+            constants[spec.name] = LayerConstants(quantized[spec.name].weight.numpy(), bias, scales.layers[spec.name])
+    return constants
+
+
+def _check_range(constants: dict[str, LayerConstants], real: Any) -> None:
+    tiny = float(np.finfo(real).tiny)
+    for name, layer in constants.items():
+        if layer.scales.mode != "float" and min(layer.scales.scale, float(layer.scales.weight_scale.min())) < tiny:
+            raise InputError(
+                f"layer '{name}' has a scale below {tiny:.1e}, the smallest of this float type; export with --dtype fp32"
+            )
+
+
+def _manifest(
+    network: Network,
+    checkpoint: Checkpoint,
+    scales: Scales | None,
+    dtype: str,
+    scales_sha256: str | None,
+    constants: dict[str, LayerConstants],
+) -> dict[str, Any]:
+    manifest: dict[str, Any] = {
+        "schema": MANIFEST_SCHEMA,
+        "config": config_to_dict(network.config),
+        "checkpoint_sha256": checkpoint.sha256,
+        "checkpoint_weights": checkpoint.weights,
+        "checkpoint": checkpoint.description,
+        "scales_sha256": scales_sha256,
+        "dtype": dtype,
+        "method": scales.method if scales is not None else "float",
+        "layers": {},
+    }
+    if scales is not None:
+        manifest |= {
+            "skip_type": scales.skip_type,
+            "timesteps": list(scales.rows.timesteps),
+            "warmup": scales.rows.warmup,
+            "modulated": list(scales.modulated),
+            "multipliers": encode_array(scales.rows.multipliers),
+            "dither": scales.dither,
+            "upsampled": [spec.name for spec in network.layers if spec.upsampled],
+            "o_hat_start": {name: encode_array(constants[name].bias) for name in scales.modulated},
+            "granularity": scales.granularity,
+            "layers": scales.layer_table(),
+        }
+    return manifest

@@ -1,0 +1,292 @@
+"""The UNet as ONNX nodes: the operations of `unet`, and the modulated layer as a local function.
+
+The modulated layer is a function of domain `modiff` whose body is standard operators with the QDQ pattern. A runtime
+that knows nothing of it inlines the body; TensorRT takes a registered plugin of that name, version and namespace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from modiff_trt.core.grid import grid_max
+from modiff_trt.core.manifest import CONV_ATTRIBUTES, DOMAIN, FUNCTION, PLUGIN_VERSION
+from modiff_trt.core.scales import LayerScales
+from modiff_trt.networks.split import skip_factors
+from modiff_trt.networks.unet import GROUPS, NORM_EPS, LayerSpec, Network
+
+OPSET = 21
+IR_VERSION = 10
+
+
+def modulated_conv_function() -> onnx.FunctionProto:
+    """`ModulatedConv`: (o_hat', a_hat') from x, a_hat, o_hat, the row's multiplier and the layer's constants.
+
+    Every Q/DQ scale is a constant of the caller; the multiplier stays outside Q/DQ because TensorRT cannot build an
+    INT8 convolution from a scale that it does not know. `low` and `high` bound the residual to the grid of fewer
+    than 8 bits; for 8 bits they change nothing.
+    """
+    node = helper.make_node
+    conv = node("Conv", ["d", "w"], ["y"])
+    for name in CONV_ATTRIBUTES:
+        reference = onnx.AttributeProto()
+        reference.name = reference.ref_attr_name = name
+        reference.type = onnx.AttributeProto.INTS
+        conv.attribute.append(reference)
+    body = [
+        node("Sub", ["x", "a_hat"], ["r"]),
+        node("Div", ["r", "m"], ["rm"]),
+        node("Clip", ["rm", "low", "high"], ["rc"]),
+        node("QuantizeLinear", ["rc", "scale", "zero"], ["q"]),
+        node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+        node("Mul", ["d", "m"], ["dm"]),
+        node("Add", ["a_hat", "dm"], ["a_hat_out"]),
+        node("DequantizeLinear", ["weight", "weight_scale", "weight_zero"], ["w"], axis=0),
+        conv,
+        node("Mul", ["y", "m"], ["ym"]),
+        node("Add", ["ym", "o_hat"], ["o_hat_out"]),
+    ]
+    inputs = ["x", "a_hat", "o_hat", "m", "low", "high", "scale", "zero", "weight", "weight_scale", "weight_zero"]
+    return helper.make_function(
+        DOMAIN,
+        FUNCTION,
+        inputs,
+        ["o_hat_out", "a_hat_out"],
+        body,
+        [helper.make_opsetid("", OPSET)],
+        attributes=list(CONV_ATTRIBUTES),
+    )
+
+
+@dataclass(frozen=True)
+class LayerConstants:
+    """What a layer needs: float weight [C_out, C_in, K, K] and bias, or int8 weight with its scales."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    scales: LayerScales
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the graph and its shape for one image."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class OnnxOps:
+    """Collects nodes and initializers while `unet` runs over it.
+
+    `dtype` is the type between layers. `dynamic` takes each sample's grid from its own largest magnitude (LTQ).
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        constants: Mapping[str, LayerConstants],
+        norms: Mapping[str, np.ndarray],
+        modulated: tuple[str, ...],
+        dtype: type[np.floating],
+        dynamic: bool = False,
+    ) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self._network = network
+        self._layers = network.by_name
+        self._constants = constants
+        self._norms = norms
+        self._columns = {name: i for i, name in enumerate(modulated)}
+        self._dtype = dtype
+        self._dynamic = dynamic
+        self._type = TensorProto.FLOAT16 if dtype is np.float16 else TensorProto.FLOAT
+
+    def node(self, op: str, inputs: list[str], output: str, **attributes: object) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
+        return name
+
+    def real(self, name: str, array: np.ndarray | float) -> str:
+        """A constant of the graph's float type."""
+        return self.constant(name, np.asarray(array, self._dtype))
+
+    def cast(self, name: str, output: str, to: int) -> str:
+        return name if to == self._type and self._type == TensorProto.FLOAT else self.node("Cast", [name], output, to=to)
+
+    def bind_time(self, t: str, table: Mapping[str, np.ndarray]) -> None:
+        """Looks the time biases of all blocks up in one table [T, sum of channels], float32, by `t` [N]."""
+        name = self.constant(
+            "time_table", np.concatenate([table[b] for b in self._network.time_channels], axis=1).astype(np.float32)
+        )
+        rows = self.node("Gather", [name, t], "time_rows", axis=0)
+        rows = self.cast(rows, "time_rows_cast", self._type)
+        sizes = self.constant("time_sizes", np.asarray(list(self._network.time_channels.values()), np.int64))
+        outputs = [f"{block}.time" for block in self._network.time_channels]
+        self.nodes.append(helper.make_node("Split", [rows, sizes], outputs, name="time_split", axis=1))
+
+    def bind_rows(self, row_scale: str) -> None:
+        """Splits the row's multipliers [L] into one scalar per modulated layer."""
+        scale = self.cast(row_scale, "row_scale_cast", self._type)
+        for layer, column in self._columns.items():
+            index = self.constant(f"{layer}.column", np.asarray(column, np.int64))
+            self.node("Gather", [scale, index], f"{layer}.multiplier", axis=0)
+
+    def conv(
+        self,
+        name: str,
+        x: Value,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        split: int = 0,
+        parts: tuple[str, ...] = (),
+        upsampled: bool = False,
+    ) -> Value:
+        spec, constants = self._layers[name], self._constants[name]
+        window = {"kernel_shape": [spec.kernel] * 2, "pads": list(spec.padding), "strides": [spec.stride] * 2}
+        if constants.scales.mode == "float":
+            weight, bias = self.real(f"{name}.weight", constants.weight), self.real(f"{name}.bias", constants.bias)
+            return Value(self.node("Conv", [x.name, weight, bias], f"{name}.out", **window), spec.out_shape)
+        if constants.scales.skip_ratio != 1.0:
+            factors = self.real(f"{name}.skip_factors", skip_factors(spec, constants.scales.skip_ratio).reshape(-1, 1, 1))
+            x = Value(self.node("Mul", [x.name, factors], f"{name}.split"), x.shape)
+        q = grid_max(constants.scales.act_bits)
+        grid = 1 / q if self._dynamic else constants.scales.scale
+        low, high = self.real(f"{name}.low", -(q + 1) * grid), self.real(f"{name}.high", q * grid)
+        scale, zero = self.real(f"{name}.scale", grid), self.constant("zero", np.asarray(0, np.int8))
+        integers = [
+            self.constant(f"{name}.weight", constants.weight.astype(np.int8)),
+            self.real(f"{name}.weight_scale", constants.scales.weight_scale),
+            self.constant(f"zeros.{spec.out_shape[0]}", np.zeros(spec.out_shape[0], np.int8)),
+        ]
+        if constants.scales.mode == "int8":
+            return self._stateless(spec, x, low, high, [scale, zero], integers, constants.bias, window)
+        multiplier = f"{name}.multiplier"
+        if self._dynamic:
+            residual = self.node("Sub", [x.name, f"a_hat.{name}"], f"{name}.residual")
+            multiplier = self._largest(residual, multiplier)
+        inputs = [x.name, f"a_hat.{name}", f"o_hat.{name}", multiplier, low, high, scale, zero, *integers]
+        outputs = [f"o_hat_out.{name}", f"a_hat_out.{name}"]
+        self.nodes.append(
+            helper.make_node(
+                FUNCTION,
+                inputs,
+                outputs,
+                name=name,
+                domain=DOMAIN,
+                plugin_namespace=DOMAIN,
+                plugin_version=PLUGIN_VERSION,
+                **window,
+            )
+        )
+        return Value(outputs[0], spec.out_shape)
+
+    def _stateless(
+        self,
+        spec: LayerSpec,
+        x: Value,
+        low: str,
+        high: str,
+        grid: list[str],
+        weight: list[str],
+        bias: np.ndarray,
+        window: dict[str, list[int]],
+    ) -> Value:
+        name, value = spec.name, x.name
+        if self._dynamic:
+            largest = self._largest(value, f"{name}.largest")
+            value = self.node("Div", [value, largest], f"{name}.unit")
+        clipped = self.node("Clip", [value, low, high], f"{name}.clipped")
+        q = self.node("QuantizeLinear", [clipped, *grid], f"{name}.q")
+        d = self.node("DequantizeLinear", [q, *grid], f"{name}.d")
+        w = self.node("DequantizeLinear", weight, f"{name}.w", axis=0)
+        if not self._dynamic:
+            return Value(self.node("Conv", [d, w, self.real(f"{name}.bias", bias)], f"{name}.out", **window), spec.out_shape)
+        product = self.node("Conv", [d, w], f"{name}.product", **window)
+        product = self.node("Mul", [product, largest], f"{name}.scaled")
+        return Value(
+            self.node("Add", [product, self.real(f"{name}.bias", bias.reshape(-1, 1, 1))], f"{name}.out"), spec.out_shape
+        )
+
+    def _largest(self, x: str, output: str) -> str:
+        """max |x| of each sample [N, 1, 1, 1], which takes the place of the multiplier on a grid that spans -1..1."""
+        axes = self.constant("axes.sample", np.asarray([1, 2, 3], np.int64))
+        top = self.node("ReduceMax", [self.node("Abs", [x], f"{output}.abs"), axes], f"{output}.max", keepdims=1)
+        return self.node("Max", [top, self.real("smallest", max(1e-6, float(np.finfo(self._dtype).tiny)))], output)
+
+    def norm(self, name: str, x: Value) -> Value:
+        """GroupNorm with statistics in float32, over [N, 32, C/32 * H * W]."""
+        channels, height, width = x.shape
+        wide = self.cast(x.name, f"{name}.wide", TensorProto.FLOAT)
+        grouped = self.constant(f"shape.groups.{channels}.{height}", np.asarray([0, GROUPS, -1], np.int64))
+        h = self.node("Reshape", [wide, grouped], f"{name}.grouped")
+        ones, zeros = (
+            self.constant("groups.one", np.ones(GROUPS, np.float32)),
+            self.constant("groups.zero", np.zeros(GROUPS, np.float32)),
+        )
+        h = self.node("InstanceNormalization", [h, ones, zeros], f"{name}.normalized", epsilon=NORM_EPS)
+        back = self.constant(f"shape.image.{channels}.{height}", np.asarray([0, channels, height, width], np.int64))
+        h = self.node("Reshape", [h, back], f"{name}.image")
+        gain = self.constant(f"{name}.weight", self._norms[f"{name}.weight"].astype(np.float32).reshape(-1, 1, 1))
+        shift = self.constant(f"{name}.bias", self._norms[f"{name}.bias"].astype(np.float32).reshape(-1, 1, 1))
+        h = self.node("Mul", [h, gain], f"{name}.scaled")
+        h = self.node("Add", [h, shift], f"{name}.shifted")
+        return Value(self.cast(h, f"{name}.out", self._type), x.shape)
+
+    def norm_silu(self, name: str, x: Value) -> Value:
+        h = self.norm(name, x)
+        gate = self.node("Sigmoid", [h.name], f"{name}.gate")
+        return Value(self.node("Mul", [h.name, gate], f"{name}.silu"), x.shape)
+
+    def add(self, a: Value, b: Value) -> Value:
+        return Value(self.node("Add", [a.name, b.name], f"{a.name}+{b.name}"), a.shape)
+
+    def add_time(self, block: str, x: Value, channels: int) -> Value:
+        shape = self.constant(f"shape.time.{channels}", np.asarray([0, channels, 1, 1], np.int64))
+        bias = self.node("Reshape", [f"{block}.time", shape], f"{block}.time_bias")
+        return Value(self.node("Add", [x.name, bias], f"{block}.timed"), x.shape)
+
+    def concat(self, a: Value, b: Value) -> Value:
+        out = self.node("Concat", [a.name, b.name], f"concat.{len(self.nodes)}", axis=1)
+        return Value(out, (a.shape[0] + b.shape[0], *a.shape[1:]))
+
+    def attention(self, qkv: Value, channels: int) -> Value:
+        _, height, width = qkv.shape
+        prefix = f"attention.{len(self.nodes)}"
+        flat = self.constant(f"shape.flat.{channels}.{height}", np.asarray([0, 3 * channels, height * width], np.int64))
+        flat_qkv = self.node("Reshape", [qkv.name, flat], f"{prefix}.qkv")
+        sizes = self.constant(f"sizes.qkv.{channels}", np.full(3, channels, np.int64))
+        q, k, v = (f"{prefix}.{part}" for part in "qkv")
+        self.nodes.append(helper.make_node("Split", [flat_qkv, sizes], [q, k, v], name=f"{prefix}.split", axis=1))
+        q = self.node("Transpose", [q], f"{prefix}.qt", perm=[0, 2, 1])
+        q = self.node("Mul", [q, self.real(f"attention.scale.{channels}", channels**-0.5)], f"{prefix}.q_scaled")
+        scores = self.node("MatMul", [q, k], f"{prefix}.scores")
+        scores = self.cast(scores, f"{prefix}.scores_wide", TensorProto.FLOAT)
+        weights = self.node("Softmax", [scores], f"{prefix}.softmax", axis=-1)
+        weights = self.cast(weights, f"{prefix}.softmax_cast", self._type)
+        weights = self.node("Transpose", [weights], f"{prefix}.weights", perm=[0, 2, 1])
+        out = self.node("MatMul", [v, weights], f"{prefix}.mixed")
+        back = self.constant(f"shape.image.{channels}.{height}", np.asarray([0, channels, height, width], np.int64))
+        return Value(self.node("Reshape", [out, back], f"{prefix}.out"), (channels, height, width))
+
+    def upsample(self, x: Value) -> Value:
+        factor = self.constant("upsample.scales", np.asarray([1, 1, 2, 2], np.float32))
+        attributes = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        out = self.node("Resize", [x.name, "", factor], f"upsample.{len(self.nodes)}", **attributes)
+        return Value(out, (x.shape[0], 2 * x.shape[1], 2 * x.shape[2]))
+
+    def avg_pool(self, x: Value) -> Value:
+        out = self.node("AveragePool", [x.name], f"pool.{len(self.nodes)}", kernel_shape=[2, 2], strides=[2, 2])
+        return Value(out, (x.shape[0], x.shape[1] // 2, x.shape[2] // 2))
+
+    def block_done(self, name: str, x: Value, y: Value) -> Value:
+        return y

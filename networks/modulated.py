@@ -1,0 +1,191 @@
+"""The modulated layer (MoDiff, ICML 2025, eq. 13-14), as pure functions: state is an argument and a return value.
+
+    q      = clip(rint((x - a_hat) / m / s), -2^(b-1), 2^(b-1)-1)
+    a_hat' = a_hat + m s q
+    o_hat' = o_hat + m s s_w[c] (W_q * q)
+    y      = o_hat'
+
+A trajectory starts from a_hat = 0, o_hat = bias, or from a dithered a_hat (see `dither`). This is the specification that
+every backend is tested against; it works in any float dtype, float64 included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modiff_trt.core.dither import dither_offset
+from modiff_trt.core.grid import grid_max
+from modiff_trt.core.scales import Scales
+from modiff_trt.networks.quantizers import SMALLEST_SCALE, quantize, quantize_weight, unpack_rounding
+from modiff_trt.networks.split import divide_skip, fold_skip
+from modiff_trt.networks.torch_ops import Params, convolve, float_layer, layer_bias, layer_weight, run_unet
+from modiff_trt.networks.unet import LayerSpec, Network
+
+
+class LayerState(NamedTuple):
+    """`a_hat` [N, *in_shape]: the input as the layer has seen it; `o_hat` [N, *out_shape]: its output."""
+
+    a_hat: Tensor
+    o_hat: Tensor
+
+
+State = dict[str, LayerState]
+OnLayer = Callable[["QuantizedLayer", Tensor, LayerState], None]
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A layer with integer weights. `weight` holds integers [C_out, C_in, K, K] in a float dtype.
+
+    `granularity` is `static` (the baked `scale`), or a grid found anew at every pass from the largest magnitude of each
+    sample (`tensor`, LTQ) or of each input channel of each sample (`channel`, LCQ).
+    """
+
+    spec: LayerSpec
+    mode: str
+    bits: int
+    scale: float
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+    granularity: str = "static"
+    dither: bool = False
+    skip_ratio: float = 1.0
+
+
+def quantize_layers(
+    network: Network, params: Params, scales: Scales, dtype: torch.dtype = torch.float32
+) -> dict[str, QuantizedLayer]:
+    """Applies a scales file to float weights: every layer that is not in mode `float`, by name."""
+    layers = {}
+    for spec in network.layers:
+        entry = scales.layers[spec.name]
+        if entry.mode == "float":
+            continue
+        weight = fold_skip(spec, layer_weight(spec, params), entry.skip_ratio)
+        weight_scale = torch.from_numpy(entry.weight_scale).to(weight)
+        integers = quantize_weight(weight, weight_scale, entry.weight_bits, unpack_rounding(entry.round_up, weight))
+        bias = layer_bias(spec, params)
+        layers[spec.name] = QuantizedLayer(
+            spec,
+            entry.mode,
+            entry.act_bits,
+            entry.scale,
+            integers.to(dtype),
+            weight_scale.to(dtype),
+            bias.to(dtype),
+            scales.granularity,
+            scales.dither,
+            entry.skip_ratio,
+        )
+    return layers
+
+
+def initial_a_hat(layer: QuantizedLayer) -> Tensor:
+    """a_hat [1, C, H, W] at the start of a trajectory: zero, or with dither the offset."""
+    spec = layer.spec
+    if not layer.dither:
+        return layer.weight.new_zeros(1, *spec.in_shape)
+    return torch.from_numpy(dither_offset(spec.name, spec.in_shape, layer.scale, spec.upsampled)).to(layer.weight)[None]
+
+
+def initial_state(layer: QuantizedLayer, batch: int) -> LayerState:
+    """The start of a trajectory: a_hat = 0, o_hat = bias; with dither, a_hat = offset and o_hat = W offset + bias."""
+    a_hat = initial_a_hat(layer)
+    if layer.dither:
+        o_hat = layer.bias[:, None, None] + integer_product(layer, a_hat)
+    else:
+        o_hat = layer.bias[None, :, None, None].expand(1, *layer.spec.out_shape)
+    return LayerState(a_hat.repeat(batch, 1, 1, 1), o_hat.repeat(batch, 1, 1, 1))
+
+
+def integer_product(layer: QuantizedLayer, q: Tensor) -> Tensor:
+    """s_w[c] (W_q * q): the layer on a tensor of integers, in units of the activation scale."""
+    return convolve(layer.spec, q, layer.weight) * layer.weight_scale[:, None, None]
+
+
+def modulated_layer(
+    layer: QuantizedLayer, x: Tensor, state: LayerState, multiplier: float | Tensor, exact: bool = False
+) -> tuple[Tensor, LayerState]:
+    """One pass of a modulated layer; returns (y, new state).
+
+    `multiplier` is m, the current row's factor on the baked scale. `exact` leaves the residual unrounded, which is
+    the full-precision first step of the paper (and exists only in simulation).
+    """
+    residual = x - state.a_hat
+    if layer.granularity != "static" and not exact:
+        change = dynamic_quantize(layer, residual)
+        o_hat = state.o_hat + integer_product(layer, change)
+        return o_hat, LayerState(state.a_hat + change, o_hat)
+    step = multiplier * layer.scale
+    if exact:
+        q = residual / step
+    else:
+        q = quantize(residual / multiplier, layer.scale, layer.bits)
+    a_hat = state.a_hat + step * q
+    o_hat = state.o_hat + step * integer_product(layer, q)
+    return o_hat, LayerState(a_hat, o_hat)
+
+
+def dynamic_quantize(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """x rounded to a symmetric grid spanning its own largest magnitude, per sample or per sample and channel."""
+    dims = (1, 2, 3) if layer.granularity == "tensor" else (2, 3)
+    step = (x.abs().amax(dims, keepdim=True) / grid_max(layer.bits)).clamp_min(SMALLEST_SCALE)
+    return step * quantize(x, step, layer.bits)
+
+
+def stateless_layer(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Plain quantization of the activation (static: Q-Diffusion, arXiv 2302.04304)."""
+    if layer.granularity != "static":
+        return layer.bias[:, None, None] + integer_product(layer, dynamic_quantize(layer, x))
+    q = quantize(x, layer.scale, layer.bits)
+    return layer.bias[:, None, None] + layer.scale * integer_product(layer, q)
+
+
+def weight_only_layer(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Quantized weights on the exact activation."""
+    return layer.bias[:, None, None] + integer_product(layer, x)
+
+
+def simulate(
+    network: Network,
+    params: Params,
+    layers: Mapping[str, QuantizedLayer],
+    state: State,
+    x: Tensor,
+    time_bias: Mapping[str, Tensor],
+    multipliers: Mapping[str, float | Tensor],
+    *,
+    exact: bool = False,
+    act_quant: bool = True,
+    on_layer: OnLayer | None = None,
+) -> tuple[Tensor, State]:
+    """One pass of the quantized network: (eps [N, C, H, W], new state).
+
+    `multipliers` gives m for each modulated layer. With `act_quant` off only the weights are quantized and the state
+    passes through unchanged. `on_layer` is shown (layer, x, state) before each modulated layer rounds x - a_hat.
+    """
+    new_state: State = {}
+    unquantized = float_layer(params)
+
+    def run(spec: LayerSpec, value: Tensor) -> Tensor:
+        layer = layers.get(spec.name)
+        if layer is None:
+            return unquantized(spec, value)
+        value = divide_skip(spec, value, layer.skip_ratio)
+        if not act_quant:
+            return weight_only_layer(layer, value)
+        if layer.mode == "int8":
+            return stateless_layer(layer, value)
+        if on_layer is not None:
+            on_layer(layer, value, state[spec.name])
+        y, new_state[spec.name] = modulated_layer(layer, value, state[spec.name], multipliers[spec.name], exact)
+        return y
+
+    eps = run_unet(network, params, x, time_bias, run)
+    return eps, (new_state if act_quant else state)

@@ -1,0 +1,132 @@
+"""Uniform symmetric quantization: grids, int8 weights, and scales found by min-max or by MSE search.
+
+Only symmetric grids are deployed (TensorRT requires a zero point of 0). A grid of `bits` has the integers
+-2^(bits-1) .. 2^(bits-1)-1 in an int8 container, 2 <= bits <= 8.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modiff_trt.core.grid import grid_max
+
+SCALE_METHODS = ("minmax", "mse", "percentile", "learned")
+# Q-Diffusion and its predecessors weigh errors by a power slightly above 2 when they search for a scale.
+MSE_POWER = 2.4
+SMALLEST_SCALE = 1e-8
+
+
+def quantize(x: Tensor, scale: Tensor | float, bits: int) -> Tensor:
+    """clip(rint(x / scale)) as integers in x's own dtype. Rounds half to even, like ONNX and TensorRT."""
+    q = grid_max(bits)
+    return (x / scale).round_().clamp_(-q - 1, q)
+
+
+def minmax_weight_scale(weight: Tensor, bits: int) -> Tensor:
+    """Per-output-channel scale [C_out] that maps the largest magnitude of each channel onto Q."""
+    return (weight.abs().flatten(1).amax(1) / grid_max(bits)).clamp_min(SMALLEST_SCALE)
+
+
+def mse_weight_scale(weight: Tensor, bits: int, candidates: int = 80) -> Tensor:
+    """Per-output-channel scale [C_out] minimizing sum |w - Q(w)|^2.4 over shrunken ranges, all channels at once."""
+    full = minmax_weight_scale(weight, bits)
+    flat = weight.flatten(1)
+    best, best_error = full.clone(), torch.full_like(full, math.inf)
+    for i in range(candidates):
+        scale = full * (1 - i / (candidates * 1.25))
+        error = (flat - quantize_weight(flat, scale, bits) * scale[:, None]).abs().pow_(MSE_POWER).sum(1)
+        better = error < best_error
+        best = torch.where(better, scale, best)
+        best_error = torch.where(better, error, best_error)
+    return best
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, bits: int, round_up: Tensor | None = None) -> Tensor:
+    """Rounds to -Q..Q per output channel, as integers in the weight's dtype (-Q-1 is never used).
+
+    To nearest, or down and up as the booleans `round_up` (shape of the weight) say.
+    """
+    q = grid_max(bits)
+    cells = weight / scale.reshape(-1, *[1] * (weight.ndim - 1))
+    cells = cells.round_() if round_up is None else cells.floor_() + round_up
+    return cells.clamp_(-q, q)
+
+
+def pack_rounding(round_up: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Booleans as packed bits, for a scales file."""
+    return np.packbits(round_up.flatten().cpu().numpy())
+
+
+def unpack_rounding(packed: np.ndarray[Any, np.dtype[np.uint8]] | None, weight: Tensor) -> Tensor | None:
+    """The inverse of `pack_rounding`, in the shape and on the device of `weight`."""
+    if packed is None:
+        return None
+    bits = np.unpackbits(packed, count=weight.numel()).reshape(tuple(weight.shape))
+    return torch.from_numpy(bits).to(weight.device, torch.bool)
+
+
+COUNTABLE = 2**24
+
+
+class RangeHistogram:
+    """Magnitudes of a stream of tensors in constant memory: exact maximum, and a histogram whose range doubles."""
+
+    BINS = 2048
+
+    def __init__(self) -> None:
+        self.absmax = 0.0
+        self._range = 0.0
+        self._counts = torch.zeros(self.BINS, dtype=torch.float64)
+
+    def update(self, x: Tensor) -> None:
+        magnitude = x.abs().flatten()
+        top = float(magnitude.max())
+        self.absmax = max(self.absmax, top)
+        if top == 0.0:
+            self._counts[0] += magnitude.numel()
+            return
+        if self._range == 0.0:
+            self._range = top
+        while top > self._range:
+            self._counts = torch.cat([self._counts.reshape(-1, 2).sum(1), torch.zeros(self.BINS // 2, dtype=torch.float64)])
+            self._range *= 2
+        # histc counts in float32, which stops at 2^24 in a bin.
+        for part in magnitude.float().split(COUNTABLE):
+            self._counts += torch.histc(part, self.BINS, 0, self._range).double().cpu()
+
+    def minmax_scale(self, bits: int) -> float:
+        return max(self.absmax / grid_max(bits), SMALLEST_SCALE)
+
+    def mse_scale(self, bits: int, candidates: int = 100) -> float:
+        """The scale minimizing the mean of |x - Q(x)|^2 among ranges from the full one down to a hundredth of it."""
+        q = grid_max(bits)
+        if self.absmax == 0.0:
+            return SMALLEST_SCALE
+        width = self._range / self.BINS
+        centers = (torch.arange(self.BINS, dtype=torch.float64) + 0.5) * width
+        scales = self.absmax / q * torch.logspace(0, -2, candidates, dtype=torch.float64)[:, None]
+        error = centers - (centers / scales).round().clamp(max=q) * scales
+        cost = (error.square() * self._counts).sum(1)
+        return max(float(scales[int(cost.argmin()), 0]), SMALLEST_SCALE)
+
+    def percentile_scale(self, bits: int, percentile: float) -> float:
+        """The scale of the range that holds this share of the magnitudes, to the width of a bin."""
+        share = self._counts.cumsum(0) / self._counts.sum().clamp_min(1)
+        upper = (int((share < percentile).sum()) + 1) * self._range / self.BINS
+        return max(min(upper, self.absmax) / grid_max(bits), SMALLEST_SCALE)
+
+    def scale(self, method: str, bits: int, percentile: float) -> float:
+        """The scale by one of SCALE_METHODS; `learned` scales start from min-max (see `export.calibration.residuals`)."""
+        if method == "percentile":
+            return self.percentile_scale(bits, percentile)
+        return self.mse_scale(bits) if method == "mse" else self.minmax_scale(bits)
+
+    def coarse(self, bins: int = 64) -> tuple[Tensor, float]:
+        """Shares [bins] of the magnitudes over 0..range, and the range, for plots."""
+        counts = self._counts.reshape(bins, -1).sum(1)
+        return counts / counts.sum().clamp_min(1), self._range

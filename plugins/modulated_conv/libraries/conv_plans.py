@@ -1,0 +1,158 @@
+"""The fastest way to run every convolution shape: tuned once, kept on disk, memory between launches shared.
+
+cuDNN's plans compete with our own kernel where batches are small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.files import atomic_path, cache_folder
+from modiff_trt.networks.unet import LayerSpec
+from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
+
+if TYPE_CHECKING:
+    from modiff_trt.plugins.modulated_conv.kernels.conv import Scratch
+    from modiff_trt.plugins.modulated_conv.libraries.cudnn import ConvSpec, Int8Conv
+
+log = logging.getLogger(__name__)
+# Above so many output pixels cuDNN has always won, and our kernel is not tried.
+FEW_SITES = 8192
+# What stands in the cache in place of a cuDNN plan.
+OWN_KERNEL = b"conv_kernel"
+
+
+class ConvPlans:
+    """Runs integer convolutions. A shape seen for the first time is tuned (seconds), or read from the cache."""
+
+    def __init__(self, overlap: bool) -> None:
+        """`overlap` lets our kernel begin while the launch before it ends (compute capability 9.0 and later)."""
+        from modiff_trt.plugins.modulated_conv.kernels.conv import Scratch
+
+        self._overlap = overlap
+        self._convs: dict[ConvSpec, Int8Conv | None] = {}
+        self._workspaces = [torch.empty(0, dtype=torch.uint8)]
+        self._scratch = Scratch("cuda")
+        self._told = False
+
+    def run(
+        self,
+        spec: LayerSpec,
+        q: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        addend: Tensor,
+        out: Tensor,
+        steps: Tensor | None = None,
+    ) -> None:
+        """out = addend + scale[k] (weight * q) on the current stream; q int8 [N, H*W, C], out [N, P*Q, K].
+
+        `addend` is of out's shape (and may be out: see `Int8Conv.run`), or a bias float32 [K]. With `steps` float32 [N] image
+        n's scale is steps[n] scale, which our own kernel computes. Only a shape's first call allocates.
+        """
+        from modiff_trt.plugins.modulated_conv.libraries.cudnn import ConvSpec
+
+        _, height, width = spec.in_shape
+        residual = addend.ndim == 3
+        key = ConvSpec(
+            len(q), q.shape[2], height, width, out.shape[2], spec.kernel, spec.stride, spec.padding, out.dtype, residual
+        )
+        if steps is None and key not in self._convs:
+            self._convs[key] = self._find(key)
+        conv = self._convs[key] if steps is None else None
+        if conv is None:
+            run_own(key, q, weight, scale, addend, out, self._scratch, self._overlap, steps)
+            return
+        if conv.workspace_size > self._workspaces[-1].numel():
+            # Graphs that were captured with a smaller workspace go on using it.
+            self._workspaces.append(torch.empty(conv.workspace_size, dtype=torch.uint8, device=q.device))
+        conv.run(q, weight, scale, addend, out, self._workspaces[-1])
+
+    def _find(self, key: ConvSpec) -> Int8Conv | None:
+        """The fastest plan; None is our own kernel."""
+        import cudnn
+
+        from modiff_trt.plugins.modulated_conv.libraries.cudnn import PLAN_ERRORS, Int8Conv
+
+        place = {
+            "gpu": torch.cuda.get_device_name(),
+            "cudnn": cudnn.backend_version(),
+            "overlap": self._overlap,
+            "spec": str(asdict(key)),
+        }
+        name = hashlib.sha256(repr(place).encode()).hexdigest()[:24]
+        try:
+            path = cache_folder() / f"{name}.plan"
+            digest, blob = (content := path.read_bytes())[:32], content[32:]
+            if hashlib.sha256(blob).digest() == digest:
+                return None if blob == OWN_KERNEL else Int8Conv(key, blob=blob)
+        except torch.OutOfMemoryError:
+            raise
+        except (*PLAN_ERRORS, OSError, ValueError, InputError):
+            pass  # not there, or of no use: tuned anew
+        if not self._told:
+            log.info("timing convolutions on this GPU, once for each batch size (half a minute)")
+            self._told = True
+        conv = Int8Conv(key)
+        own = self._own_time(key) < conv.plan.time_us
+        blob = OWN_KERNEL if own else conv.serialize()
+        # A cache that cannot be written costs the next start some seconds, and nothing else.
+        with contextlib.suppress(InputError, RuntimeError), atomic_path(cache_folder() / f"{name}.plan") as temporary:
+            temporary.write_bytes(hashlib.sha256(blob).digest() + blob)
+        return None if own else conv
+
+    def _own_time(self, key: ConvSpec) -> float:
+        """Microseconds a run of our kernel; infinite where it is not tried."""
+        from modiff_trt.plugins.modulated_conv.libraries.cudnn import scratch_tensors
+        from modiff_trt.plugins.modulated_conv.libraries.timing import graph_time_us
+
+        n, _, p, q = key.out_shape
+        if n * p * q > FEW_SITES or key.in_channels % CHANNELS:
+            return float("inf")
+        x, weight, scale, addend, out = scratch_tensors(key)
+        flat = x.permute(0, 2, 3, 1).flatten(1, 2), weight, scale.flatten()
+        rest = addend.permute(0, 2, 3, 1).flatten(1, 2) if key.residual else addend.flatten()
+        result = out.permute(0, 2, 3, 1).flatten(1, 2)
+
+        def run() -> None:
+            run_own(key, *flat, rest, result, self._scratch, self._overlap)
+
+        run()
+        return graph_time_us([run] * 10, 7)
+
+
+def run_own(
+    key: ConvSpec,
+    q: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    addend: Tensor,
+    out: Tensor,
+    scratch: Scratch,
+    overlap: bool,
+    steps: Tensor | None = None,
+) -> None:
+    """Our kernel on tensors as `ConvPlans.run` takes them; `weight` is channels_last, which is the order that it reads."""
+    from modiff_trt.plugins.modulated_conv.kernels.conv import convolve_int8
+
+    convolve_int8(
+        q,
+        weight.permute(0, 2, 3, 1),
+        scale,
+        addend,
+        out,
+        size=(key.height, key.width),
+        stride=key.stride,
+        padding=key.padding,
+        scratch=scratch,
+        steps=steps,
+        overlap=overlap,
+    )

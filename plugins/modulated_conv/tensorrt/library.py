@@ -1,0 +1,79 @@
+"""Which TensorRT is there: stock TensorRT (`tensorrt`) or TensorRT-RTX (`tensorrt_rtx`), behind one name."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modiff_trt.core.errors import InputError
+
+RUNTIMES = ("auto", "tensorrt", "rtx")
+PACKAGES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+INSTALL = {"tensorrt": "pip install 'modiff-trt[trt]'", "rtx": "pip install 'modiff-trt[rtx]'"}
+
+
+@dataclass(frozen=True)
+class Library:
+    """An imported TensorRT: `name` is `tensorrt` or `rtx`, `trt` the module, whose API the two share."""
+
+    name: str
+    trt: Any
+
+    @property
+    def version(self) -> str:
+        return str(self.trt.__version__)
+
+    @property
+    def is_rtx(self) -> bool:
+        return self.name == "rtx"
+
+
+def open_library(runtime: str = "auto") -> Library:
+    """Imports a TensorRT; `auto` takes stock TensorRT where it is installed, else TensorRT-RTX.
+
+    Raises InputError when it is not installed, or its libraries do not load.
+    """
+    if runtime not in RUNTIMES:
+        raise InputError(f"--runtime must be one of {', '.join(RUNTIMES)}, found '{runtime}'")
+    names = list(PACKAGES) if runtime == "auto" else [runtime]
+    installed = [name for name in names if importlib.util.find_spec(PACKAGES[name]) is not None]
+    if not installed:
+        raise InputError(f"no TensorRT is installed; {' or '.join(INSTALL[name] for name in names)}")
+    name = installed[0]
+    if name == "rtx":
+        _load_rtx_libraries()
+    try:
+        return Library(name, importlib.import_module(PACKAGES[name]))
+    except (ImportError, OSError) as error:
+        raise InputError(f"the package {PACKAGES[name]} does not load ({error}); reinstall it: {INSTALL[name]}") from None
+
+
+def _load_rtx_libraries() -> None:
+    """Loads TensorRT-RTX's libraries from a folder in which they also have their unversioned names.
+
+    Its ONNX parser looks for `libtensorrt_rtx.so` beside itself as soon as a file has a plugin node, and aborts the process if
+    that is missing; the wheel has `libtensorrt_rtx.so.1` alone. The links stand in a temporary folder: a user's packages are
+    left as they are. Without the wheel's libraries there is nothing to do.
+    """
+    found = importlib.util.find_spec("tensorrt_rtx_libs")
+    if found is None or found.origin is None or "tensorrt_rtx_bindings" in sys.modules:
+        return
+    links = Path(tempfile.mkdtemp(prefix="modiff-trt-rtx-"))
+    atexit.register(shutil.rmtree, links, ignore_errors=True)
+    # The core library first: the parser depends on it.
+    libraries = sorted(Path(found.origin).parent.glob("*.so.*"), key=lambda path: len(path.name))
+    for library in libraries:
+        (links / library.name).symlink_to(library)
+        (links / library.name.split(".so.")[0]).with_suffix(".so").symlink_to(library)
+    for library in libraries:
+        with contextlib.suppress(OSError):  # what cannot be loaded is reported by the import that follows
+            ctypes.CDLL(str(links / library.name), mode=ctypes.RTLD_GLOBAL)

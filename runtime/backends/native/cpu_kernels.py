@@ -1,0 +1,161 @@
+"""The native kernels on CPUs: vectorized float operations for a layer's input, oneDNN for its integer product.
+
+`a_hat` is float32 here: a CPU has no use for the two bytes that int16 saves, and float32 resolves every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.grid import grid_max
+from modiff_trt.networks.quantizers import SMALLEST_SCALE
+from modiff_trt.networks.torch_ops import convolve
+from modiff_trt.plugins.modulated_conv.libraries.onednn import ZERO_POINT, OneDnnConv, pairs_saturate, sums_are_exact
+from modiff_trt.plugins.modulated_conv.reference import InputShape
+from modiff_trt.runtime.backends.cores import FreeCores
+from modiff_trt.runtime.backends.native.layers import NativeLayer
+
+# Pixels from which on torch's group norm divides an image among its threads.
+LARGE = 1024
+
+
+class CpuKernels:
+    """`Kernels` on the CPU, with as many threads as torch has."""
+
+    real = torch.float32
+    integer = torch.uint8
+    pads_real = False
+
+    def __init__(self) -> None:
+        if not hasattr(torch.ops.onednn, "qconv2d_pointwise") or not torch.backends.mkldnn.is_available():
+            raise InputError("this torch has no oneDNN, which --backend native needs on a CPU; use --backend onnx")
+        if not sums_are_exact(halves=pairs_saturate()):
+            raise InputError("oneDNN's sums of 8-bit products are not exact on this CPU; use --backend onnx")
+        self._free = FreeCores(torch.get_num_threads())
+        self._convs: dict[tuple[str, int], OneDnnConv] = {}
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """As many threads as there are cores that other processes leave free: images do not depend on the number."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._free.update())
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def start(self, state: Tensor, unit: float) -> Tensor:
+        return state.float() * unit
+
+    def quantize(
+        self,
+        layer: NativeLayer,
+        shape: InputShape,
+        a: Tensor,
+        out: Tensor,
+        *,
+        b: Tensor | None,
+        total: Tensor | None,
+        skip: Tensor | None,
+        time: Tensor | None,
+        norm: tuple[Tensor, Tensor, int, float] | None,
+        silu: bool,
+        grid: Tensor | None,
+        state: Tensor | None,
+        steps: Tensor | None,
+    ) -> None:
+        if b is not None:
+            a = torch.add(a, b, out=total) if total is not None else a + b
+        x = a if skip is None else torch.cat([a, skip], dim=2)
+        if time is not None:
+            x = x + time
+        fresh = x is not a
+        if norm is not None:
+            gain, shift, groups, eps = norm
+            x, fresh = _group_norm(x, shape, groups, gain, shift, eps), True
+        if silu:
+            x, fresh = F.silu(x, inplace=fresh), True
+        if layer.factors is not None:
+            x, fresh = x * layer.factors, True
+        if grid is None:
+            out.copy_(_pixels(F.interpolate(_image(x, shape), scale_factor=2.0, mode="nearest")) if shape.upsample else x)
+            return
+        top = grid_max(layer.bits)
+        cells = x - state if state is not None else (x if fresh else x.clone())
+        if steps is not None:
+            torch.div(cells.abs().amax((1, 2)), top, out=steps).clamp_min_(SMALLEST_SCALE)
+            cells.div_(steps[:, None, None]).round_().clamp_(-top - 1, top)
+            if state is not None:
+                state.addcmul_(cells, steps[:, None, None])
+        else:
+            inverse_step, _, _, step = grid.tolist()
+            cells.mul_(inverse_step).round_().clamp_(-top - 1, top)
+            if state is not None:
+                state.add_(cells, alpha=step)
+        cells.add_(ZERO_POINT)
+        if shape.upsample:
+            cells = _pixels(F.interpolate(_image(cells, shape), scale_factor=2.0, mode="nearest"))
+        out[:, :, : shape.total].copy_(cells)
+
+    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
+        key = (layer.spec.name, layer.weight.data_ptr())
+        conv = self._convs.get(key)
+        if conv is None:
+            conv = self._convs[key] = OneDnnConv(layer.spec, layer.weight)
+        if addend.ndim == 1:
+            out.copy_(addend)
+        if steps is None:
+            conv.add(q, 1.0, scale, out)
+        else:
+            for i, step in enumerate(steps.tolist()):
+                conv.add(q[i : i + 1], step, scale, out[i : i + 1])
+
+    def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
+        return _spatial(layer, sources[0]) if layer.spec.kernel > 1 else _pointwise(layer, sources)
+
+
+def _spatial(layer: NativeLayer, x: Tensor) -> Tensor:
+    """The unquantized convolution of x [N, H*W, C] with a kernel larger than 1: [N, P*Q, K]."""
+    channels, height, width = layer.spec.in_shape
+    image = x.view(len(x), height, width, channels).permute(0, 3, 1, 2)
+    return _pixels(convolve(layer.spec, image, layer.weight, layer.bias))
+
+
+def _pointwise(layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
+    """The unquantized 1x1 convolution of the concatenation of `sources` [N, H*W, C_i]: [N, H*W, K], without copying them."""
+    weights = layer.weight.flatten(1).split([s.shape[2] for s in sources], dim=1)
+    out = F.linear(sources[0], weights[0], layer.bias)
+    for source, weight in zip(sources[1:], weights[1:], strict=True):
+        out.view(-1, out.shape[2]).addmm_(source.flatten(0, 1), weight.T)
+    return out
+
+
+def _group_norm(x: Tensor, shape: InputShape, groups: int, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Group norm of x [N, H*W, C]: the same bits for every number of threads, which torch's own are not for large images."""
+    n, pixels, channels = x.shape
+    if pixels < LARGE:
+        return _pixels(F.group_norm(_image(x, shape), groups, gain, bias, eps))
+    mean_of_pixels = torch.full((n, 1, pixels), 1 / pixels)
+
+    def mean(values: Tensor) -> Tensor:
+        """Over the pixels and the channels of a group, for each channel: [N, 1, C]."""
+        by_channel = torch.bmm(mean_of_pixels, values).view(n, groups, -1)
+        return by_channel.mean(2, keepdim=True).expand_as(by_channel).reshape(n, 1, channels)
+
+    centered = x - mean(x)
+    return centered.mul_(torch.rsqrt(mean(centered * centered) + eps) * gain).add_(bias)
+
+
+def _image(x: Tensor, shape: InputShape) -> Tensor:
+    """[N, H*W, C] as [N, C, H, W] in channels_last memory."""
+    return x.view(len(x), shape.height, shape.width, -1).permute(0, 3, 1, 2)
+
+
+def _pixels(image: Tensor) -> Tensor:
+    return image.permute(0, 2, 3, 1).reshape(len(image), -1, image.shape[1])

@@ -1,0 +1,90 @@
+"""The native kernels on NVIDIA GPUs: Triton for a layer's input, cuDNN for its integer product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.plugins.modulated_conv.libraries.conv_plans import ConvPlans
+from modiff_trt.plugins.modulated_conv.reference import InputShape
+from modiff_trt.runtime.backends.native.layers import NativeLayer
+
+OLDEST = (8, 0)
+# From here on a launch may begin while the one before it ends (programmatic dependent launch).
+OVERLAPPING = (9, 0)
+
+
+class CudaKernels:
+    """`Kernels` on the current CUDA device. Convolution plans are tuned once for each shape and kept on disk."""
+
+    real = torch.float16
+    integer = torch.int8
+    pads_real = True
+
+    def __init__(self, overlap: bool = True) -> None:
+        """`overlap` lets a launch begin while the one before it ends, where the GPU can do that."""
+        check_gpu()
+        self._overlap = overlap and torch.cuda.get_device_capability() >= OVERLAPPING
+        self._plans = ConvPlans(self._overlap)
+
+    def busy(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def start(self, state: Tensor, unit: float) -> Tensor:
+        return state
+
+    def quantize(self, layer: NativeLayer, shape: InputShape, a: Tensor, out: Tensor, *, norm: Any, **sources: Any) -> None:
+        from modiff_trt.plugins.modulated_conv.kernels.quantize import Norm, quantize_input
+
+        quantize_input(
+            shape,
+            a,
+            out,
+            norm=Norm(*norm) if norm is not None else None,
+            factors=layer.factors,
+            bits=layer.bits,
+            overlap=self._overlap,
+            **sources,
+        )
+
+    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
+        self._plans.run(layer.spec, q, layer.weight, scale, addend, out, steps)
+
+    def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
+        from modiff_trt.plugins.modulated_conv.kernels.conv import convolve_real
+
+        spec, (channels, height, width) = layer.spec, layer.spec.out_shape
+        out = torch.empty(len(sources[0]), height * width, channels, dtype=self.real, device=sources[0].device)
+        convolve_real(
+            sources,
+            layer.weight.permute(0, 2, 3, 1),
+            layer.bias,
+            out,
+            size=spec.in_shape[1:],
+            stride=spec.stride,
+            padding=spec.padding,
+            overlap=self._overlap,
+        )
+        return out
+
+
+def check_gpu() -> None:
+    """Raises InputError unless the current GPU and packages can run the kernels."""
+    if not torch.cuda.is_available():
+        raise InputError("--backend native --device cuda: this torch sees no NVIDIA GPU; pass --device cpu")
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST:
+        name = torch.cuda.get_device_name()
+        raise InputError(
+            f"{name} has compute capability {capability[0]}.{capability[1]}; the native kernels need 8.0 (Ampere) or later"
+        )
+    for package, extra in (("triton", "a CUDA build of torch brings it"), ("cudnn", "pip install 'modiff-trt[cuda]'")):
+        try:
+            __import__(package)
+        except ImportError:
+            raise InputError(f"--backend native needs the package {package}; {extra}") from None

@@ -1,0 +1,149 @@
+"""The `native` backend: true INT8 with the state on the device, one CUDA graph a step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.scales import Scales
+from modiff_trt.networks.torch_ops import Params
+from modiff_trt.networks.unet import Network, unet
+from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
+from modiff_trt.runtime.backends.native.layers import NativeModel, aligned, build
+from modiff_trt.runtime.backends.native.ops import WIDE_LAYERS, Buffers, Kernels, NativeOps, Stream, Value, shared_accumulators
+from modiff_trt.runtime.backends.native.refresh import REFRESH, refresh
+from modiff_trt.runtime.denoiser import OnDone, StateInfo
+
+
+class NativeDenoiser(GraphedDenoiser):
+    """A network on native kernels. State lives in buffers that are allocated once for the largest batch seen; a smaller
+    batch runs as the next power of two. Sums `o_hat` in float16 are computed anew every REFRESH passes."""
+
+    def __init__(self, network: Network, params: Params, scales: Scales, kernels: Kernels, device: str) -> None:
+        self._model = _to_device(build(network, params, scales), device, kernels)
+        super().__init__(network.config, scales.rows, self._model.table, self._model.update_at, device)
+        self._kernels = kernels
+        self._shared = shared_accumulators(self._model.layers)
+        self._start = self._starts()
+        self._buffers = Buffers({}, {}, {}, self._row)
+
+    @property
+    def refresh_every(self) -> int:
+        # Sums in float32 need none.
+        needed = self._start and self._kernels.real != torch.float32 and len(self.rows) > REFRESH
+        return REFRESH if needed else 0
+
+    @property
+    def state_info(self) -> tuple[StateInfo, ...]:
+        infos = []
+        for name, (state, o_hat) in self._start.items():
+            infos.append(StateInfo(f"a_hat.{name}", tuple(state.shape), state.numel() * state.element_size()))
+            if name not in self._shared:
+                infos.append(StateInfo(f"o_hat.{name}", tuple(o_hat.shape), o_hat.numel() * o_hat.element_size()))
+        return tuple(infos)
+
+    @cached_property
+    def _side(self) -> torch.cuda.Stream | None:
+        """Where shortcuts run beside the convolutions of their block."""
+        return torch.cuda.Stream() if self._device.type == "cuda" else None
+
+    def _padded(self, batch: int) -> int:
+        # Each size has its own CUDA graph; without graphs there is nothing to share.
+        return 1 << (batch - 1).bit_length() if self._device.type == "cuda" else batch
+
+    def _begin(self, size: int) -> None:
+        for name, (state, o_hat) in self._start.items():
+            self._buffers.state[name][:size].copy_(state)
+            if name not in self._shared:
+                self._buffers.o_hat[name][:size].copy_(o_hat)
+
+    def trajectory(self, x_start: np.ndarray[Any, Any], on_done: OnDone | None = None) -> np.ndarray[Any, Any]:
+        x = super().trajectory(x_start, on_done)
+        self._check_sums()
+        return x
+
+    def __call__(self, x: Tensor, row: int) -> Tensor:
+        eps = super().__call__(x, row)
+        if row == len(self.rows) - 1:
+            self._check_sums()
+        return eps
+
+    def _check_sums(self) -> None:
+        """At a trajectory's end: what overflowed once is in every later sum, but the integers between hide it from images."""
+        finite = [t[: self._batch].isfinite().all() for t in self._buffers.o_hat.values()]
+        if finite and not torch.stack(finite).all():
+            raise InputError(f"a sum o_hat left the range of {self._kernels.real}; use --backend torch-sim, or onnx")
+
+    def _refresh(self, size: int) -> None:
+        refresh(self._kernels, self._model, self._buffers.first(size))
+
+    def _predict(self, x: Tensor) -> Tensor:
+        with self._kernels.busy():
+            return self._pass_of(x)
+
+    def _pass_of(self, x: Tensor) -> Tensor:
+        model, (n, channels, height, width) = self._model, x.shape
+        ops = NativeOps(self._kernels, model.layers, model.norms, model.time_at, self._buffers.first(n), self._side)
+        pixels = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)
+        out = unet(ops, model.network.config, Value(Stream(pixels), channels, height, width)).main.tensor()
+        return out[:, :, :channels].reshape(n, height, width, channels).permute(0, 3, 1, 2)
+
+    def _starts(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """State and o_hat to begin from; a shared accumulator begins from the sum of both layers'."""
+        start = dict(self._model.start)
+        for name, partner in self._shared.items():
+            if name in start:
+                start[partner] = (start[partner][0], start[partner][1] + start[name][1])
+        types = {n: torch.float32 if n in WIDE_LAYERS else self._kernels.real for n in start}
+        units = {n: self._model.layers[n].unit for n in start}
+        return {
+            n: (self._kernels.start(state, units[n]).to(self._device), o_hat.to(self._device, types[n]))
+            for n, (state, o_hat) in start.items()
+        }
+
+    def _allocate(self, size: int) -> None:
+        state = {n: torch.empty(size, *s.shape, dtype=s.dtype, device=self._device) for n, (s, _) in self._start.items()}
+        o_hat = {
+            n: torch.empty(size, *o.shape, dtype=o.dtype, device=self._device)
+            for n, (_, o) in self._start.items()
+            if n not in self._shared
+        }
+        for name, partner in self._shared.items():
+            if name in self._start:
+                o_hat[name] = o_hat[partner]
+        padded = {}
+        for name, layer in self._model.layers.items():
+            channels, height, width = layer.spec.in_shape
+            if layer.weight.shape[1] != channels:
+                shape = (size, height * width, layer.weight.shape[1])
+                dtype = self._kernels.real if layer.mode == "float" else self._kernels.integer
+                padded[name] = torch.zeros(shape, dtype=dtype, device=self._device)
+        self._buffers = Buffers(state, o_hat, padded, self._row)
+
+
+def _to_device(model: NativeModel, device: str, kernels: Kernels) -> NativeModel:
+    shared = shared_accumulators(model.layers)
+    layers = {}
+    for name, layer in model.layers.items():
+        bias = layer.bias
+        for shortcut, partner in shared.items():
+            if partner == name:
+                # In a stateless pair the second convolution adds to the first one's output.
+                bias = bias + model.layers[shortcut].bias
+        factors = layer.factors.to(device) if layer.factors is not None else None
+        weight = layer.weight
+        if layer.mode == "float":
+            missing = aligned(weight.shape[1]) - weight.shape[1] if kernels.pads_real else 0
+            weight = F.pad(weight, (0, 0, 0, 0, 0, missing)).to(kernels.real)
+        weight = weight.to(device).contiguous(memory_format=torch.channels_last)
+        scales = layer.byte_scales.to(device) if layer.byte_scales is not None else None
+        layers[name] = replace(layer, weight=weight, bias=bias.to(device), factors=factors, byte_scales=scales)
+    norms = {key: value.to(device) for key, value in model.norms.items()}
+    return replace(model, layers=layers, norms=norms)

@@ -1,0 +1,184 @@
+"""What the `native` backend keeps of a calibrated network: integer layers, the row table as numbers, start states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.scales import Scales
+from modiff_trt.networks.modulated import QuantizedLayer, initial_a_hat, quantize_layers
+from modiff_trt.networks.split import skip_factors
+from modiff_trt.networks.torch_ops import Params, convolve, layer_bias, layer_weight, time_table
+from modiff_trt.networks.unet import LayerSpec, Network
+from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
+from modiff_trt.plugins.modulated_conv.reference import STATE_MAX
+from modiff_trt.runtime.backends.graphed_denoiser import update_coefficients
+
+# Tensor cores read and write channels in groups of 16; our own convolution, which alone knows a step for each image, reads 32.
+ALIGN, ALIGN_DYNAMIC = 16, CHANNELS
+# A layer's grid in the row vector: 1/step, unit, multiple, step.
+GRID = 4
+# a_hat can follow an activation of at least so many times the largest seen in calibration; what is beyond is clipped.
+HEADROOM = (2.0, 1.25)
+FINEST_UNIT = 256
+
+
+def aligned(channels: int, to: int = ALIGN) -> int:
+    return -(-channels // to) * to
+
+
+@dataclass(frozen=True)
+class NativeLayer:
+    """One convolution, with everything that does not change from pass to pass.
+
+    `weight` int8 [K', C', R, R] (K', C' padded to ALIGN) or, in mode `float`, float32 [K, C, R, R]; `bias` float32 [K'];
+    `factors` float32 [C] or None (see `networks.split`); `grid_at` and `scale_at` are offsets into the row vector. A `dynamic`
+    layer (LTQ) finds each image's step at every pass. `byte_scales` float32 [2, K'] are the scales of the products of the low
+    and the high bytes of `a_hat`'s counts: unit weight_scale[k], and 256 times that; None where there is no state.
+    """
+
+    spec: LayerSpec
+    mode: str
+    bits: int
+    weight: Tensor
+    bias: Tensor
+    factors: Tensor | None
+    unit: float
+    grid_at: int
+    scale_at: int
+    byte_scales: Tensor | None
+    dynamic: bool = False
+
+    @property
+    def out_channels(self) -> int:
+        return len(self.bias)
+
+
+@dataclass(frozen=True)
+class NativeModel:
+    """A network ready for the native kernels.
+
+    `table` float32 [rows, W] has one vector for each pass: grids and epilogue scales of all layers, the time biases of all
+    blocks (offsets in `time_at`), and at `update_at` the two DDIM coefficients (1 and 0 in a warm-up row). `start` has
+    (state int16 [H*W, C], of an upsampled input at the
+    source's size, and o_hat float32 [P*Q, K']) for each modulated layer.
+    """
+
+    network: Network
+    scales: Scales
+    layers: Mapping[str, NativeLayer]
+    norms: Mapping[str, Tensor]
+    table: Tensor
+    time_at: Mapping[str, int]
+    update_at: int
+    start: Mapping[str, tuple[Tensor, Tensor]]
+
+
+def check_scales(scales: Scales) -> None:
+    """Raises InputError for scales that only the simulation can run."""
+    if scales.rows.exact_start:
+        raise InputError(
+            "the scales file starts with a full-precision step, which integers cannot run; calibrate with --start warmup"
+        )
+    if scales.granularity == "channel":
+        raise InputError(
+            "a scale for each input channel (LCQ) cannot leave an integer product; calibrate with --granularity static or "
+            "tensor, or use torch-sim"
+        )
+
+
+def build(network: Network, params: Params, scales: Scales) -> NativeModel:
+    """Packs a network on the CPU. Raises InputError for scales that cannot run in integers."""
+    check_scales(scales)
+    quantized = quantize_layers(network, params, scales)
+    layers: dict[str, NativeLayer] = {}
+    columns: list[np.ndarray] = []
+    start: dict[str, tuple[Tensor, Tensor]] = {}
+    rows, width = len(scales.rows), 0
+
+    def append(values: np.ndarray) -> int:
+        nonlocal width
+        at = width
+        padding = -values.shape[1] % GRID  # keeps every offset 16-byte aligned
+        columns.append(np.pad(values, ((0, 0), (0, padding))).astype(np.float32))
+        width += values.shape[1] + padding
+        return at
+
+    names = list(scales.layers)
+    for spec in network.layers:
+        layer = quantized.get(spec.name)
+        if layer is None:
+            bias = layer_bias(spec, params).float()
+            weight = layer_weight(spec, params).float()
+            layers[spec.name] = NativeLayer(spec, "float", 8, weight, bias, None, 0.0, 0, 0, None)
+            continue
+        # The skip half of a split input is divided by the ratio, and may come out larger than it was measured.
+        largest = float(scales.activation_range[:, names.index(spec.name)].max()) / min(1.0, layer.skip_ratio)
+        unit, multiples = _grid(scales, layer, largest)
+        dynamic = layer.granularity == "tensor"
+        step = np.ones(rows) if dynamic else multiples * unit
+        grid = np.stack([1 / step, np.full(rows, unit), multiples, step], axis=1)
+        padded = np.zeros(aligned(spec.out_shape[0]), np.float64)
+        padded[: spec.out_shape[0]] = layer.weight_scale.double().numpy()
+        inputs = aligned(spec.in_shape[0], ALIGN_DYNAMIC if dynamic else ALIGN)
+        weight = torch.zeros(len(padded), inputs, spec.kernel, spec.kernel, dtype=torch.int8)
+        weight[: spec.out_shape[0], : spec.in_shape[0]] = layer.weight.to(torch.int8)
+        bias = torch.zeros(len(padded))
+        bias[: spec.out_shape[0]] = layer.bias
+        factors = torch.from_numpy(skip_factors(spec, layer.skip_ratio)) if layer.skip_ratio != 1 else None
+        grid_at, scale_at = append(grid), append(step[:, None] * padded[None])
+        modulated = layer.mode == "modiff"
+        byte_scales = torch.from_numpy(np.outer((unit, 256 * unit), padded).astype(np.float32)) if modulated else None
+        layers[spec.name] = NativeLayer(
+            spec, layer.mode, layer.bits, weight, bias, factors, unit, grid_at, scale_at, byte_scales, dynamic
+        )
+        if modulated:
+            start[spec.name] = _start(layer, unit, len(padded))
+    times = {
+        block: append(values[torch.from_numpy(scales.rows.t)].double().numpy())
+        for block, values in time_table(network, params).items()
+    }
+    update_at = append(update_coefficients(network.config, scales.rows))
+    norms = {key: value.float() for key, value in params.items() if "norm" in key.rsplit(".", 2)[-2]}
+    table = torch.from_numpy(np.concatenate(columns, axis=1))
+    return NativeModel(network, scales, layers, norms, table, times, update_at, start)
+
+
+def _grid(scales: Scales, layer: QuantizedLayer, largest: float) -> tuple[float, np.ndarray]:
+    """(unit, multiples [rows]): a_hat counts units, and a pass's step is a whole number of them.
+
+    The unit is a power of two finer than the baked scale, as fine as a state can still count to HEADROOM times the largest
+    activation; where that leaves less than a quarter of the step, the smaller headroom does.
+    """
+    if layer.mode != "modiff":
+        return layer.scale, np.ones(len(scales.rows))
+    subdivision = 0.0
+    for headroom in HEADROOM:
+        finest = np.log2(STATE_MAX * layer.scale / (headroom * max(largest, layer.scale)))
+        subdivision = float(min(2.0 ** np.floor(finest), FINEST_UNIT))
+        if subdivision >= 4:
+            break
+    if subdivision < 1:
+        raise InputError(
+            f"layer '{layer.spec.name}' has a grid so fine that int16 cannot count up to its activation; calibrate with a "
+            "coarser --scale-method, or use torch-sim"
+        )
+    multipliers = scales.rows.multipliers[:, scales.modulated.index(layer.spec.name)].astype(np.float64)
+    return layer.scale / subdivision, np.maximum(np.rint(multipliers * subdivision), 1.0)
+
+
+def _start(layer: QuantizedLayer, unit: float, out_channels: int) -> tuple[Tensor, Tensor]:
+    state = (initial_a_hat(layer) / unit).round()
+    # Integers in float64 sum exactly, in any order. In float32 the order, and so the start, is another with another number of
+    # threads, which torchrun sets.
+    sums = convolve(layer.spec, state.double(), layer.weight.double())
+    o_hat = layer.bias.double()[:, None, None] + sums * (unit * layer.weight_scale.double())[:, None, None]
+    padded = torch.zeros(out_channels, o_hat[0, 0].numel())
+    padded[: o_hat.shape[1]] = o_hat[0].flatten(1)
+    stored = state[0, :, ::2, ::2] if layer.spec.upsampled else state[0]
+    return stored.flatten(1).T.contiguous().to(torch.int16), padded.T.contiguous()

@@ -1,0 +1,233 @@
+"""From options to objects: networks, checkpoints and denoisers."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modiff_trt.core.config import Config, load_config, model_fingerprint
+from modiff_trt.core.errors import InputError, shown
+from modiff_trt.core.files import sha256
+from modiff_trt.core.manifest import quantization
+from modiff_trt.core.scales import load_scales
+from modiff_trt.core.schedule import requested_sequence, timestep_sequence
+from modiff_trt.networks.checkpoint import RAW_SUFFIX, Checkpoint, load_checkpoint
+from modiff_trt.networks.unet import Network, trace
+from modiff_trt.runtime.denoiser import Denoiser
+from modiff_trt.runtime.sampling import Backend, Rank, exported
+
+if TYPE_CHECKING:
+    from modiff_trt.runtime.backends.native.ops import Kernels
+
+log = logging.getLogger(__name__)
+
+TORCH_BACKENDS = ("torch", "torch-sim", "native")
+BACKENDS = ("torch", "torch-sim", "onnx", "native", "trt")
+DEFAULT_TIMESTEPS = 100
+DEFAULT_SKIP_TYPE = "quad"
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The options that decide what a backend computes, as given on the command line; None is 'not given'."""
+
+    backend: str
+    config: Path | None = None
+    ckpt: Path | None = None
+    scales: Path | None = None
+    onnx: Path | None = None
+    timesteps: int | None = None
+    skip_type: str | None = None
+    modulate: bool = True
+    device: str = "cpu"
+    dtype: str = "fp32"
+    compile: bool = False
+    plan: Path | None = None
+    weights: str | None = None
+
+
+def load_model(config: Path | None, ckpt: Path | None, weights: str | None = None) -> tuple[Network, Checkpoint]:
+    """The network of a configuration, and its weights; which of a checkpoint's they are is said in the log where there was a
+    choice. Raises InputError."""
+    if config is None:
+        raise InputError("--config is missing; pass a DDIM configuration, for example configs/cifar10.yml")
+    if ckpt is None:
+        raise InputError("--ckpt is missing; pass the checkpoint that belongs to the configuration")
+    network = trace(load_config(config))
+    checkpoint = load_checkpoint(ckpt, network, weights)
+    if checkpoint.chosen:
+        log.info("checkpoint %s: %s are used", ckpt, checkpoint.weights)
+    return network, checkpoint
+
+
+def checkpoint_manifest(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a manifest says of the weights."""
+    known = {"checkpoint": checkpoint.description} if checkpoint.description else {}
+    return {"checkpoint_sha256": checkpoint.sha256, "checkpoint_weights": checkpoint.weights, **known}
+
+
+def check_device(device: str) -> str:
+    """The torch device of an option. Raises InputError if it cannot be used here."""
+    import torch
+
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device must be cpu or cuda, found {shown(device)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this torch sees no NVIDIA GPU; pass --device cpu or install a CUDA build of torch")
+    return device
+
+
+def load_backend(options: SamplingOptions) -> Backend:
+    """Builds the denoiser that the options describe. Raises InputError for options that contradict each other or files."""
+    if options.dtype not in ("fp32", "fp16"):
+        raise InputError(f"--dtype must be fp32 or fp16, found {shown(options.dtype)}")
+    if options.backend != "torch" and options.dtype != "fp32":
+        raise InputError(f"--dtype is for --backend torch; leave it out with {options.backend}")
+    if options.backend not in ("torch", "torch-sim") and options.compile:
+        raise InputError(f"--compile is for --backend torch and torch-sim; leave it out with {options.backend}")
+    if options.backend not in TORCH_BACKENDS and options.weights is not None:
+        raise InputError(f"--weights is decided at export; leave it out with --backend {shown(options.backend)[1:-1]}")
+    if options.backend != "trt":
+        _refuse(options.plan, "--plan", options.backend)
+    if options.backend == "onnx":
+        return _onnx_backend(options)
+    if options.backend == "trt":
+        return _trt_backend(options)
+    if options.backend in TORCH_BACKENDS:
+        return _torch_backend(options)
+    raise InputError(f"--backend must be one of {', '.join(BACKENDS)}, found {shown(options.backend)}")
+
+
+def _torch_backend(options: SamplingOptions) -> Backend:
+    import torch
+
+    from modiff_trt.runtime.backends.compiled_denoiser import CompiledDenoiser
+    from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
+    from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser
+
+    _refuse(options.onnx, "--onnx", options.backend)
+    device = check_device(options.device)
+    if device == "cuda":  # one process a GPU
+        torch.cuda.set_device(Rank.of_environment().local % torch.cuda.device_count())
+    network, checkpoint = load_model(options.config, options.ckpt, options.weights)
+    config = network.config
+    manifest: dict[str, Any] = {
+        "backend": options.backend,
+        **checkpoint_manifest(checkpoint),
+        "config_sha256": model_fingerprint(config),
+    }
+    if options.backend == "torch":
+        _refuse(options.scales, "--scales", "torch")
+        timesteps = _sequence(options, config)
+        denoiser: Denoiser
+        if options.dtype == "fp32" and not options.compile:
+            denoiser = TorchDenoiser(network, checkpoint.params, timesteps, device)
+        elif options.dtype == "fp16" and device == "cuda":
+            denoiser = CompiledDenoiser(network, checkpoint.params, timesteps, options.compile)
+        else:
+            raise InputError("--compile goes with --dtype fp16, and both with --device cuda")
+        made = {"quantization": quantization("float", "static", {}), "dtype": options.dtype, "timesteps": list(timesteps)}
+        return Backend(denoiser, config, manifest | made)
+    if options.scales is None:
+        raise InputError(f"--backend {options.backend} needs --scales FILE; make one with `modiff-trt calibrate`")
+    scales = load_scales(options.scales, network, checkpoint.sha256)
+    _check_steps(options, config, scales.rows.timesteps, scales.skip_type, options.scales)
+    if not options.modulate:
+        scales = scales.without_modulation()
+    if options.backend == "native":
+        denoiser = NativeDenoiser(network, checkpoint.params, scales, native_kernels(device), device)
+    else:
+        denoiser = SimDenoiser(network, checkpoint.params, scales, device, compiled=options.compile)
+    manifest |= {
+        "scales_sha256": scales.file_sha256,
+        "modulate": options.modulate,
+        "quantization": quantization(scales.method, scales.granularity, scales.layer_table()),
+        "timesteps": list(scales.rows.timesteps),
+    }
+    return Backend(denoiser, config, manifest)
+
+
+def native_kernels(device: str) -> Kernels:
+    """The native kernels of a device. Raises InputError where they cannot run."""
+    if device == "cuda":
+        from modiff_trt.runtime.backends.native.cuda_kernels import CudaKernels
+
+        return CudaKernels()
+    from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels
+
+    return CpuKernels()
+
+
+def _onnx_backend(options: SamplingOptions) -> Backend:
+    from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
+
+    if options.onnx is None:
+        raise InputError("--backend onnx needs --onnx FILE; write one with `modiff-trt export`")
+    _refuse(options.scales, "--scales", "onnx, whose file carries its scales")
+    model = load_onnx(options.onnx, options.device, gpu=Rank.of_environment().local)
+    if options.config is not None and model_fingerprint(load_config(options.config)) != model_fingerprint(model.config):
+        raise InputError(f"{options.onnx} was exported from another configuration than --config; leave --config out")
+    if options.ckpt is not None and sha256(options.ckpt) != model.manifest["checkpoint_sha256"].removesuffix(RAW_SUFFIX):
+        raise InputError(f"{options.onnx} was exported from another checkpoint than --ckpt; leave --ckpt out")
+    if not options.modulate and model.manifest["method"] == "modiff":
+        raise InputError("--no-modulate is decided at export; run `modiff-trt export --no-modulate` and sample from that file")
+    rows = model.calibrated_rows
+    if rows is None:
+        timesteps = _sequence(options, model.config)
+    else:
+        timesteps = rows.timesteps
+        _check_steps(options, model.config, timesteps, model.manifest["skip_type"], options.onnx)
+    manifest = {"backend": "onnx", "onnx_sha256": model.sha256, **exported(model.manifest, timesteps)}
+    return Backend(OnnxDenoiser(model, timesteps, options.device), model.config, manifest)
+
+
+def _trt_backend(options: SamplingOptions) -> Backend:
+    from modiff_trt.runtime.backends.plan import load_plan
+    from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser
+
+    if options.plan is None:
+        raise InputError("--backend trt needs --plan FILE; build one with `modiff-trt build`")
+    for value, option in (
+        (options.scales, "--scales"),
+        (options.onnx, "--onnx"),
+        (options.config, "--config"),
+        (options.ckpt, "--ckpt"),
+    ):
+        _refuse(value, option, "trt, whose plan carries it")
+    plan = load_plan(options.plan)
+    network, rows = plan.manifest["network"], plan.calibrated_rows
+    if not options.modulate and network["method"] == "modiff":
+        raise InputError("--no-modulate is decided at export; run `modiff-trt export --no-modulate` and build from that file")
+    if rows is None:
+        timesteps = _sequence(options, plan.config)
+    else:
+        timesteps = rows.timesteps
+        _check_steps(options, plan.config, timesteps, network["skip_type"], options.plan)
+    manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"], **exported(network, timesteps)}
+    return Backend(TrtDenoiser(plan, timesteps, gpu=Rank.of_environment().local), plan.config, manifest)
+
+
+def _refuse(value: Path | None, option: str, backend: str) -> None:
+    if value is not None:
+        raise InputError(f"{option} does not go with --backend {backend}; leave it out")
+
+
+def _sequence(options: SamplingOptions, config: Config) -> tuple[int, ...]:
+    steps = options.timesteps if options.timesteps is not None else DEFAULT_TIMESTEPS
+    return requested_sequence(config.diffusion, steps, options.skip_type or DEFAULT_SKIP_TYPE)
+
+
+def _check_steps(options: SamplingOptions, config: Config, calibrated: tuple[int, ...], skip_type: str, source: Path) -> None:
+    """Scales hold for the steps that they were calibrated on: a residual depends on how far apart two steps are."""
+    if options.timesteps is None and options.skip_type is None:
+        return
+    steps = options.timesteps if options.timesteps is not None else len(calibrated)
+    if options.timesteps is None and options.skip_type == skip_type:
+        return
+    if timestep_sequence(config.diffusion, steps, options.skip_type or skip_type) != calibrated:
+        raise InputError(
+            f"{source} was calibrated for {len(calibrated)} {skip_type} steps; leave --timesteps and --skip-type out, "
+            "or calibrate for the steps you want"
+        )

@@ -1,0 +1,156 @@
+"""The `torch` backend (FP32 reference) and `torch-sim` (simulated quantization, any bits)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modiff_trt.core.rows import RowTable, plain_rows
+from modiff_trt.core.scales import Scales
+from modiff_trt.networks.modulated import OnLayer, QuantizedLayer, State, initial_state, quantize_layers, simulate
+from modiff_trt.networks.torch_ops import Params, run_unet, time_table
+from modiff_trt.networks.unet import Network
+from modiff_trt.runtime.denoiser import StateInfo
+
+
+def use_full_precision() -> None:
+    """Turns TF32 off: the reference is FP32 everywhere."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@contextmanager
+def _tf32_products(allowed: bool) -> Iterator[None]:
+    """Convolutions through TF32 where `allowed`."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+class _TorchBase:
+    """Moves arrays, and looks time biases up in the folded table."""
+
+    def __init__(self, network: Network, params: Params, rows: RowTable, device: str, dtype: torch.dtype) -> None:
+        use_full_precision()
+        self._network = network
+        self._device = torch.device(device)
+        self._dtype = dtype
+        self._params = {k: p.to(self._device, dtype) for k, p in params.items()}
+        # Sines of angles up to a thousand need float32 at least.
+        wide = {k: p.to(self._device, torch.promote_types(dtype, torch.float32)) for k, p in params.items()}
+        self._table = {block: table.to(dtype) for block, table in time_table(network, wide).items()}
+        self._rows = rows
+
+    @property
+    def rows(self) -> RowTable:
+        return self._rows
+
+    def from_host(self, x: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self._device, self._dtype)
+
+    def to_host(self, x: Tensor) -> np.ndarray[Any, Any]:
+        return x.float().cpu().numpy()
+
+    def _time_bias(self, row: int) -> Mapping[str, Tensor]:
+        t = int(self._rows.t[row])
+        return {block: table[t : t + 1] for block, table in self._table.items()}
+
+
+class TorchDenoiser(_TorchBase):
+    """The network as trained, in FP32 (or float64, for references)."""
+
+    def __init__(
+        self,
+        network: Network,
+        params: Params,
+        timesteps: tuple[int, ...],
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(network, params, plain_rows(timesteps), device, dtype)
+
+    @property
+    def state_info(self) -> tuple[StateInfo, ...]:
+        return ()
+
+    def reset(self, batch: int) -> None:
+        """Nothing is kept between passes."""
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, row: int) -> Tensor:
+        return run_unet(self._network, self._params, x, self._time_bias(row))
+
+
+class SimDenoiser(_TorchBase):
+    """Simulated quantization by a scales file; the arithmetic of the modulated layer in floating point.
+
+    On a GPU, products of integers go through TF32, which holds integers up to 2048 exactly; everything else is float32.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        params: Params,
+        scales: Scales,
+        device: str = "cpu",
+        *,
+        act_quant: bool = True,
+        dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
+    ) -> None:
+        """`compiled` runs a pass through torch.compile (a minute or two to begin with)."""
+        super().__init__(network, params, scales.rows if act_quant else plain_rows(scales.rows.timesteps), device, dtype)
+        self.layers: dict[str, QuantizedLayer] = quantize_layers(network, self._params, scales, dtype)
+        self._modulated = scales.modulated if act_quant else ()
+        self._act_quant = act_quant
+        self._pass = torch.compile(simulate) if compiled else simulate
+        # Only integers are convolved where every layer is quantized on a static grid.
+        self._only_integers = act_quant and scales.granularity == "static" and len(self.layers) == len(network.layers)
+        # Calibration watches layers through this; see `simulate`.
+        self.on_layer: OnLayer | None = None
+        self._state: State = {}
+
+    @property
+    def state(self) -> State:
+        """a_hat and o_hat of every modulated layer after the last pass."""
+        return self._state
+
+    @property
+    def state_info(self) -> tuple[StateInfo, ...]:
+        size = torch.finfo(self._dtype).bits // 8
+        shapes = []
+        for name in self._modulated:
+            spec = self._network.layer(name)
+            shapes += [(f"a_hat.{name}", spec.in_shape), (f"o_hat.{name}", spec.out_shape)]
+        return tuple(StateInfo(name, shape, int(np.prod(shape)) * size) for name, shape in shapes)
+
+    def reset(self, batch: int) -> None:
+        self._state = {name: initial_state(self.layers[name], batch) for name in self._modulated}
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, row: int) -> Tensor:
+        exact = self._rows.exact_start and row == 0
+        factors = torch.from_numpy(self._rows.multipliers[row]).to(self._device, self._dtype) if self._modulated else ()
+        multipliers = dict(zip(self._modulated, factors, strict=True))
+        with _tf32_products(self._only_integers and not exact):
+            eps, self._state = self._pass(
+                self._network,
+                self._params,
+                self.layers,
+                self._state,
+                x,
+                self._time_bias(row),
+                multipliers,
+                exact=exact,
+                act_quant=self._act_quant,
+                on_layer=self.on_layer,
+            )
+        return eps

@@ -1,0 +1,147 @@
+"""The native backend's network against the simulation of the same scales."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_case, random_checkpoint, tiny_config
+from native_reference import ReferenceKernels
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.export.calibration.trials import with_modes
+from modiff_trt.networks.modulated import LayerState
+from modiff_trt.networks.unet import trace
+from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
+from modiff_trt.runtime.backends.native.layers import build
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
+from modiff_trt.runtime.images.folders import psnr
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Triton's interpreter takes seconds where a GPU takes microseconds: two levels, three steps."""
+    config = tiny_config(size=8, ch_mult=(1, 2), attn=(4,))
+    return make_case(trace(config), random_checkpoint(config), 3, 2, 3)
+
+
+class Snapped(SimDenoiser):
+    """The simulation on the native grids: steps and the start of a_hat are whole numbers of each layer's unit."""
+
+    def __init__(self, case, scales):
+        super().__init__(case.network, case.checkpoint.params, scales)
+        self._native = build(case.network, case.checkpoint.params, scales)
+        multipliers = scales.rows.multipliers.copy()
+        for column, name in enumerate(scales.modulated):
+            at = self._native.layers[name].grid_at
+            multipliers[:, column] = self._native.table[:, at + 3].numpy() / scales.layers[name].scale
+        self._rows = replace(scales.rows, multipliers=multipliers)
+
+    def reset(self, batch):
+        super().reset(batch)
+        for name, (state, o_hat) in self._native.start.items():
+            spec, unit = self._network.layer(name), self._native.layers[name].unit
+            half = 2 if spec.upsampled else 1
+            a_hat = (state.float() * unit).T.reshape(spec.in_shape[0], spec.in_shape[1] // half, -1)
+            a_hat = a_hat.repeat_interleave(half, 1).repeat_interleave(half, 2)
+            o_hat = o_hat.T[: spec.out_shape[0]].reshape(spec.out_shape)
+            self._state[name] = LayerState(a_hat.repeat(batch, 1, 1, 1), o_hat.repeat(batch, 1, 1, 1))
+
+
+def native(case, scales):
+    return NativeDenoiser(case.network, case.checkpoint.params, scales, ReferenceKernels(), "cpu")
+
+
+def assert_images_of_the_simulation(case, scales):
+    """Of three images one may have had a value on an edge of its grid, which another order of sums rounds the other way."""
+    found, expected = (case.sample(denoiser, 3, seed=1) for denoiser in (native(case, scales), Snapped(case, scales)))
+    nearness = sorted(psnr(found[i : i + 1], expected[i : i + 1]) for i in range(3))
+    assert nearness[0] > 25
+    assert nearness[1] > 80
+
+
+@pytest.mark.parametrize("recipe", [{"act_bits": 8}, {"act_bits": 4, "split": True}, {"method": "qdiff"}])
+def test_images_are_those_of_the_simulation(small, recipe):
+    assert_images_of_the_simulation(small, small.scales(**recipe))
+
+
+@pytest.mark.parametrize("recipe", [{"act_bits": 6}, {"method": "qdiff"}])
+def test_grids_that_follow_each_image_are_those_of_the_simulation(small, recipe):
+    """LTQ: the native step is the next whole number of units, a little above the simulation's."""
+    scales = small.scales(granularity="tensor", **recipe)
+    denoiser = native(small, scales)
+    assert all(layer.dynamic for layer in denoiser._model.layers.values())
+    together = small.sample(denoiser, 2)
+    simulated = small.sample(SimDenoiser(small.network, small.checkpoint.params, scales), 2)
+    assert psnr(together, simulated) > 25
+    static = small.sample(SimDenoiser(small.network, small.checkpoint.params, small.scales(**recipe)), 2)
+    assert psnr(together, simulated) > psnr(static, simulated)
+    assert psnr(small.sample(denoiser, 1), together[:1]) > 60  # an image's grid is its own
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_sums_that_leave_their_range_are_refused(small, whole, monkeypatch):
+    """A sum in the middle: the next layer's integers hide it."""
+    denoiser = native(small, small.scales())
+    begin, name = denoiser._begin, "mid.block_1.conv1"
+
+    def overflowed(size):
+        begin(size)
+        denoiser._buffers.o_hat[name][0, 0, 0] = float("inf")
+
+    monkeypatch.setattr(denoiser, "_begin", overflowed)
+    x = np.zeros((1, *small.network.config.input_shape), np.float32)
+    with pytest.raises(InputError, match="a sum o_hat left the range"):
+        if whole:
+            denoiser.trajectory(x)
+        else:
+            denoiser.reset(1)
+            for row in range(len(denoiser.rows)):
+                denoiser(denoiser.from_host(x), row)
+
+
+def test_layers_in_float_and_stateless_pairs(small):
+    scales = with_modes(small.scales(), {"conv_in": "float", "up.0.block.0.conv2": "int8", "up.0.block.1.conv1": "int8"})
+    assert_images_of_the_simulation(small, scales)
+
+
+def test_a_whole_trajectory_is_the_sampler_s(small):
+    denoiser = native(small, small.scales())
+    x = np.random.default_rng(0).standard_normal((1, *small.network.config.input_shape), np.float32)
+    from modiff_trt.core.schedule import alphas_cumprod
+    from modiff_trt.runtime.sampler import ddim_sample
+
+    stepwise = ddim_sample(denoiser, alphas_cumprod(small.network.config.diffusion), x, on_pass=lambda *_: None)
+    np.testing.assert_allclose(denoiser.trajectory(x), stepwise, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_of_a_batch_starts_anew_with_every_trajectory(small, monkeypatch):
+    """On a GPU a batch is padded to a power of two; images that nobody asked for must not grow for ever."""
+    denoiser = native(small, small.scales())
+    monkeypatch.setattr(denoiser, "_padded", lambda batch: 2)
+    small.sample(denoiser, 1)
+    first = denoiser._x[1].clone()
+    small.sample(denoiser, 1)
+    assert torch.equal(denoiser._x[1], first)
+
+
+def test_batch_size_does_not_change_an_image(small):
+    denoiser = native(small, small.scales())
+    together = small.sample(denoiser, images=2)
+    alone = small.sample(denoiser, images=1)
+    assert psnr(together[:1], alone) > 60
+
+
+def test_state_is_exact_multiples_and_shared_accumulators_are_counted_once(tiny):
+    denoiser = native(tiny, tiny.scales())
+    names = [info.name for info in denoiser.state_info]
+    assert len(names) == len(set(names))
+    assert not any(name.startswith("o_hat.") and name.endswith("nin_shortcut") for name in names)
+    denoiser.reset(2)
+    assert all(t.dtype == torch.int16 for t in denoiser._buffers.state.values())
+
+
+def test_what_only_the_simulation_can_run_is_refused(small):
+    for recipe in ({"start": "exact"}, {"granularity": "channel"}):
+        with pytest.raises(InputError):
+            native(small, small.scales(**recipe))

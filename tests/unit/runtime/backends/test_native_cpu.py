@@ -1,0 +1,118 @@
+"""The native backend on a CPU, for real: oneDNN's INT8 convolutions."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modiff_trt.export.calibration.trials import with_modes
+from modiff_trt.networks.unet import LayerSpec
+from modiff_trt.plugins.modulated_conv.libraries.onednn import OneDnnConv
+from modiff_trt.plugins.modulated_conv.reference import InputShape
+from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels, _group_norm
+from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
+from modiff_trt.runtime.backends.native.layers import build
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
+from modiff_trt.runtime.images.folders import psnr
+
+
+@pytest.mark.parametrize(
+    ("shape", "out", "kernel", "stride", "padding"),
+    [
+        ((16, 7, 5), 32, 3, 1, (1, 1, 1, 1)),
+        ((48, 8, 6), 16, 3, 2, (0, 0, 1, 1)),
+        ((32, 5, 9), 96, 1, 1, (0, 0, 0, 0)),
+    ],
+)
+@pytest.mark.parametrize("halves", [True, None])
+def test_integer_products_are_exact(shape, out, kernel, stride, padding, halves):
+    """Also where pairs of products saturate in 16 bits: there the input is split."""
+    spec = LayerSpec("layer", ("layer",), shape, (out, shape[1] // stride, shape[2] // stride), kernel, stride, padding)
+    weight = torch.randint(-127, 128, (out, shape[0], kernel, kernel), dtype=torch.int8)
+    q = torch.randint(-128, 128, (3, shape[1] * shape[2], shape[0]))
+    top, left, bottom, right = padding
+    image = q.double().transpose(1, 2).reshape(3, *shape)
+    expected = F.conv2d(F.pad(image, (left, right, top, bottom)), weight.double(), stride=stride)
+    assert expected.abs().max() < 2**24  # so that float32 holds every sum
+    start = torch.randint(-1000, 1000, (3, expected[0, 0].numel(), out)).float()
+    result = start.clone()
+    OneDnnConv(spec, weight, halves).add((q + 128).to(torch.uint8), 1.0, torch.ones(out), result)
+    assert torch.equal(result.double(), start.double() + expected.flatten(2).transpose(1, 2))
+
+
+def native(case, scales):
+    return NativeDenoiser(case.network, case.checkpoint.params, scales, CpuKernels(), "cpu")
+
+
+@pytest.mark.parametrize(
+    "recipe", [{"act_bits": 8}, {"act_bits": 6}, {"method": "qdiff"}, {"granularity": "tensor", "act_bits": 6}]
+)
+def test_images_are_those_of_the_simulation(demo, recipe):
+    scales = demo.scales(**recipe)
+    reference = demo.sample(demo.float_denoiser())
+    simulated = demo.sample(SimDenoiser(demo.network, demo.checkpoint.params, scales))
+    deployed = demo.sample(native(demo, scales))
+    assert psnr(deployed, simulated) > 40
+    assert abs(psnr(deployed, reference) - psnr(simulated, reference)) < 0.5
+
+
+def test_modes_can_be_mixed(tiny):
+    scales = with_modes(
+        tiny.scales(split=True), {"conv_in": "float", "up.0.block.0.conv2": "int8", "up.1.upsample.conv": "float"}
+    )
+    simulated = tiny.sample(SimDenoiser(tiny.network, tiny.checkpoint.params, scales))
+    assert psnr(tiny.sample(native(tiny, scales)), simulated) > 20
+
+
+def test_state_is_reset_between_trajectories_and_batches_do_not_mix(demo):
+    denoiser = native(demo, demo.scales())
+    first = demo.sample(denoiser, images=3)
+    np.testing.assert_array_equal(demo.sample(denoiser, images=3), first)
+    assert psnr(demo.sample(denoiser, images=1), first[:1]) > 40
+
+
+def test_what_stood_in_the_buffers_before_a_trajectory_does_not_matter(demo):
+    """On a GPU the passes that capture a graph leave anything there."""
+    denoiser = native(demo, demo.scales())
+    expected = demo.sample(denoiser, images=2)
+    for tensor in (*denoiser._buffers.state.values(), *denoiser._buffers.o_hat.values(), denoiser._x, denoiser._eps):
+        tensor.fill_(float("nan"))
+    denoiser._counter.zero_()
+    denoiser._pass(2)
+    np.testing.assert_array_equal(demo.sample(denoiser, images=2), expected)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_images_do_not_depend_on_the_number_of_threads(demo, images, monkeypatch):
+    """Which follows what other processes leave free, pass by pass."""
+    denoiser = native(demo, demo.scales())
+    numbers = {"one": [1], "two": [2], "changing": [1, 2, 3]}
+    found = {}
+    for name, counts in numbers.items():
+        turn = itertools.cycle(counts)
+        monkeypatch.setattr(denoiser._kernels._free, "update", lambda turn=turn: next(turn))
+        found[name] = demo.sample(denoiser, images=images)
+    np.testing.assert_array_equal(found["one"], found["two"])
+    np.testing.assert_array_equal(found["one"], found["changing"])
+
+
+def test_group_norm_of_large_images_is_torch_s():
+    x, gain, bias = torch.randn(3, 40 * 32, 96), torch.randn(96), torch.randn(96)
+    image = x.double().transpose(1, 2)
+    expected = F.group_norm(image, 32, gain.double(), bias.double(), 1e-6).transpose(1, 2)
+    found = _group_norm(x + 0, InputShape(96, 0, 40, 32, False), 32, gain, bias, 1e-6)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_start_does_not_depend_on_the_number_of_threads(demo):
+    threads, models = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        models.append(build(demo.network, demo.checkpoint.params, demo.scales()))
+    torch.set_num_threads(threads)
+    one, three = models
+    assert torch.equal(one.table, three.table)
+    for name, start in one.start.items():
+        assert all(map(torch.equal, start, three.start[name])), name

@@ -1,0 +1,86 @@
+"""The deployed sampler, run as its user runs it: in a new environment that has no torch and nothing of this project."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+
+import numpy as np
+import pytest
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.schedule import alphas_cumprod
+from modiff_trt.export.onnx.network import build_onnx, save_onnx
+from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
+from modiff_trt.runtime.images.noise import ImageNoise
+from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.tools.package.packing import LAUNCHER, package
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    base = tmp_path_factory.mktemp("sampler")
+    save_onnx(base / "m.onnx", build_onnx(tiny.network, tiny.checkpoint, tiny.scales(act_bits=6), "fp32", "x"))
+    package(base / "m.onnx", base / "deployed", 10, "quad")
+    return base / "deployed"
+
+
+def run(folder, *arguments, python=sys.executable, **environment):
+    command = [str(python), str(folder / LAUNCHER), *map(str, arguments)]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=clean | environment)
+
+
+def test_mistakes_are_one_line(folder, tmp_path):
+    for arguments in ([], ["-n", "x", "-o", tmp_path / "o"], ["-n", 1, "--eta", 2, "-o", tmp_path / "o"]):
+        result = run(folder, *arguments)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result
+    assert not (tmp_path / "o").exists()
+
+
+def expected(folder, count):
+    model = load_onnx(folder / "network.onnx")
+    noise = ImageNoise(0, range(count), model.config.input_shape).draw()
+    return ddim_sample(OnnxDenoiser(model), alphas_cumprod(model.config.diffusion), noise)
+
+
+@pytest.mark.slow
+def test_it_samples_in_a_new_environment_without_torch(folder, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv/bin/python"
+    install = [python, "-m", "pip", "install", "--quiet", "-r", folder / "requirements.txt"]
+    subprocess.run(install, check=True)
+    assert subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode != 0
+    assert subprocess.run([python, "-c", "import modiff_trt"], capture_output=True, check=False).returncode != 0
+    result = run(folder, "-n", 3, "-o", tmp_path / "o.npz", python=python)
+    assert result.returncode == 0, result.stderr
+    with np.load(tmp_path / "o.npz") as archive:
+        np.testing.assert_allclose(archive["samples"], expected(folder, 3), atol=1e-4)
+
+
+def test_it_needs_nothing_of_the_checkout(folder, tmp_path):
+    assert os.access(folder / LAUNCHER, os.X_OK)
+    result = run(folder, "-n", 2, "--seed", 0, "-o", tmp_path / "images")
+    assert result.returncode == 0 and "2 images" in result.stdout, result.stderr
+    assert sorted(p.name for p in (tmp_path / "images").glob("*.png"))
+    again = run(folder, "-n", 2, "-o", tmp_path / "images")
+    assert "0 of them made now" in again.stdout
+
+
+def test_it_refuses_in_one_line(folder, tmp_path):
+    assert run(folder, "-n", 0, "-o", tmp_path / "o.npz").returncode == 2
+    broken = tmp_path / "broken"
+    subprocess.run(["cp", "-r", str(folder), str(broken)], check=True)
+    (broken / "network.onnx").write_bytes(b"x")
+    result = run(broken, "-n", 1, "-o", tmp_path / "o.npz")
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert json.loads((folder / "about.json").read_text())["network"]["method"] == "modiff"
+
+
+def test_an_existing_folder_is_not_overwritten(folder, tmp_path):
+    with pytest.raises(InputError, match="not an empty folder"):
+        package(folder / "network.onnx", folder, 10, "quad")
+    with pytest.raises(InputError, match="does not exist"):
+        package(tmp_path / "none.onnx", tmp_path / "out", 10, "quad")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,87 @@
+"""The program inside a deployed sampler: DDIM from the network or the plan that lies beside it. No torch, no checkout.
+
+./modiff-sampler -n 64 --seed 0 -o images/
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from modiff_trt.core.errors import InputError, one_line
+from modiff_trt.core.files import read_signed
+from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
+from modiff_trt.runtime.sampling import Backend, Rank, exported, image_range, run_sampling
+from modiff_trt.tools.stopping import exit_code
+
+NETWORK, PLAN, ABOUT = "network.onnx", "network.plan", "about.json"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake."""
+        self.exit(2, f"error: {one_line(message)}; see --help\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Samples, and returns the exit code: 2 for bad input, with one line that says what is wrong."""
+    parser = _Parser(prog="modiff-sampler", description="Sample images with DDIM from a deployed INT8 network.")
+    parser.add_argument("-n", "--num-samples", type=int, default=16, help="number of images (16)")
+    parser.add_argument("--seeds", help="a-b: images a to b of the series of --seed, instead of the first ones")
+    parser.add_argument("-o", "--out", "--output-dir", type=Path, required=True, help="FILE.npz, or a folder for PNG files")
+    parser.add_argument("--seed", type=int, default=0, help="image i of a seed is always the same (0)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images at a time (8)")
+    parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic, 1: as noisy as DDPM (0)")
+    parser.add_argument("--noise", type=Path, help=".npy float32 [N, C, H, W] used as x_T")
+    parser.add_argument("--shards", action="store_true", help="one uint8 array a batch in the folder, instead of PNG files")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the plan, or onnxruntime-gpu")
+    options = parser.parse_args(argv)
+    return exit_code(lambda: _sample(options), lambda line: print(line, file=sys.stderr))  # noqa: T201
+
+
+def _sample(options: argparse.Namespace) -> int:
+    done = run_sampling(
+        _backend(Path(sys.argv[0]).resolve().parent, options.device),
+        indices=image_range(options.num_samples, options.seeds),
+        seed=options.seed,
+        batch_size=options.batch_size,
+        eta=options.eta,
+        noise_file=options.noise,
+        out=options.out,
+        shards=options.shards,
+    )
+    print(f"{options.out}: {done.images} images, {done.new} of them made now")  # noqa: T201
+    return 0
+
+
+def _backend(folder: Path, device: str) -> Backend:
+    network, plan = folder / NETWORK, folder / PLAN
+    about = read_signed(folder / ABOUT, "deployed sampler", "deploy it again")
+    steps = about.get("timesteps")
+    if not isinstance(steps, list) or not steps or not all(type(step) is int for step in steps):
+        raise InputError(f"{folder / ABOUT} names no timesteps; deploy it again")
+    if device == "cuda" and plan.is_file():
+        return _engine(plan, about)
+    model = load_onnx(network, device, gpu=Rank.of_environment().local)
+    if model.sha256 != about.get("onnx_sha256"):
+        raise InputError(f"{network} is not the network of this sampler; deploy it again")
+    if not all(0 <= step < model.config.diffusion.num_diffusion_timesteps for step in steps):
+        raise InputError(f"{folder / ABOUT} names timesteps that the network does not have; deploy it again")
+    rows = model.calibrated_rows
+    timesteps = rows.timesteps if rows is not None else tuple(steps)
+    manifest = {"backend": "onnx", "onnx_sha256": about["onnx_sha256"], **exported(model.manifest, timesteps)}
+    return Backend(OnnxDenoiser(model, timesteps, device), model.config, manifest)
+
+
+def _engine(file: Path, about: dict[str, Any]) -> Backend:
+    from modiff_trt.runtime.backends.plan import load_plan
+    from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser
+
+    plan = load_plan(file)
+    if plan.manifest["onnx_sha256"] != about["onnx_sha256"]:
+        raise InputError(f"{file} is not the plan of this sampler; deploy it again")
+    timesteps = tuple(about["timesteps"])
+    manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"], **exported(plan.manifest["network"], timesteps)}
+    return Backend(TrtDenoiser(plan, timesteps, gpu=Rank.of_environment().local), plan.config, manifest)

@@ -1,0 +1,370 @@
+"""Measures methods against each other in simulation, in one run, from the same noise: PSNR of final images to FP32.
+
+    python -m modiff_trt.tools.research.study --config configs/cifar10.yml --ckpt FILE --images 16 --out results/study.json
+
+Parts: `weights` (nearest rounding and AdaRound, W8 and W4), `methods` (the six rows of the paper's table by bits), `scales`
+(how the static residual scale is found), `rows` (static grids against a grid per row, both searched by trial), `starts`
+(how a trajectory begins, see `STARTS`; with --percentile on such grids instead of min-max) and `state` (types of a_hat and
+o_hat, see `STATES`). The file is written after every figure, so an interrupted run keeps what it found; the same command
+goes on from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.files import read_json, write_json
+from modiff_trt.core.grid import grid_max
+from modiff_trt.core.rows import rows_after
+from modiff_trt.core.scales import Scales, load_scales, save_scales
+from modiff_trt.export.calibration.adaround import AdaRoundOptions
+from modiff_trt.export.calibration.collecting import collect
+from modiff_trt.export.calibration.pipeline import TRIAL_SEED, learn_weights, measure, residual_scales
+from modiff_trt.export.calibration.static import Recipe, make_scales
+from modiff_trt.export.calibration.trials import PERCENTILES, Trials, search_rows, search_scales
+from modiff_trt.networks.modulated import LayerState, integer_product
+from modiff_trt.runtime.backends.registry import check_device, load_model
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
+from modiff_trt.runtime.images.folders import psnr
+from modiff_trt.tools.provenance import provenance
+from modiff_trt.tools.research.refusals import refuses_bad_input
+
+PARTS = "methods,scales,rows,starts,weights"
+METHODS = {
+    "Q-Diff": ("qdiff", "static"),
+    "Q-Diff + MoDiff": ("modiff", "static"),
+    "LCQ": ("qdiff", "channel"),
+    "LCQ + MoDiff": ("modiff", "channel"),
+    "LTQ": ("qdiff", "tensor"),
+    "LTQ + MoDiff": ("modiff", "tensor"),
+}
+
+
+SCALE_RECIPES: dict[str, dict[str, Any]] = {
+    "min-max": {},
+    "MSE": {"scale_method": "mse"},
+    **{f"percentile {100 * p:g}": {"scale_method": "percentile", "percentile": p} for p in PERCENTILES},
+}
+
+
+class OffsetDenoiser(SimDenoiser):
+    """Adds a seeded uniform offset of +-`width` grid steps to a_hat, and its image under the layer to o_hat.
+
+    After the first pass only, or with `every` before each later pass too.
+    """
+
+    def __init__(self, *arguments: Any, width: float, every: bool = False, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._width, self._every = width, every
+
+    def __call__(self, x: Tensor, row: int) -> Tensor:
+        if row > 0 and (row == 1 or self._every):
+            generator = torch.Generator(x.device).manual_seed(row)
+            for name, state in self._state.items():
+                layer = self.layers[name]
+                uniform = torch.rand(state.a_hat.shape, generator=generator, device=x.device) * 2 - 1
+                offset = uniform * self._width * layer.scale
+                self._state[name] = LayerState(state.a_hat + offset, state.o_hat + integer_product(layer, offset))
+        return super().__call__(x, row)
+
+
+class RoundedState(SimDenoiser):
+    """Keeps the state between passes in narrower types, and every `refresh` passes computes o_hat anew from a_hat."""
+
+    def __init__(self, *arguments: Any, a_hat: torch.dtype, o_hat: torch.dtype, refresh: int = 0, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._types, self._refresh = (a_hat, o_hat), refresh
+
+    def __call__(self, x: Tensor, row: int) -> Tensor:
+        eps = super().__call__(x, row)
+        for name, state in self._state.items():
+            layer = self.layers[name]
+            a_hat, o_hat = state.a_hat.to(self._types[0]).to(state.a_hat.dtype), state.o_hat
+            if self._refresh and (row + 1) % self._refresh == 0:
+                o_hat = layer.bias[:, None, None] + integer_product(layer, a_hat)
+            self._state[name] = LayerState(a_hat, o_hat.to(self._types[1]).to(o_hat.dtype))
+        return eps
+
+
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+# name -> types of a_hat and o_hat, and passes between refreshes; a_hat in float32 stands for the native backend's exact int16
+STATES: dict[str, dict[str, Any]] = {
+    "float32, float32": {"a_hat": SINGLE, "o_hat": SINGLE},
+    "exact, float16": {"a_hat": SINGLE, "o_hat": HALF},
+    "exact, float16, refreshed every 20": {"a_hat": SINGLE, "o_hat": HALF, "refresh": 20},
+    "exact, bfloat16": {"a_hat": SINGLE, "o_hat": BRAIN},
+    "exact, bfloat16, refreshed every 20": {"a_hat": SINGLE, "o_hat": BRAIN, "refresh": 20},
+    "float16, float16": {"a_hat": HALF, "o_hat": HALF},
+    "float16, float16, refreshed every 20": {"a_hat": HALF, "o_hat": HALF, "refresh": 20},
+    "bfloat16, bfloat16": {"a_hat": BRAIN, "o_hat": BRAIN},
+}
+
+
+def with_rows(scales: Scales, warmup: list[np.ndarray[Any, Any]]) -> Scales:
+    """The same scales with these warm-up multipliers [L] each, then ones."""
+    return replace(scales, rows=rows_after(warmup, scales.rows.timesteps, len(scales.modulated)))
+
+
+def full_range(scales: Scales) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(m0 [L], Q [L]) of the warm-up rows of a calibrated file."""
+    top = np.asarray([grid_max(scales.layers[name].act_bits) for name in scales.modulated], np.float32)
+    return scales.rows.multipliers[0], top
+
+
+def ladder(scales: Scales, factor: float, floor: float, longest: int = 12) -> Scales:
+    """Warm-up rows that shrink the full range by factor/Q each, never below `floor`, until all layers are there."""
+    first, top = full_range(scales)
+    rows = [first]
+    while len(rows) < longest and (rows[-1] > floor).any():
+        rows.append(np.where(rows[-1] > floor, np.maximum(rows[-1] * factor / top, floor), rows[-1]))
+    return with_rows(scales, rows)
+
+
+def two_rows(scales: Scales, factor: float) -> Scales:
+    first, top = full_range(scales)
+    return with_rows(scales, [first, first * factor / top])
+
+
+StartFn = Callable[[Scales, Scales], tuple[Scales, dict[str, Any]]]
+
+# name -> (scales with the default warm-up, scales with an exact start) -> what to run
+STARTS: dict[str, StartFn] = {
+    "exact (the paper)": lambda warm, exact: (exact, {}),
+    "exact, offset 1/4": lambda warm, exact: (exact, {"width": 0.25}),
+    "exact, offset 1/2": lambda warm, exact: (exact, {"width": 0.5}),
+    "exact, offset 1": lambda warm, exact: (exact, {"width": 1.0}),
+    "exact, noise 1/4 every step": lambda warm, exact: (exact, {"width": 0.25, "every": True}),
+    "exact, noise 1/2 every step": lambda warm, exact: (exact, {"width": 0.5, "every": True}),
+    "two rows, 1/Q": lambda warm, exact: (two_rows(warm, 1), {}),
+    "two rows, 2/Q": lambda warm, exact: (two_rows(warm, 2), {}),
+    "two rows, 4/Q": lambda warm, exact: (two_rows(warm, 4), {}),
+    "ladder 1/Q to 1": lambda warm, exact: (ladder(warm, 1, 1.0), {}),
+    "ladder 2/Q to 1": lambda warm, exact: (ladder(warm, 2, 1.0), {}),
+    "ladder 2/Q to 2": lambda warm, exact: (ladder(warm, 2, 2.0), {}),
+    "ladder 2/Q to 1/2": lambda warm, exact: (ladder(warm, 2, 0.5), {}),
+    "ladder 2/Q to 1/4": lambda warm, exact: (ladder(warm, 2, 0.25), {}),
+    "ladder 2/Q to 1/4, noise 1/4": lambda warm, exact: (ladder(warm, 2, 0.25), {"width": 0.25, "every": True}),
+    "ladder 2/Q to 1, noise 1/4": lambda warm, exact: (ladder(warm, 2, 1.0), {"width": 0.25, "every": True}),
+}
+
+
+class Study:
+    """Everything measured against one reference, and the file that it goes to."""
+
+    def __init__(
+        self,
+        config: Path,
+        ckpt: Path,
+        timesteps: int,
+        images: int,
+        calibration_images: int,
+        device: str,
+        out: Path,
+        deadline: float,
+        skip_type: str = "quad",
+    ) -> None:
+        self.network, self.checkpoint = load_model(config, ckpt)
+        self.device, self.out = check_device(device), out
+        self._ends = time.monotonic() + deadline
+        work = out.with_suffix(".trajectories.safetensors")
+        self.trajectories = collect(
+            self.network,
+            self.checkpoint,
+            timesteps=timesteps,
+            skip_type=skip_type,
+            num_samples=calibration_images,
+            calib_steps=20,
+            seed=1,
+            batch_size=64,
+            device=device,
+            out=work,
+        )
+        self._rounding: dict[str, Any] = {}
+        params = {key: value.to(device) for key, value in self.checkpoint.params.items()}
+        self._on_device = replace(self.checkpoint, params=params)
+        self.ranges = measure(self.network, self.checkpoint, self.trajectories, 64, device)
+        self._trials = Trials(self.network, self.checkpoint, self.trajectories.timesteps, images, 0, device)
+        self.figures: dict[str, Any] = read_json(out, "study") if out.exists() else {}
+        settings = {
+            "checkpoint_sha256": self.checkpoint.sha256,
+            "timesteps": timesteps,
+            "skip_type": skip_type,
+            "images": images,
+            "calibration_images": calibration_images,
+            "unit": "dB, PSNR of all images together to FP32 from the same noise",
+        }
+        differing = [name for name, value in settings.items() if self.figures.get(name, value) != value]
+        if differing:
+            raise InputError(f"{out} holds figures of another {', '.join(differing)}; choose another --out")
+        self.figures |= settings | provenance(device)
+
+    def scales(self, **recipe: Any) -> Scales:
+        scales = make_scales(self.network, self._on_device, self.trajectories, self.ranges, Recipe(**recipe))
+        layers = {n: replace(layer, **self._rounding.get(n, {})) for n, layer in scales.layers.items()}
+        return replace(scales, layers=layers)
+
+    def decibels(self, scales: Scales, act_quant: bool = True, **offset: Any) -> float:
+        arguments = (self.network, self.checkpoint.params, scales, self.device)
+        denoiser = OffsetDenoiser(*arguments, **offset) if offset else SimDenoiser(*arguments, act_quant=act_quant)
+        return round(self._trials.score(denoiser), 2)
+
+    def record(self, part: str, name: str, measure_one: Callable[[], Any]) -> None:
+        """Measures unless the file has it or time is up, and writes the file."""
+        table = self.figures.setdefault(part, {})
+        if name in table or time.monotonic() > self._ends:
+            return
+        value = measure_one()
+        table[name] = None if value == float("-inf") else value
+        write_json(self.out, self.figures)
+        typer.echo(f"{part}: {name}: {value}")
+
+    def weights(self, bits: int, iterations: int) -> None:
+        """Nearest rounding and AdaRound, activations in float."""
+        for method in ("minmax", "mse"):
+            scales = self.scales(weight_bits=bits, scale_method=method)
+            self.record("weights", f"W{bits} nearest, {method}", lambda s=scales: self.decibels(s, act_quant=False))  # type: ignore[misc]
+        if time.monotonic() > self._ends:
+            return
+        begin = time.monotonic()
+        best = max(("minmax", "mse"), key=lambda m: self.figures["weights"][f"W{bits} nearest, {m}"] or 0.0)
+        learned = self.learned(bits, best, iterations)
+        self.record("weights", f"W{bits} AdaRound seconds", lambda: round(time.monotonic() - begin, 1))
+        self.record("weights", f"W{bits} AdaRound", lambda: self.decibels(learned, act_quant=False))
+
+    def learned(self, bits: int, scale_method: str, iterations: int) -> Scales:
+        """Scales with AdaRound's weights, kept beside the figures for `use_learned`."""
+        file = self.out.with_suffix(f".w{bits}.safetensors")
+        if file.exists():
+            return load_scales(file, self.network, self.checkpoint.sha256)
+        scales = self.scales(weight_bits=bits, scale_method=scale_method)
+        part = self.out.with_suffix(f".w{bits}.part")
+        options = AdaRoundOptions(iterations)
+        scales = learn_weights(self.network, self.checkpoint, self.trajectories, scales, options, 0, self.device, part)
+        save_scales(file, scales)
+        part.unlink(missing_ok=True)
+        return scales
+
+    def use_learned(self, file: Path) -> None:
+        """From now on W8 weights are rounded as a scales file of this checkpoint says."""
+        scales = load_scales(file, self.network, self.checkpoint.sha256)
+        if any(v.weight_bits != 8 or v.round_up is None for v in scales.layers.values() if v.mode != "float"):
+            raise InputError(
+                f"--learned {file} does not hold learned 8-bit weights; make it with `calibrate --rounding adaround`"
+            )
+        self._rounding = {n: {"round_up": v.round_up, "weight_scale": v.weight_scale} for n, v in scales.layers.items()}
+        if self.figures.get("methods", self.figures.get("starts")) and "weights rounded by" not in self.figures:
+            raise InputError(f"{self.out} holds figures of weights rounded to nearest; choose another --out")
+        self.figures["weights rounded by"] = "AdaRound"
+
+    def methods(self, bits: list[int]) -> None:
+        for b in bits:
+            for name, (method, granularity) in METHODS.items():
+                scales = self.scales(method=method, granularity=granularity, act_bits=b, dither=False)
+                if method == "modiff":
+                    scales = two_rows(scales, 2)
+                self.record("methods", f"{name} A{b}", lambda s=scales: self.decibels(s))  # type: ignore[misc]
+
+    def static_scales(self, bits: list[int]) -> None:
+        """Static residual scales by every method, with and without dither."""
+        for b in bits:
+            for dither in (True, False):
+                for name, recipe in SCALE_RECIPES.items():
+                    label = f"{name}{'' if dither else ', no dither'} A{b}"
+                    scales = self.scales(act_bits=b, dither=dither, **recipe)
+                    self.record("scales", label, lambda s=scales: self.decibels(s))  # type: ignore[misc]
+
+    def rows(self, bits: list[int]) -> None:
+        """Min-max grids, against static grids and then a grid for every row, found by trial on other noise."""
+        trials = Trials(self.network, self.checkpoint, self.trajectories.timesteps, 16, TRIAL_SEED, self.device)
+        for b in bits:
+            recipe = Recipe(act_bits=b)
+            scales = self.scales(act_bits=b)
+            self.record("rows", f"min-max A{b}", lambda s=scales: self.decibels(s))  # type: ignore[misc]
+            if time.monotonic() > self._ends or f"rows by trial A{b}" in self.figures["rows"]:
+                continue
+            parts = (self.network, self._on_device, self.trajectories, self.ranges, recipe)
+            static = search_scales(trials, scales, {p: residual_scales(*parts, scales, p) for p in PERCENTILES}, typer.echo)
+            self.record("rows", f"static by trial A{b}", lambda s=static: self.decibels(s))  # type: ignore[misc]
+            rows = search_rows(trials, static, typer.echo)
+            self.record("rows", f"rows by trial A{b}", lambda s=rows: self.decibels(s))  # type: ignore[misc]
+
+    def states(self, bits: list[int]) -> None:
+        """Types of the state, each against FP32 and against the same scales with the state in float64."""
+        for b in bits:
+            scales = self.scales(act_bits=b)
+            exact = SimDenoiser(self.network, self.checkpoint.params, scales, self.device, dtype=torch.float64)
+            wide = self._trials.sample(exact)
+            for name, types in STATES.items():
+                self.record("states", f"{name} A{b}", lambda s=scales, t=types, w=wide: self._state_figures(s, t, w))  # type: ignore[misc]
+
+    def _state_figures(self, scales: Scales, types: dict[str, Any], wide: np.ndarray[Any, Any]) -> dict[str, float]:
+        found = self._trials.sample(RoundedState(self.network, self.checkpoint.params, scales, self.device, **types))
+        return {"to FP32": round(self._trials.against(found), 2), "to float64": round(psnr(found, wide), 2)}
+
+    def starts(self, bits: list[int], names: list[str], percentile: float | None) -> None:
+        grid: dict[str, Any] = {} if percentile is None else {"scale_method": "percentile", "percentile": percentile}
+        if self.figures.setdefault("residual scales of the starts", grid) != grid:
+            raise InputError(f"{self.out} holds starts on other residual scales; choose another --out")
+        for b in bits:
+            warm, exact = self.scales(act_bits=b, dither=False, **grid), self.scales(act_bits=b, start="exact", **grid)
+            for name in names:
+                scales, offset = STARTS[name](warm, exact)
+                label = f"{name} A{b}"
+                self.record("starts", label, lambda s=scales, o=offset: self.decibels(s, **o))  # type: ignore[misc]
+                self.figures.setdefault("warm-up rows", {})[label] = scales.rows.warmup
+        write_json(self.out, self.figures)
+
+
+@refuses_bad_input
+def main(
+    config: Annotated[Path, typer.Option(help="DDIM configuration (.yml)")],
+    ckpt: Annotated[Path, typer.Option(help="trained weights")],
+    out: Annotated[Path, typer.Option(help="JSON file to write")],
+    timesteps: Annotated[int, typer.Option(help="DDIM steps")] = 50,
+    skip_type: Annotated[str, typer.Option(help="uniform or quad")] = "quad",
+    images: Annotated[int, typer.Option(help="images compared")] = 16,
+    calibration_images: Annotated[int, typer.Option(help="images calibrated on")] = 16,
+    parts: Annotated[str, typer.Option(help="comma-separated, of methods, scales, rows, starts, state, weights")] = PARTS,
+    percentile: Annotated[float | None, typer.Option(help="starts: on percentile grids instead of min-max")] = None,
+    bits: Annotated[str, typer.Option(help="activation bits, comma-separated")] = "8,6,4,3",
+    weight_bits: Annotated[str, typer.Option(help="for the part weights")] = "8,4",
+    learned: Annotated[Path | None, typer.Option(help="scales file whose W8 rounding methods and starts use")] = None,
+    iterations: Annotated[int, typer.Option(help="AdaRound steps per block")] = 1000,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    seconds: Annotated[float, typer.Option(help="begin no new figure after this long")] = 1e9,
+) -> None:
+    """Measures methods, starts and weight rounding against FP32 in simulation."""
+    widths = [int(b) for b in bits.split(",")]
+    study = Study(config, ckpt, timesteps, images, calibration_images, device, out, seconds, skip_type)
+    if learned is not None:
+        study.use_learned(learned)
+    for part in parts.split(","):
+        if part == "methods":
+            study.methods(widths)
+        elif part == "scales":
+            study.static_scales(widths)
+        elif part == "rows":
+            study.rows(widths)
+        elif part == "state":
+            study.states(widths)
+        elif part == "starts":
+            study.starts(widths, list(STARTS), percentile)
+        elif part == "weights":
+            for b in weight_bits.split(","):
+                study.weights(int(b), iterations)
+        else:
+            raise InputError(f"--parts: unknown part '{part}'; known: methods, scales, rows, starts, state, weights")
+
+
+if __name__ == "__main__":
+    typer.run(main)
