@@ -25,6 +25,8 @@ from modiff_trt.core.errors import InputError, one_line
 
 HEADER_KEY = "modiff"
 DIGEST = "sha256"
+# Of a JSON object, in it.
+CONTENT = "content_sha256"
 MOST_DIGITS = 300
 CACHE_VARIABLE = "MODIFF_TRT_CACHE"
 PART = ".part"
@@ -209,8 +211,8 @@ def write_signed(path: Path, data: Mapping[str, Any]) -> None:
 
 def signed(data: Mapping[str, Any]) -> dict[str, Any]:
     """The object as it is read back from JSON, with a digest of its content."""
-    plain: dict[str, Any] = json.loads(json.dumps({key: value for key, value in data.items() if key != DIGEST}))
-    return {**plain, DIGEST: _json_digest(plain)}
+    plain: dict[str, Any] = json.loads(json.dumps({key: value for key, value in data.items() if key != CONTENT}))
+    return {**plain, CONTENT: _json_digest(plain)}
 
 
 def read_signed(path: Path, what: str, remedy: str) -> dict[str, Any]:
@@ -223,10 +225,10 @@ def check_signed(data: Any, source: str, remedy: str) -> dict[str, Any]:
     """The object that `signed` made, without its digest. Raises InputError if it was altered since."""
     if not isinstance(data, dict):
         raise InputError(f"{source} is not a JSON object; {remedy}")
-    if DIGEST not in data:
+    if CONTENT not in data:
         raise InputError(f"{source} carries no digest: another program or an earlier version wrote it; {remedy}")
-    rest = {key: value for key, value in data.items() if key != DIGEST}
-    if data[DIGEST] != _json_digest(rest):
+    rest = {key: value for key, value in data.items() if key != CONTENT}
+    if data[CONTENT] != _json_digest(rest):
         raise InputError(f"{source} was altered after it was written; {remedy}")
     return rest
 
@@ -235,7 +237,7 @@ def read_result(path: Path, what: str) -> Any:
     """A JSON file of figures, without its digest. Raises InputError if it was altered since it was written; files of earlier
     versions have no digest."""
     data = read_json(path, what)
-    signs = isinstance(data, dict) and DIGEST in data
+    signs = isinstance(data, dict) and CONTENT in data
     return check_signed(data, f"{what} {path}", "measure again, into another file") if signs else data
 
 

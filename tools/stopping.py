@@ -33,6 +33,9 @@ def termination_as_interruption() -> Iterator[None]:
 def exit_code(run: Callable[[], int], say: Callable[[str], None]) -> int:
     """Runs a program and returns its exit code; `say` gets the line for anything that the user can mend. What is a fault of
     this program is raised."""
+    for name in ("COLUMNS", "LINES"):  # which the table library takes for numbers if they look like some
+        if not (os.environ.get(name, "1").isascii() and os.environ.get(name, "1").isdecimal()):
+            del os.environ[name]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # file names may hold bytes that are no text
             stream.reconfigure(errors="backslashreplace")

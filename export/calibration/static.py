@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modiff_trt.core.errors import InputError
+from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.grid import MAX_BITS, MIN_BITS, grid_max
 from modiff_trt.core.rows import STARTS, RowTable, modulated_rows, plain_rows
 from modiff_trt.core.scales import GRANULARITIES, METHODS, LayerScales, Scales
@@ -23,6 +23,8 @@ from modiff_trt.networks.unet import LayerSpec, Network
 
 # Residuals are measured between float steps, or against the a_hat of the quantized network.
 RESIDUALS = ("float", "quantized")
+# How the scale of a weight's channel is found.
+WEIGHT_SCALES = {"minmax": minmax_weight_scale, "mse": mse_weight_scale}
 EDGE_LAYERS = ("conv_in", "conv_out")
 
 
@@ -30,17 +32,18 @@ EDGE_LAYERS = ("conv_in", "conv_out")
 class Recipe:
     """What to calibrate: `method` modiff or qdiff, bits, how scales are searched, and how a trajectory starts.
 
-    `split` gives the skip half of a concatenated input its own grid. `residuals` says whether residual ranges are those of
-    the float network or of the quantized one (see `export.calibration.residuals`). `edge_bits` raises the bits of the first
-    and last
-    convolution (Q-Diffusion keeps them at 8); None leaves them. Layers below `min_intensity` multiply-accumulates for each
-    element of input and output stay in float: there, moving the state takes longer than INT8 saves.
+    `scale_method` is of activations and residuals, `weight_scale_method` of weights. `split` gives the skip half of a
+    concatenated input its own grid. `residuals` says whether residual ranges are those of the float network or of the quantized
+    one (see `export.calibration.residuals`). `edge_bits` raises the bits of the first and last convolution (Q-Diffusion keeps
+    them at 8); None leaves them. Layers below `min_intensity` multiply-accumulates for each element of input and output stay in
+    float: there, moving the state takes longer than INT8 saves.
     """
 
     method: str = "modiff"
     weight_bits: int = 8
     act_bits: int = 8
     scale_method: str = "minmax"
+    weight_scale_method: str = "minmax"
     start: str = "warmup"
     edge_bits: int | None = None
     granularity: str = "static"
@@ -55,6 +58,10 @@ class Recipe:
             raise InputError(f"--method must be one of {', '.join(METHODS)}, found '{self.method}'")
         if self.scale_method not in SCALE_METHODS:
             raise InputError(f"--scale-method must be one of {', '.join(SCALE_METHODS)}, found '{self.scale_method}'")
+        if self.weight_scale_method not in WEIGHT_SCALES:
+            raise InputError(
+                f"--weight-scale-method must be one of {', '.join(WEIGHT_SCALES)}, found {shown(self.weight_scale_method)}"
+            )
         if self.start not in STARTS:
             raise InputError(f"--start must be one of {', '.join(STARTS)}, found '{self.start}'")
         if not self.min_intensity >= 0:
@@ -219,7 +226,7 @@ def make_scales(
             mode = "float"
         grid = _grid(measured, mode, recipe, act_bits)
         weight = fold_skip(spec, layer_weight(spec, checkpoint.params), grid.skip_ratio)
-        weight_scale = (mse_weight_scale if recipe.scale_method == "mse" else minmax_weight_scale)(weight, weight_bits)
+        weight_scale = WEIGHT_SCALES[recipe.weight_scale_method](weight, weight_bits)
         layers[spec.name] = LayerScales(
             mode,
             act_bits,

@@ -51,8 +51,12 @@ def to_uint8(samples: Float32) -> UInt8:
 def psnr(samples: Float32, reference: Float32) -> float:
     """Peak signal-to-noise ratio in dB of all images together, both clipped to [-1, 1]. Equal images give infinity."""
     error = np.clip(samples, -1, 1).astype(np.float64) - np.clip(reference, -1, 1)
-    mse = float(np.mean(error**2)) / 4
-    return math.inf if mse == 0 else -10 * math.log10(mse)
+    return decibels(float(np.mean(error**2)), 2.0)
+
+
+def decibels(mean_square: float, peak: float) -> float:
+    """The PSNR of a mean squared error where values span `peak`; infinity without an error."""
+    return math.inf if mean_square == 0 else 10 * math.log10(peak**2 / mean_square)
 
 
 def save_npz(path: Path, samples: Float32, indices: Sequence[int], manifest: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from modiff_trt.core.errors import InputError, one_line, shown
-from modiff_trt.core.files import DIGEST, check_signed, digest_of, parse_json, read_file, read_json, sha256, signed
+from modiff_trt.core.files import CONTENT, check_signed, digest_of, parse_json, read_file, read_json, sha256, signed
 from modiff_trt.core.manifest import MANIFEST
 from modiff_trt.core.npy import npy_header, read_npy, read_npz
 from modiff_trt.runtime.images.digest_list import SUMS, read_listed, read_sums
@@ -262,7 +262,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     InputError if it was altered."""
     file = folder / MANIFEST
     about = read_json(file, "manifest") if file.exists() else None
-    if not isinstance(about, dict) or not (DIGEST in about or about.keys() >= OURS):
+    if not isinstance(about, dict) or not (CONTENT in about or about.keys() >= OURS):
         if (folder / SUMS).exists() or (folder / SUMS).is_symlink():
             raise InputError(f"{folder} has a {SUMS} of `sample`, and its {MANIFEST} is gone or another; {SAMPLE_AGAIN}")
         return None

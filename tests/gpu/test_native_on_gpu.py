@@ -45,7 +45,7 @@ def test_kernel_equals_the_reference(name, overlap):
 )
 def test_integer_products_are_exact(channels, size, out, kernel, stride, padding):
     """With scale 1 and a float32 accumulator every sum is an integer that float32 holds."""
-    from modiff_trt.plugins.modulated_conv.libraries.cudnn import ConvSpec, Int8Conv
+    from modiff_trt.plugins.modulated_conv.libraries.cudnn_conv import ConvSpec, Int8Conv
 
     spec = ConvSpec(3, channels, *size, out, kernel, stride, padding, torch.float32)
     conv = Int8Conv(spec)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from modiff_trt.plugins.modulated_conv.libraries.cudnn import ConvSpec, Int8Conv
+from modiff_trt.plugins.modulated_conv.libraries.cudnn_conv import ConvSpec, Int8Conv
 from modiff_trt.plugins.modulated_conv.libraries.timing import graph_time_us
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 

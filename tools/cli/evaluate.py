@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modiff_trt.core.errors import InputError, one_line
-from modiff_trt.core.files import DIGEST, locked, read_result, signed, write_signed
+from modiff_trt.core.files import CONTENT, locked, read_result, signed, write_signed
 from modiff_trt.tools.cli.options import Device
 
 PAPER = "paper_cifar10.yml"
@@ -105,7 +105,7 @@ def evaluate(
     if exact is not None:
         notes += [f"{samples.name} and {exact.path.name} are paired {how}"] if how != "by name" else []
         pairs = {"with": label(exact), "set": exact.path.name, "paired": how, "images_sha256": exact.content_sha256()}
-        pairs["manifest_sha256"] = signed(exact.manifest)[DIGEST]
+        pairs["manifest_sha256"] = signed(exact.manifest)[CONTENT]
         entry |= {"pairs": {key: _printable(value) for key, value in pairs.items()}}
         entry |= paired(images, exact, batch_size, device)
         _record(out, place, entry)

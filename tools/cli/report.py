@@ -88,7 +88,8 @@ def _result(path: Path, shown: Callable[[dict[str, Any]], Any], of_a_plan: bool 
         read_signed(path, "plan manifest", "build the plan again") if of_a_plan else read_result(path, "result")
     )
     try:
-        shown(data)
+        if not shown(data):
+            raise InputError(f"{path} has nothing to show")
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, StopIteration, ArithmeticError):
         raise InputError(f"{path} was not written by the command that this option names") from None
     return data

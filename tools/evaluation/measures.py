@@ -21,6 +21,7 @@ from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import cache_folder, digest_of, load_arrays, save_arrays
 from modiff_trt.core.npy import read_npz
 from modiff_trt.core.progress import progress_bar
+from modiff_trt.runtime.images.folders import decibels
 from modiff_trt.runtime.images.pairing import pair
 from modiff_trt.runtime.images.pictures import Images
 from modiff_trt.runtime.images.sets import NPZ_KEYS, ImageSet, open_images
@@ -249,7 +250,7 @@ def paired(images: ImageSet, exact: ImageSet, batch_size: int, device: str = "cp
             bar.advance(task, len(a))
     mse = squares / (images.count * math.prod(images.shape) * 3)
     return {
-        "psnr_db": 10 * math.log10(LEVELS**2 / mse) if mse > 0 else None,
+        "psnr_db": decibels(mse, LEVELS) if mse > 0 else None,
         "ssim": similarity / images.count,
     }
 

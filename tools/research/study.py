@@ -52,7 +52,7 @@ METHODS = {
 
 SCALE_RECIPES: dict[str, dict[str, Any]] = {
     "min-max": {},
-    "MSE": {"scale_method": "mse"},
+    "MSE": {"scale_method": "mse", "weight_scale_method": "mse"},
     **{f"percentile {100 * p:g}": {"scale_method": "percentile", "percentile": p} for p in PERCENTILES},
 }
 
@@ -231,7 +231,7 @@ class Study:
     def weights(self, bits: int, iterations: int) -> None:
         """Nearest rounding and AdaRound, activations in float."""
         for method in ("minmax", "mse"):
-            scales = self.scales(weight_bits=bits, scale_method=method)
+            scales = self.scales(weight_bits=bits, weight_scale_method=method)
             self.record("weights", f"W{bits} nearest, {method}", lambda s=scales: self.decibels(s, act_quant=False))  # type: ignore[misc]
         if time.monotonic() > self._ends:
             return
@@ -241,12 +241,12 @@ class Study:
         self.record("weights", f"W{bits} AdaRound seconds", lambda: round(time.monotonic() - begin, 1))
         self.record("weights", f"W{bits} AdaRound", lambda: self.decibels(learned, act_quant=False))
 
-    def learned(self, bits: int, scale_method: str, iterations: int) -> Scales:
+    def learned(self, bits: int, weight_scale_method: str, iterations: int) -> Scales:
         """Scales with AdaRound's weights, kept beside the figures for `use_learned`."""
         file = self.out.with_suffix(f".w{bits}.safetensors")
         if file.exists():
             return load_scales(file, self.network, self.checkpoint.sha256)
-        scales = self.scales(weight_bits=bits, scale_method=scale_method)
+        scales = self.scales(weight_bits=bits, weight_scale_method=weight_scale_method)
         part = self.out.with_suffix(f".w{bits}.part")
         options = AdaRoundOptions(iterations)
         scales = learn_weights(self.network, self.checkpoint, self.trajectories, scales, options, 0, self.device, part)

@@ -21,7 +21,7 @@ from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 
 if TYPE_CHECKING:
     from modiff_trt.plugins.modulated_conv.kernels.conv import Scratch
-    from modiff_trt.plugins.modulated_conv.libraries.cudnn import ConvSpec, Int8Conv
+    from modiff_trt.plugins.modulated_conv.libraries.cudnn_conv import ConvSpec, Int8Conv
 
 log = logging.getLogger(__name__)
 # Above so many output pixels cuDNN has always won, and our kernel is not tried.
@@ -58,7 +58,7 @@ class ConvPlans:
         `addend` is of out's shape (and may be out: see `Int8Conv.run`), or a bias float32 [K]. With `steps` float32 [N] image
         n's scale is steps[n] scale, which our own kernel computes. Only a shape's first call allocates.
         """
-        from modiff_trt.plugins.modulated_conv.libraries.cudnn import ConvSpec
+        from modiff_trt.plugins.modulated_conv.libraries.cudnn_conv import ConvSpec
 
         _, height, width = spec.in_shape
         residual = addend.ndim == 3
@@ -80,7 +80,7 @@ class ConvPlans:
         """The fastest plan; None is our own kernel."""
         import cudnn
 
-        from modiff_trt.plugins.modulated_conv.libraries.cudnn import PLAN_ERRORS, Int8Conv
+        from modiff_trt.plugins.modulated_conv.libraries.cudnn_conv import PLAN_ERRORS, Int8Conv
 
         place = {
             "gpu": torch.cuda.get_device_name(),
@@ -111,7 +111,7 @@ class ConvPlans:
 
     def _own_time(self, key: ConvSpec) -> float:
         """Microseconds a run of our kernel; infinite where it is not tried."""
-        from modiff_trt.plugins.modulated_conv.libraries.cudnn import scratch_tensors
+        from modiff_trt.plugins.modulated_conv.libraries.cudnn_conv import scratch_tensors
         from modiff_trt.plugins.modulated_conv.libraries.timing import graph_time_us
 
         n, _, p, q = key.out_shape

@@ -16,7 +16,7 @@ from modiff_trt.core.errors import InputError
 from modiff_trt.core.grid import grid_max
 from modiff_trt.networks.quantizers import SMALLEST_SCALE
 from modiff_trt.networks.torch_ops import convolve
-from modiff_trt.plugins.modulated_conv.libraries.onednn import ZERO_POINT, OneDnnConv, pairs_saturate, sums_are_exact
+from modiff_trt.plugins.modulated_conv.libraries.onednn_conv import ZERO_POINT, OneDnnConv, pairs_saturate, sums_are_exact
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.cores import FreeCores
 from modiff_trt.runtime.backends.native.layers import NativeLayer

@@ -138,6 +138,21 @@ def test_bad_recipes(bad):
         Recipe(**bad)
 
 
+def test_the_scales_of_weights_have_an_option_of_their_own(tiny):
+    plain, activations, weights = (
+        tiny.scales(**recipe) for recipe in ({}, {"scale_method": "mse"}, {"weight_scale_method": "mse"})
+    )
+    same = {
+        name: np.array_equal(layer.weight_scale, activations.layers[name].weight_scale) for name, layer in plain.layers.items()
+    }
+    assert all(same.values())
+    assert any(layer.activation_scale != activations.layers[name].activation_scale for name, layer in plain.layers.items())
+    assert any(
+        not np.array_equal(layer.weight_scale, weights.layers[name].weight_scale) for name, layer in plain.layers.items()
+    )
+    assert all(layer.activation_scale == weights.layers[name].activation_scale for name, layer in plain.layers.items())
+
+
 def test_scales_file_round_trip_and_refusals(tiny, demo, tmp_path):
     file = tmp_path / "s.safetensors"
     scales = tiny.scales(scale_method="mse", edge_bits=8)

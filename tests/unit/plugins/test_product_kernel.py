@@ -18,7 +18,7 @@ def test_it_equals_the_reference(n, pixels, channels, out):
     other = torch.full_like(found, float("nan"))
     window = {"size": (1, pixels), "stride": 1, "padding": (0, 0, 0, 0)}
     convolve_real(sources, weight.view(out, 1, 1, -1), bias, other, **window)
-    torch.testing.assert_close(found, other, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, other, rtol=0, atol=5e-5)  # float32 sums, whose order is the CPU library's
 
 
 def test_what_fits():

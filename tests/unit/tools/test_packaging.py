@@ -20,7 +20,7 @@ MODULES = sorted(
 # These are the modules that exist for an optional package; everything else must import without it.
 LAYER = "modiff_trt.plugins.modulated_conv"
 FOR_PACKAGES = [f"{LAYER}.kernels.{name}" for name in ("conv", "parts", "product", "quantize", "refresh", "residual")]
-FOR_PACKAGES += [f"{LAYER}.libraries.cudnn", "modiff_trt.tools.bench.profiling"]
+FOR_PACKAGES += [f"{LAYER}.libraries.cudnn_conv", "modiff_trt.tools.bench.profiling"]
 OPTIONAL = ("tensorrt", "tensorrt_rtx", "triton", "cudnn", "cuda", "pycuda", "polygraphy", "pytorch_fid")
 # core runs without torch, and so does the deployed sampler, with all that it packs.
 TORCH_FREE = [module for module in MODULES if module.startswith("modiff_trt.core.")]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from modiff_trt.export.calibration.trials import with_modes
 from modiff_trt.networks.unet import LayerSpec
-from modiff_trt.plugins.modulated_conv.libraries.onednn import OneDnnConv
+from modiff_trt.plugins.modulated_conv.libraries.onednn_conv import OneDnnConv
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels, _group_norm
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser

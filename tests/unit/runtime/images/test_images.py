@@ -149,7 +149,7 @@ def test_an_edited_manifest_is_refused(tmp_path):
         folder.save([0], np.zeros((1, 3, 8, 8), np.float32))
     file = tmp_path / "manifest.json"
     about = json.loads(file.read_text())
-    for edit in ({"seed": 1}, {"backend": "torch"}, {"sha256": None}):
+    for edit in ({"seed": 1}, {"backend": "torch"}, {"content_sha256": None}):
         file.write_text(json.dumps({k: v for k, v in (about | edit).items() if v is not None}))
         with pytest.raises(InputError, match=r"altered|carries no digest"):
             open_images(tmp_path)

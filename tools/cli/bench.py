@@ -1,0 +1,70 @@
+"""`modiff-trt bench`: backends timed against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modiff_trt.core.errors import InputError, shown
+from modiff_trt.tools.cli.options import Ckpt, Config, Device, Weights
+
+LARGEST_BATCH = 65536
+
+
+def bench(
+    config: Config,
+    ckpt: Ckpt,
+    scales: Annotated[Path, typer.Option(help="scales file of the integer backends")],
+    out: Annotated[Path, typer.Option(help="JSON file to write")],
+    backends: Annotated[
+        str, typer.Option(help="comma-separated; `all` is every one that can run here, the others are named with the reason")
+    ] = "torch-fp32,native-int8,native-modiff",
+    plans: Annotated[str, typer.Option(help="comma-separated TensorRT plans, each a row")] = "",
+    batch_sizes: Annotated[str, typer.Option(help="comma-separated")] = "1,4",
+    num_warmup: Annotated[int, typer.Option(help="passes before the measurement")] = 2,
+    num_runs: Annotated[int, typer.Option(help="measurements; their median counts")] = 7,
+    num_passes: Annotated[int, typer.Option(help="passes of one measurement")] = 10,
+    profile: Annotated[bool, typer.Option("--profile", help="cuda: time by class of kernel, beside the floor")] = False,
+    weights: Weights = None,
+    device: Device = "cpu",
+) -> None:
+    """Time the backends against each other, interleaved in one run."""
+    from modiff_trt.core.files import check_writable
+    from modiff_trt.core.scales import load_scales
+    from modiff_trt.runtime.backends.registry import check_device, checkpoint_manifest, load_model
+    from modiff_trt.tools.bench.run import add_profiles, candidates, native_floors, run_bench
+    from modiff_trt.tools.bench.table import print_bench
+
+    check_writable(out)
+    network, checkpoint = load_model(config, ckpt, weights)
+    loaded = load_scales(scales, network, checkpoint.sha256)
+    try:
+        sizes = [int(size) for size in batch_sizes.split(",")]
+    except ValueError:
+        raise InputError(f"--batch-sizes must be numbers separated by commas, found {shown(batch_sizes)}") from None
+    if not all(1 <= size <= LARGEST_BATCH for size in sizes) or num_runs < 1 or num_passes < 1:
+        raise InputError(f"--batch-sizes must lie between 1 and {LARGEST_BATCH}, --num-runs and --num-passes be at least 1")
+    if profile and (device != "cuda" or not {"native-modiff", "all"} & set(backends.split(","))):
+        raise InputError("--profile is for --device cuda and the backend native-modiff")
+    files = [Path(plan) for plan in plans.split(",") if plan]
+    makes = candidates(network, checkpoint, loaded, check_device(device), backends.split(","), files)
+    reached, floors = native_floors(network, loaded, device, makes)
+    settings: dict[str, Any] = {"config": config.name, "scales_sha256": loaded.file_sha256, **checkpoint_manifest(checkpoint)}
+    settings |= {"ceilings": reached} if reached else {}
+    result = run_bench(
+        network,
+        makes,
+        sizes,
+        warmup=num_warmup,
+        runs=num_runs,
+        passes=num_passes,
+        device=device,
+        out=out,
+        settings=settings,
+        floors=floors,
+    )
+    print_bench(result)
+    if profile:
+        add_profiles(network, loaded, makes["native-modiff"], sizes, result, out)

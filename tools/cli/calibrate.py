@@ -1,0 +1,127 @@
+"""`modiff-trt calibrate`: the scales of every layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modiff_trt.core.errors import InputError, shown
+from modiff_trt.tools.cli.options import BatchSize, Ckpt, Config, Device, Weights
+
+
+def calibrate(
+    config: Config,
+    ckpt: Ckpt,
+    trajectories: Annotated[Path, typer.Option(help="file written by `collect`")],
+    out: Annotated[Path, typer.Option(help="scales file to write (.safetensors)")],
+    method: Annotated[str, typer.Option(help="modiff (modulated residuals) or qdiff (stateless)")] = "modiff",
+    weight_bit: Annotated[int, typer.Option(help="bits of the weights, 2 to 8")] = 8,
+    act_bit: Annotated[int, typer.Option(help="bits of the activations, 2 to 8")] = 8,
+    edge_bit: Annotated[int | None, typer.Option(help="at least so many bits for the first and last layer")] = None,
+    scale_method: Annotated[
+        str, typer.Option(help="of activations: minmax, mse, percentile, or learned (of residuals)")
+    ] = "minmax",
+    weight_scale_method: Annotated[str, typer.Option(help="of weights: minmax or mse")] = "minmax",
+    residuals: Annotated[
+        str, typer.Option(help="measured between float steps, or against the quantized network's a_hat")
+    ] = "float",
+    split: Annotated[bool, typer.Option(help="a grid of its own for the skip half of a concatenated input")] = False,
+    start: Annotated[str, typer.Option(help="warmup rows, or exact: a full-precision first step (simulation only)")] = "warmup",
+    granularity: Annotated[
+        str, typer.Option(help="activation grids: static, tensor (LTQ) or channel (LCQ; simulation only)")
+    ] = "static",
+    rounding: Annotated[str, typer.Option(help="of the weights: nearest, or adaround (learned, block by block)")] = "nearest",
+    iterations: Annotated[int, typer.Option(help="adaround: training steps per block")] = 1000,
+    search: Annotated[str, typer.Option(help="by trial: none, scales (static grids), rows (then one a row)")] = "none",
+    percentile: Annotated[
+        float | None, typer.Option(help="of --scale-method percentile: the share of values that a grid holds (0.9999)")
+    ] = None,
+    min_intensity: Annotated[
+        float,
+        typer.Option(
+            help="leave layers in float that do fewer multiply-accumulates per element moved; 200: 1x1 and edge layers"
+        ),
+    ] = 0.0,
+    auto: Annotated[bool, typer.Option("--auto", help="take the state from layers that do not need it")] = False,
+    max_loss: Annotated[float, typer.Option(help="auto: PSNR that may be lost, dB")] = 0.3,
+    trial_images: Annotated[int, typer.Option(help="images of the trial trajectories of --search and --auto")] = 4,
+    seed: Annotated[int, typer.Option(help="adaround: seed of its batches")] = 0,
+    dither: Annotated[bool, typer.Option(help="start a_hat from a random place inside the grid")] = True,
+    batch_size: BatchSize = 8,
+    weights: Weights = None,
+    device: Device = "cpu",
+) -> None:
+    """Find the scales of every layer and write them to a scales file."""
+    from modiff_trt.core.files import check_writable
+    from modiff_trt.core.scales import save_scales
+    from modiff_trt.export.calibration.adaround import AdaRoundOptions
+    from modiff_trt.export.calibration.pipeline import (
+        TRIAL_SEED,
+        improve,
+        learn_weights,
+        measure,
+        refit_residuals,
+        residual_scales,
+    )
+    from modiff_trt.export.calibration.static import Recipe, make_scales
+    from modiff_trt.export.calibration.trajectories import load_trajectories
+    from modiff_trt.export.calibration.trials import PERCENTILES, Trials
+    from modiff_trt.runtime.backends.registry import check_device, load_model
+    from modiff_trt.runtime.sampling import check_seed
+
+    if rounding not in ("nearest", "adaround"):
+        raise InputError(f"--rounding must be nearest or adaround, found {shown(rounding)}")
+    if search not in ("none", "scales", "rows"):
+        raise InputError(f"--search must be none, scales or rows, found {shown(search)}")
+    if search != "none" and (method != "modiff" or granularity != "static"):
+        raise InputError("--search is for --method modiff with --granularity static")
+    if auto and method != "modiff":
+        raise InputError("--auto takes state from layers, which --method modiff gives them")
+    if trial_images < 1 or not max_loss >= 0:
+        raise InputError("--trial-images must be at least 1 and --max-loss not negative")
+    if iterations < 1 or batch_size < 1:
+        raise InputError("--iterations and --batch-size must be at least 1")
+    if percentile is not None and scale_method != "percentile":
+        raise InputError("--percentile is for --scale-method percentile; `--search scales` finds a share by itself")
+    check_seed(seed)
+    recipe = Recipe(
+        method=method,
+        weight_bits=weight_bit,
+        act_bits=act_bit,
+        scale_method=scale_method,
+        weight_scale_method=weight_scale_method,
+        start=start,
+        edge_bits=edge_bit,
+        granularity=granularity,
+        dither=dither,
+        split=split,
+        residuals=residuals,
+        percentile=percentile if percentile is not None else Recipe().percentile,
+        min_intensity=min_intensity,
+    )
+    check_writable(out)
+    part = out.with_name(out.name + ".part")
+    network, checkpoint = load_model(config, ckpt, weights)
+    stored = load_trajectories(trajectories, network.config, checkpoint.sha256)
+    ranges = measure(network, checkpoint, stored, batch_size, check_device(device))
+    on_device = replace(checkpoint, params={key: value.to(device) for key, value in checkpoint.params.items()})
+    scales = make_scales(network, on_device, stored, ranges, recipe)
+    if rounding == "adaround":
+        scales = learn_weights(network, checkpoint, stored, scales, AdaRoundOptions(iterations), seed, device, part)
+    if scales.modulated and (residuals == "quantized" or scale_method == "learned"):
+        scales = refit_residuals(network, checkpoint, stored, scales, recipe, batch_size, device)
+    if scales.modulated and (search != "none" or auto):
+        trials = Trials(network, checkpoint, scales.rows.timesteps, trial_images, TRIAL_SEED, device)
+        tried = PERCENTILES if search != "none" else ()
+        candidates = {p: residual_scales(network, on_device, stored, ranges, recipe, scales, p) for p in tried}
+        scales = improve(trials, scales, candidates, search == "rows", max_loss if auto else None)
+    save_scales(out, scales)
+    if rounding == "adaround":
+        part.unlink(missing_ok=True)
+    modes = [layer.mode for layer in scales.layers.values()]
+    counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in ("modiff", "int8", "float") if mode in modes)
+    only = "; for torch-sim only" if granularity == "channel" or start == "exact" else ""
+    typer.echo(f"{out}: {method} W{weight_bit}A{act_bit}, layers: {counts}; {len(scales.rows)} passes a trajectory{only}")

@@ -1,0 +1,45 @@
+"""`modiff-trt collect`: full-precision trajectories for calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modiff_trt.tools.cli.options import BatchSize, Ckpt, Config, Device, Seed, Weights
+
+
+def collect(
+    config: Config,
+    ckpt: Ckpt,
+    out: Annotated[Path, typer.Option(help="trajectory file to write (.safetensors)")],
+    timesteps: Annotated[int, typer.Option(help="DDIM steps")] = 100,
+    skip_type: Annotated[str, typer.Option(help="uniform or quad")] = "quad",
+    num_samples: Annotated[int, typer.Option(help="calibration images")] = 16,
+    calib_steps: Annotated[int, typer.Option(help="steps to keep, spread evenly; each with the step before it")] = 20,
+    seed: Seed = 1,
+    batch_size: BatchSize = 8,
+    weights: Weights = None,
+    device: Device = "cpu",
+) -> None:
+    """Run full-precision DDIM and store the trajectories that calibration needs."""
+    from modiff_trt.export.calibration.collecting import collect as run
+    from modiff_trt.runtime.backends.registry import check_device, load_model
+
+    network, checkpoint = load_model(config, ckpt, weights)
+    if checkpoint.description:
+        typer.echo(f"checkpoint: {checkpoint.description}")
+    result = run(
+        network,
+        checkpoint,
+        timesteps=timesteps,
+        skip_type=skip_type,
+        num_samples=num_samples,
+        calib_steps=calib_steps,
+        seed=seed,
+        batch_size=batch_size,
+        device=check_device(device),
+        out=out,
+    )
+    typer.echo(f"{out}: {num_samples} images at {len(result.steps)} of {len(result.timesteps)} steps")

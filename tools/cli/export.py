@@ -1,0 +1,34 @@
+"""`modiff-trt export`: the QDQ ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modiff_trt.tools.cli.options import Ckpt, Config, Weights
+
+
+def export(
+    config: Config,
+    ckpt: Ckpt,
+    out: Annotated[Path, typer.Option(help="ONNX file to write")],
+    scales: Annotated[Path | None, typer.Option(help="scales file; without it the network stays in float")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 (onnxruntime on a CPU) or fp16 (GPUs)")] = "fp32",
+    modulate: Annotated[bool, typer.Option(help="keep MoDiff state; off: the same layers without it")] = True,
+    weights: Weights = None,
+) -> None:
+    """Bake the scales into a QDQ ONNX file."""
+    from modiff_trt.core.scales import load_scales
+    from modiff_trt.export.onnx.network import build_onnx, save_onnx
+    from modiff_trt.runtime.backends.registry import load_model
+
+    network, checkpoint = load_model(config, ckpt, weights)
+    loaded = load_scales(scales, network, checkpoint.sha256) if scales is not None else None
+    if loaded is not None and not modulate:
+        loaded = loaded.without_modulation()
+    model = build_onnx(network, checkpoint, loaded, dtype, loaded.file_sha256 if loaded is not None else None)
+    save_onnx(out, model)
+    kind = f"{len(loaded.modulated)} modulated layers" if loaded is not None else "float"
+    typer.echo(f"{out}: {kind}, {dtype}, {out.stat().st_size / 1e6:.1f} MB")

@@ -1,0 +1,69 @@
+"""`modiff-trt sample`: images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.tools.cli.options import BatchSize, Device, Seed, Weights
+
+
+def sample(
+    out: Annotated[Path, typer.Option("--out", "--output-dir", help="FILE.npz, or a folder for PNG files")],
+    backend: Annotated[str, typer.Option(help="torch, torch-sim, onnx, native or trt")] = "torch",
+    config: Annotated[Path | None, typer.Option(help="DDIM configuration (.yml)")] = None,
+    ckpt: Annotated[Path | None, typer.Option(help="trained weights")] = None,
+    scales: Annotated[Path | None, typer.Option(help="scales file, for torch-sim and native")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="exported file, for onnx")] = None,
+    plan: Annotated[Path | None, typer.Option(help="built plan, for trt")] = None,
+    timesteps: Annotated[int | None, typer.Option(help="DDIM steps (100, or what the scales were made for)")] = None,
+    skip_type: Annotated[str | None, typer.Option(help="uniform or quad (quad)")] = None,
+    eta: Annotated[float, typer.Option(help="0: deterministic, 1: as noisy as DDPM")] = 0.0,
+    modulate: Annotated[bool, typer.Option(help="keep MoDiff state; off: plain Q-Diffusion")] = True,
+    num_samples: Annotated[int | None, typer.Option(help="number of images (16)")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="a-b: images a to b of the series of --seed, instead of the first ones")
+    ] = None,
+    seed: Seed = 0,
+    noise: Annotated[Path | None, typer.Option(help=".npy float32 [N, C, H, W] used as x_T")] = None,
+    shards: Annotated[
+        bool, typer.Option("--shards", help="one uint8 array a batch in the folder, instead of PNG files")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="of the torch backend: fp32, or fp16 on a GPU")] = "fp32",
+    compile_network: Annotated[bool, typer.Option("--compile", help="torch fp16, torch-sim: through torch.compile")] = False,
+    weights: Weights = None,
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
+) -> None:
+    """Sample images with DDIM."""
+    from modiff_trt.runtime.backends.registry import SamplingOptions, load_backend
+    from modiff_trt.runtime.sampling import image_range, run_sampling
+
+    if num_samples is not None and seeds is not None:
+        raise InputError("--num-samples and --seeds both say how many images; pass one of them")
+    indices = image_range(num_samples if num_samples is not None else 16, seeds)
+    options = SamplingOptions(
+        backend=backend,
+        config=config,
+        ckpt=ckpt,
+        scales=scales,
+        onnx=onnx,
+        timesteps=timesteps,
+        skip_type=skip_type,
+        modulate=modulate,
+        device=device,
+        dtype=dtype,
+        compile=compile_network,
+        plan=plan,
+        weights=weights,
+    )
+    loaded = load_backend(options)
+    done = run_sampling(
+        loaded, indices=indices, seed=seed, batch_size=batch_size, eta=eta, noise_file=noise, out=out, shards=shards
+    )
+    kept = f" ({done.images - done.new} were there already)" if done.new < done.images else ""
+    of = f"share {done.rank.rank + 1} of {done.rank.world}, " if done.rank.world > 1 else ""
+    typer.echo(f"{out}: {of}{done.images} images, {len(loaded.denoiser.rows)} passes each{kept}")
