@@ -18,6 +18,7 @@ from modiff_trt.export.calibration.trajectories import Trajectories, choose_step
 from modiff_trt.networks.checkpoint import Checkpoint, load_checkpoint
 from modiff_trt.networks.torch_ops import UNet
 from modiff_trt.networks.unet import Network, trace
+from modiff_trt.runtime.backends.cores import usable_cores
 from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import ddim_sample
@@ -53,7 +54,7 @@ def mend_torchvision() -> None:
 
 kept: list[torch.library.Library] = []
 mend_torchvision()
-torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+torch.set_num_threads(min(2, usable_cores()))
 
 
 @dataclass(frozen=True)
