@@ -204,7 +204,7 @@ def native_images(data: dict[str, Any]) -> str:
     never, *_ = many["native, never refreshed minus simulation"]
     lines.append(
         f"\nOf {many['images']} images, A8, lean: native is {-difference:.2f} dB (95 %: {-high:.2f} to {-low:.2f}) below the "
-        f"simulation's {many['torch_sim_db']:.2f}; without computing `o_hat` anew, {-never:.2f}."
+        f"simulation's {many['torch_sim_db']:.2f}; without recomputing `o_hat`, {-never:.2f}."
     )
     return "\n".join(lines)
 

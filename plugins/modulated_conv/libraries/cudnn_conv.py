@@ -148,7 +148,7 @@ class Int8Conv:
         """Enqueue on torch's current stream; `workspace` has at least `workspace_size` bytes. Legal under capture.
 
         The launch just before must not write `addend`, unless it is one that all later ones wait for: cuDNN 9.19 has been seen
-        to read it before that launch has ended (plugins/NOTES.md, "A product that began too early").
+        to read it before that launch has ended (docs/lab/kernels.md, "A product that began too early").
         """
         cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream().cuda_stream)
         tensors = {_X: x, _WEIGHT: weight, _SCALE: scale, _ADDEND: addend, _OUT: out}

@@ -12,7 +12,7 @@ from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.native.layers import NativeModel
 from modiff_trt.runtime.backends.native.ops import Buffers, Kernels, shared_accumulators
 
-# Passes from one refresh to the next: 25 leave 0.09 dB, 50 leave 0.13, and 25 cost 4 to 6 % of a pass (plugins/NOTES.md).
+# Passes from one refresh to the next: 25 leave 0.09 dB, 50 leave 0.13, and 25 cost 4 to 6 % of a pass (docs/lab/kernels.md).
 REFRESH = 25
 
 

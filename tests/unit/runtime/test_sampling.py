@@ -5,15 +5,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import random_checkpoint, tiny_config
 from PIL import Image
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
+from modiff_trt.networks.unet import trace
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
-from modiff_trt.runtime.sampling import Rank
+from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
+from modiff_trt.runtime.sampling import Backend, Rank, run_sampling
 
 COUNT = 11
 
@@ -103,3 +107,19 @@ def test_bad_ranks_are_refused(monkeypatch, network, tmp_path):
             Rank.of_environment()
     process = start(network, tmp_path / "x.npz", RANK="0", WORLD_SIZE="2")
     assert process.wait() == 2 and "one .npz" in process.stderr.read()
+
+
+def test_images_of_channels_that_are_no_picture_go_to_an_npz(tmp_path):
+    """Four channels would be written as red, green, blue and transparency, without a word."""
+    config = tiny_config()
+    config = replace(config, data=replace(config.data, channels=4), model=replace(config.model, in_channels=4, out_ch=4))
+    network, checkpoint = trace(config), random_checkpoint(config)
+    backend = Backend(TorchDenoiser(network, checkpoint.params, (500, 0)), config, {})
+    job = {"indices": range(2), "seed": 0, "batch_size": 2, "eta": 0.0, "noise_file": None}
+    for shards in (False, True):
+        with pytest.raises(InputError, match="4 channels"):
+            run_sampling(backend, **job, out=tmp_path / "images", shards=shards)
+    assert not (tmp_path / "images").exists()
+    run_sampling(backend, **job, out=tmp_path / "o.npz")
+    with np.load(tmp_path / "o.npz") as archive:
+        assert archive["samples"].shape == (2, 4, 12, 12)

@@ -18,7 +18,7 @@ from modiff_trt.tools.assets import classifier_path
 from modiff_trt.tools.cli.evaluate import HEADINGS, rows_of
 from modiff_trt.tools.cli.main import app
 from modiff_trt.tools.evaluation import measures as evaluating
-from modiff_trt.tools.evaluation.measures import method_name, open_features
+from modiff_trt.tools.evaluation.measures import label, method_name, open_features
 
 
 def pictures(folder, count, seed, noise=0):
@@ -287,3 +287,22 @@ def test_the_classifier_can_be_trained_again(tmp_path):
         expected = ((network(x) + network(x.flip(3))) / 2).numpy()
     found = CifarFeatures(tmp_path / "d.safetensors")(images[:4])["logits"]
     np.testing.assert_allclose(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_a_pair_is_called_what_its_manifest_says(sets, tmp_path):
+    made = {"seed": 0, "eta": 0, "batch_size": 1, "backend": "native"}
+    bits = {"granularity": "static", "weight_bits": 8, "act_bits": 8}
+    names = {}
+    for method in ("modiff", "qdiff", "float"):
+        folder = tmp_path / method
+        shutil.copytree(tmp_path / "exact", folder)
+        write_signed(folder / "manifest.json", made | {"quantization": bits | {"method": method}})
+        append_sums(folder, {f.name: sha256(f) for f in folder.glob("*.png")})
+        names[method] = label(open_images(folder))
+    assert names == {"modiff": "native Q-Diff + MoDiff W8A8", "qdiff": "native Q-Diff W8A8", "float": "full precision"}
+    out = tmp_path / "r.json"
+    run("--samples", tmp_path / "modiff", "--same-noise", tmp_path / "qdiff", "--out", out)
+    entry = json.loads(out.read_text())["sets"]["modiff"]
+    assert entry["pairs"]["with"] == "native Q-Diff W8A8" and "to full precision" not in entry["fd-cifar"]
+    run("--samples", tmp_path / "modiff", "--same-noise", tmp_path / "float", "--name", "x", "--out", out)
+    assert "to full precision" in json.loads(out.read_text())["sets"]["x"]["fd-cifar"]

@@ -5,7 +5,7 @@ from modiff_trt.core.errors import InputError
 from modiff_trt.tools.report.results_tables import render
 
 
-@pytest.mark.parametrize("document", ["README.md", "STUDIES.md", "docs/robustness.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/results.md", "docs/robustness.md", "docs/lab/studies.md"])
 def test_tables_are_those_of_the_results(document):
     text = (ROOT / document).read_text()
     assert "<!-- table: " in text
