@@ -113,6 +113,19 @@ class Scales:
         return replace(self, method="qdiff", layers=layers, rows=rows, dither=False)
 
 
+def only_simulated(scales: Scales) -> str | None:
+    """Why integers cannot run these scales, on any backend and in any exported file; None where they can."""
+    if scales.rows.exact_start:
+        return "the scales file starts with a full-precision step, which integers cannot run; calibrate with --start warmup"
+    if scales.granularity == "channel":
+        return (
+            "scales with --granularity channel (LCQ) cannot be exported, nor run in integers: a scale per input channel varies "
+            "inside the sum of an INT8 product, where none can apply it; calibrate with --granularity static or tensor, or "
+            "sample with --backend torch-sim"
+        )
+    return None
+
+
 def save_scales(path: Path, scales: Scales) -> None:
     header = {
         "kind": KIND,

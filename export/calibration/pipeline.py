@@ -117,7 +117,6 @@ def refit_residuals(
     """
     use_full_precision()
     method = recipe.scale_method
-    denoiser = SimDenoiser(network, checkpoint.params, scales, device)
     histograms = {name: RangeHistogram() for name in scales.modulated}
     kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in scales.modulated}
     chosen = {int(step) + scales.rows.warmup for step in trajectories.chosen if step > 0}
@@ -135,7 +134,7 @@ def refit_residuals(
         nonlocal row
         row = done + 1
 
-    denoiser.on_layer = watch
+    denoiser = SimDenoiser(network, checkpoint.params, scales, device, on_layer=watch)
     start = trajectories.x[0]
     for begin in range(0, len(start), batch_size):
         row, keep = 0, begin == 0

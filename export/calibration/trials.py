@@ -62,7 +62,6 @@ class Trials:
 
     def residuals(self, scales: Scales) -> tuple[float, Array]:
         """PSNR, and the largest |x - a_hat| [rows, modulated layers] that each pass had to round."""
-        denoiser = SimDenoiser(self.network, self.checkpoint.params, scales, self._device)
         passes: list[dict[str, float]] = []
         first = scales.modulated[0]
 
@@ -71,8 +70,7 @@ class Trials:
                 passes.append({})
             passes[-1][layer.spec.name] = float((x - state.a_hat).abs().max())
 
-        denoiser.on_layer = watch
-        score = self.score(denoiser)
+        score = self.score(SimDenoiser(self.network, self.checkpoint.params, scales, self._device, on_layer=watch))
         return score, np.asarray([[found[name] for name in scales.modulated] for found in passes], np.float32)
 
     def score(self, denoiser: SimDenoiser) -> float:

@@ -19,7 +19,7 @@ from modiff_trt.core.config import config_to_dict
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path
 from modiff_trt.core.manifest import DIGEST, DOMAIN, MANIFEST_KEY, MANIFEST_SCHEMA, content_digest, encode_array
-from modiff_trt.core.scales import LayerScales, Scales
+from modiff_trt.core.scales import LayerScales, Scales, only_simulated
 from modiff_trt.export.onnx.ops import IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import quantize_layers
@@ -28,10 +28,6 @@ from modiff_trt.networks.unet import Network, unet
 
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 LARGEST_FILE = 2**31 - 1
-LCQ_REFUSAL = (
-    "scales with --granularity channel (LCQ) cannot be exported: a scale per input channel varies inside the "
-    "sum of an INT8 product, where no engine can apply it; calibrate with --granularity static or tensor"
-)
 
 
 def build_onnx(
@@ -43,12 +39,9 @@ def build_onnx(
     """
     if dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, found '{dtype}'")
-    if scales is not None and scales.rows.exact_start:
-        raise InputError(
-            "the scales file starts with a full-precision step, which an engine cannot run; calibrate with --start warmup"
-        )
-    if scales is not None and scales.granularity == "channel":
-        raise InputError(LCQ_REFUSAL)
+    reason = only_simulated(scales) if scales is not None else None
+    if reason is not None:
+        raise InputError(reason)
     dynamic = scales is not None and scales.granularity == "tensor"
     real = DTYPES[dtype]
     modulated = scales.modulated if scales is not None else ()

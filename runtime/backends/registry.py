@@ -16,7 +16,7 @@ from modiff_trt.core.schedule import requested_sequence, timestep_sequence
 from modiff_trt.networks.checkpoint import RAW_SUFFIX, Checkpoint, load_checkpoint
 from modiff_trt.networks.unet import Network, trace
 from modiff_trt.runtime.denoiser import Denoiser
-from modiff_trt.runtime.sampling import Backend, Rank, exported
+from modiff_trt.runtime.sampling import Backend, Rank
 
 if TYPE_CHECKING:
     from modiff_trt.runtime.backends.native.ops import Kernels
@@ -161,7 +161,8 @@ def native_kernels(device: str) -> Kernels:
 
 
 def _onnx_backend(options: SamplingOptions) -> Backend:
-    from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
+    from modiff_trt.runtime.backends.exported import onnx_backend
+    from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
 
     if options.onnx is None:
         raise InputError("--backend onnx needs --onnx FILE; write one with `modiff-trt export`")
@@ -179,13 +180,12 @@ def _onnx_backend(options: SamplingOptions) -> Backend:
     else:
         timesteps = rows.timesteps
         _check_steps(options, model.config, timesteps, model.manifest["skip_type"], options.onnx)
-    manifest = {"backend": "onnx", "onnx_sha256": model.sha256, **exported(model.manifest, timesteps)}
-    return Backend(OnnxDenoiser(model, timesteps, options.device), model.config, manifest)
+    return onnx_backend(model, timesteps, options.device)
 
 
 def _trt_backend(options: SamplingOptions) -> Backend:
+    from modiff_trt.runtime.backends.exported import plan_backend
     from modiff_trt.runtime.backends.plan import load_plan
-    from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser
 
     if options.plan is None:
         raise InputError("--backend trt needs --plan FILE; build one with `modiff-trt build`")
@@ -205,8 +205,7 @@ def _trt_backend(options: SamplingOptions) -> Backend:
     else:
         timesteps = rows.timesteps
         _check_steps(options, plan.config, timesteps, network["skip_type"], options.plan)
-    manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"], **exported(network, timesteps)}
-    return Backend(TrtDenoiser(plan, timesteps, gpu=Rank.of_environment().local), plan.config, manifest)
+    return plan_backend(plan, timesteps)
 
 
 def _refuse(value: Path | None, option: str, backend: str) -> None:

@@ -105,8 +105,10 @@ class SimDenoiser(_TorchBase):
         act_quant: bool = True,
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
+        on_layer: OnLayer | None = None,
     ) -> None:
-        """`compiled` runs a pass through torch.compile (a minute or two to begin with)."""
+        """`compiled` runs a pass through torch.compile (a minute or two to begin with). Calibration watches layers through
+        `on_layer`; see `simulate`."""
         super().__init__(network, params, scales.rows if act_quant else plain_rows(scales.rows.timesteps), device, dtype)
         self.layers: dict[str, QuantizedLayer] = quantize_layers(network, self._params, scales, dtype)
         self._modulated = scales.modulated if act_quant else ()
@@ -114,8 +116,7 @@ class SimDenoiser(_TorchBase):
         self._pass = torch.compile(simulate) if compiled else simulate
         # Only integers are convolved where every layer is quantized on a static grid.
         self._only_integers = act_quant and scales.granularity == "static" and len(self.layers) == len(network.layers)
-        # Calibration watches layers through this; see `simulate`.
-        self.on_layer: OnLayer | None = None
+        self._on_layer = on_layer
         self._state: State = {}
 
     @property
@@ -151,6 +152,6 @@ class SimDenoiser(_TorchBase):
                 multipliers,
                 exact=exact,
                 act_quant=self._act_quant,
-                on_layer=self.on_layer,
+                on_layer=self._on_layer,
             )
         return eps

@@ -56,7 +56,7 @@ def calibrate(
 ) -> None:
     """Find the scales of every layer and write them to a scales file."""
     from modiff_trt.core.files import check_writable
-    from modiff_trt.core.scales import save_scales
+    from modiff_trt.core.scales import only_simulated, save_scales
     from modiff_trt.export.calibration.adaround import AdaRoundOptions
     from modiff_trt.export.calibration.pipeline import (
         TRIAL_SEED,
@@ -123,5 +123,5 @@ def calibrate(
         part.unlink(missing_ok=True)
     modes = [layer.mode for layer in scales.layers.values()]
     counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in ("modiff", "int8", "float") if mode in modes)
-    only = "; for torch-sim only" if granularity == "channel" or start == "exact" else ""
+    only = "; for torch-sim only" if only_simulated(scales) is not None else ""
     typer.echo(f"{out}: {method} W{weight_bit}A{act_bit}, layers: {counts}; {len(scales.rows)} passes a trajectory{only}")

@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 
 from modiff_trt.core.errors import InputError, one_line
 from modiff_trt.core.files import read_signed
-from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
-from modiff_trt.runtime.sampling import Backend, Rank, exported, image_range, run_sampling
+from modiff_trt.runtime.backends.exported import onnx_backend, plan_backend
+from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
+from modiff_trt.runtime.backends.plan import load_plan
+from modiff_trt.runtime.sampling import Backend, Rank, image_range, run_sampling
 from modiff_trt.tools.stopping import exit_code
 
 NETWORK, PLAN, ABOUT = "network.onnx", "network.plan", "about.json"
@@ -71,17 +73,11 @@ def _backend(folder: Path, device: str) -> Backend:
         raise InputError(f"{folder / ABOUT} names timesteps that the network does not have; deploy it again")
     rows = model.calibrated_rows
     timesteps = rows.timesteps if rows is not None else tuple(steps)
-    manifest = {"backend": "onnx", "onnx_sha256": about["onnx_sha256"], **exported(model.manifest, timesteps)}
-    return Backend(OnnxDenoiser(model, timesteps, device), model.config, manifest)
+    return onnx_backend(model, timesteps, device)
 
 
 def _engine(file: Path, about: dict[str, Any]) -> Backend:
-    from modiff_trt.runtime.backends.plan import load_plan
-    from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser
-
     plan = load_plan(file)
     if plan.manifest["onnx_sha256"] != about["onnx_sha256"]:
         raise InputError(f"{file} is not the plan of this sampler; deploy it again")
-    timesteps = tuple(about["timesteps"])
-    manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"], **exported(plan.manifest["network"], timesteps)}
-    return Backend(TrtDenoiser(plan, timesteps, gpu=Rank.of_environment().local), plan.config, manifest)
+    return plan_backend(plan, tuple(about["timesteps"]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.core.scales import Scales
+from modiff_trt.core.scales import Scales, only_simulated
 from modiff_trt.networks.modulated import QuantizedLayer, initial_a_hat, quantize_layers
 from modiff_trt.networks.split import skip_factors
 from modiff_trt.networks.torch_ops import Params, convolve, layer_bias, layer_weight, time_table
@@ -79,22 +79,11 @@ class NativeModel:
     start: Mapping[str, tuple[Tensor, Tensor]]
 
 
-def check_scales(scales: Scales) -> None:
-    """Raises InputError for scales that only the simulation can run."""
-    if scales.rows.exact_start:
-        raise InputError(
-            "the scales file starts with a full-precision step, which integers cannot run; calibrate with --start warmup"
-        )
-    if scales.granularity == "channel":
-        raise InputError(
-            "a scale for each input channel (LCQ) cannot leave an integer product; calibrate with --granularity static or "
-            "tensor, or use torch-sim"
-        )
-
-
 def build(network: Network, params: Params, scales: Scales) -> NativeModel:
     """Packs a network on the CPU. Raises InputError for scales that cannot run in integers."""
-    check_scales(scales)
+    reason = only_simulated(scales)
+    if reason is not None:
+        raise InputError(reason)
     quantized = quantize_layers(network, params, scales)
     layers: dict[str, NativeLayer] = {}
     columns: list[np.ndarray] = []

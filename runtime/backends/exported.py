@@ -1,0 +1,21 @@
+"""Backends of what was exported: an ONNX file, or a plan built from one. No torch."""
+
+from __future__ import annotations
+
+from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, OnnxModel
+from modiff_trt.runtime.backends.plan import Plan
+from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser
+from modiff_trt.runtime.sampling import Backend, Rank, exported
+
+
+def onnx_backend(model: OnnxModel, timesteps: tuple[int, ...], device: str) -> Backend:
+    """onnxruntime on an exported file; `timesteps` are those of its rows, or of the trajectory for a float network."""
+    manifest = {"backend": "onnx", "onnx_sha256": model.sha256, **exported(model.manifest, timesteps)}
+    return Backend(OnnxDenoiser(model, timesteps, device), model.config, manifest)
+
+
+def plan_backend(plan: Plan, timesteps: tuple[int, ...]) -> Backend:
+    """TensorRT on a plan, on this process' GPU. Raises InputError for a plan that this machine cannot run."""
+    manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"]}
+    manifest |= exported(plan.manifest["network"], timesteps)
+    return Backend(TrtDenoiser(plan, timesteps, gpu=Rank.of_environment().local), plan.config, manifest)
