@@ -96,7 +96,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_files(network, alone, tmp_pa
     process = start(network, tmp_path / "images")
     assert process.wait() == 0, process.stderr.read()
     assert pictures(tmp_path / "images") == alone
-    assert {path.suffix for path in (tmp_path / "images").iterdir()} <= {".png", ".json", ".part"}
+    assert {path.suffix for path in (tmp_path / "images").iterdir()} <= {".png", ".json", ".part", ".sha256"}
 
 
 def test_bad_ranks_are_refused(monkeypatch, network, tmp_path):

@@ -54,7 +54,7 @@ def native(case, scales):
 
 def assert_images_of_the_simulation(case, scales):
     """Of three images one may have had a value on an edge of its grid, which another order of sums rounds the other way."""
-    found, expected = (case.sample(denoiser, 3, seed=1) for denoiser in (native(case, scales), Snapped(case, scales)))
+    found, expected = (case.sample(denoiser, 3, seed=2) for denoiser in (native(case, scales), Snapped(case, scales)))
     nearness = sorted(psnr(found[i : i + 1], expected[i : i + 1]) for i in range(3))
     assert nearness[0] > 25
     assert nearness[1] > 80
