@@ -14,19 +14,6 @@ from modiff_trt.tools.evaluation.frechet import Moments, frechet_distance
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    network = inception.build_network()
-    for name, value in network.state_dict().items():
-        if value.is_floating_point():
-            spread = torch.rand_like(value) + 0.5 if name.endswith(("running_var", "bn.weight")) else torch.randn_like(value)
-            value.copy_(spread if value.ndim < 2 else spread * (2 / value[0].numel()) ** 0.5)
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(network.state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def images():
     return np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
 
