@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -81,9 +81,25 @@ class ImageSet:
 
         return self._digest(stamp)
 
-    def content_sha256(self) -> str:
-        """SHA-256 of the file, or of a folder's names and files."""
+    @cached_property
+    def _stamp(self) -> str:
+        """The fingerprint before anything of the set was used."""
+        return self.fingerprint()
+
+    @cached_property
+    def _content(self) -> str:
+        _ = self._stamp
         return sha256(self.path) if self.path.is_file() else self._digest(sha256)
+
+    def content_sha256(self) -> str:
+        """SHA-256 of the file, or of a folder's names and files; computed once."""
+        return self._content
+
+    def check_unchanged(self) -> None:
+        """Called before and after the images are read. Raises InputError if the files have changed since their digest was
+        computed, or since this was called first."""
+        if self.fingerprint() != self._stamp:
+            raise InputError(f"{self.path} changed while it was measured; run the command again when nothing writes there")
 
     def _digest(self, of: Callable[[Path], str]) -> str:
         files = [self.path] if self.path.is_file() else sorted(self.path.rglob("*"))

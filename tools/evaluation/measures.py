@@ -126,7 +126,7 @@ def measure(images: ImageSet, features: Features, batch_size: int, score: bool, 
     names = measures_of(features)
     moments = {name: Moments() for name in names.distances}
     inception = InceptionScore(images.count, consecutive=consecutive, ranks=images.ranks) if score and names.score else None
-    before = images.fingerprint()
+    images.check_unchanged()
     with progress_bar() as bar:
         task = bar.add_task(f"{features.name} of {images.path.name}", total=images.count, unit="images")
         for batch in images.batches(batch_size):
@@ -136,8 +136,7 @@ def measure(images: ImageSet, features: Features, batch_size: int, score: bool, 
             if inception is not None:
                 inception.add(found["logits"])
             bar.advance(task, len(batch))
-    if images.fingerprint() != before:
-        raise InputError(f"{images.path} changed while it was measured; run the command again when nothing writes there")
+    images.check_unchanged()
     gaussians = {name: accumulated.gaussian() for name, accumulated in moments.items()}
     return Statistics(gaussians, images.count, inception.result() if inception is not None else None)
 
@@ -239,6 +238,8 @@ def paired(images: ImageSet, exact: ImageSet, batch_size: int, device: str = "cp
     """PSNR in dB over all pixels, and mean SSIM, of pairs of 8-bit images from one noise. The PSNR of equal sets, which is
     infinite, is None. Raises InputError unless they can be paired (see `check_pairs`)."""
     check_pairs(images, exact)
+    for used in (images, exact):
+        used.check_unchanged()
     from modiff_trt.tools.evaluation.similarity import LEVELS, ssim
 
     squares, similarity = 0.0, 0.0
@@ -248,6 +249,8 @@ def paired(images: ImageSet, exact: ImageSet, batch_size: int, device: str = "cp
             squares += float(((a.astype(np.float64) - b) ** 2).sum())
             similarity += float(ssim(a, b, device).sum())
             bar.advance(task, len(a))
+    for used in (images, exact):
+        used.check_unchanged()
     mse = squares / (images.count * math.prod(images.shape) * 3)
     return {
         "psnr_db": decibels(mse, LEVELS) if mse > 0 else None,

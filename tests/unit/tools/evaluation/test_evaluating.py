@@ -306,3 +306,16 @@ def test_a_pair_is_called_what_its_manifest_says(sets, tmp_path):
     assert entry["pairs"]["with"] == "native Q-Diff W8A8" and "to full precision" not in entry["fd-cifar"]
     run("--samples", tmp_path / "modiff", "--same-noise", tmp_path / "float", "--name", "x", "--out", out)
     assert "to full precision" in json.loads(out.read_text())["sets"]["x"]["fd-cifar"]
+
+
+def test_images_that_change_after_their_digest_was_recorded_are_refused(sets, tmp_path):
+    """Or the digest beside the figures would be of other images."""
+    network = open_features("fd-cifar", None, "cpu", "torch")
+    images, exact = open_images(tmp_path / "quantized"), open_images(tmp_path / "exact")
+    assert images.content_sha256() == open_images(tmp_path / "quantized").content_sha256()
+    Image.fromarray(sets["exact"][3]).save(tmp_path / "quantized/00003.png")
+    with pytest.raises(InputError, match="changed while"):
+        evaluating.measure(images, network, 8, score=False)
+    with pytest.raises(InputError, match="changed while"):
+        evaluating.paired(images, exact, 8)
+    assert evaluating.paired(open_images(tmp_path / "quantized"), exact, 8)["psnr_db"] > 0
