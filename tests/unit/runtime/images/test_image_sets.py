@@ -1,5 +1,6 @@
 """Image sets of every kind give the same images in the same order, and damaged ones are refused."""
 
+import gzip
 import io
 import tarfile
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import write_signed
-from modiff_trt.runtime.images.folders import ShardFolder
+from modiff_trt.runtime.images.folders import ShardFolder, save_npz
 from modiff_trt.runtime.images.sets import cifar_batches, open_images
 
 COUNT = 11
@@ -122,3 +123,29 @@ def test_damaged_sets_are_refused_in_one_line(images, tmp_path):
             list(open_images(tmp_path / name).batches(4))
     with pytest.raises(InputError, match="no test_batch"):
         list(cifar_batches(whole, "test_batch"))
+
+
+def test_the_checksum_of_an_archive_is_compared(images, tmp_path):
+    """It stands behind the end of the archive proper, where a reader of its members does not come."""
+    whole = archive(tmp_path / "cifar.tar.gz", images)
+    content = bytearray(whole.read_bytes())
+    content[-6] ^= 1
+    whole.write_bytes(content)
+    with pytest.raises(gzip.BadGzipFile):
+        gzip.decompress(content)
+    with tarfile.open(whole) as file:
+        assert file.getnames()  # which does not see it
+    with pytest.raises(InputError, match="cannot be read"):
+        open_images(whole)
+
+
+@pytest.mark.parametrize("part", ["images", "indices"])
+def test_an_archive_of_ours_that_was_packed_again_with_other_arrays_is_refused(images, tmp_path, part):
+    save_npz(tmp_path / "a.npz", samples(images), range(COUNT), {"seed": 0, "eta": 0, "batch_size": 1})
+    assert sum(len(batch) for batch in open_images(tmp_path / "a.npz").batches(4)) == COUNT
+    with np.load(tmp_path / "a.npz") as file:
+        arrays = dict(file)
+    arrays[part] = arrays[part][::-1].copy()
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(InputError, match="were altered"):
+        list(open_images(tmp_path / "a.npz").batches(4))
