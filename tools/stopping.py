@@ -16,6 +16,15 @@ BAD_INPUT, INTERRUPTED = 2, 130
 GO_ON = "interrupted; run the same command again to go on"
 
 
+def interrupted(say: Callable[[str], None]) -> int:
+    """The exit code of an interrupted program, whose one line `say` gets."""
+    say(GO_ON)
+    # Python ends a process by the signal, whatever code it asks for, if the interruption passed through an `exec` of text (a
+    # dataclass is made by one). It forgets this with the next `exec`.
+    exec("")
+    return INTERRUPTED
+
+
 @contextmanager
 def termination_as_interruption() -> Iterator[None]:
     """While it lasts, SIGTERM ends the program as Ctrl-C does: temporary files are removed on the way out."""
@@ -47,8 +56,7 @@ def exit_code(run: Callable[[], int], say: Callable[[str], None]) -> int:
         except InputError as error:
             message = str(error)
         except KeyboardInterrupt:
-            say(GO_ON)
-            return INTERRUPTED
+            return interrupted(say)
         except BrokenPipeError:  # the reader of a pipe has gone
             _drop_output()
             return 1

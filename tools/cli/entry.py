@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from modiff_trt.tools.stopping import GO_ON, INTERRUPTED, termination_as_interruption
+from modiff_trt.tools.stopping import interrupted, termination_as_interruption
 
 
 def main() -> None:
@@ -13,8 +13,7 @@ def main() -> None:
             from modiff_trt.tools.cli.main import main as run
         run()
     except KeyboardInterrupt:
-        print(GO_ON, file=sys.stderr)  # noqa: T201
-        sys.exit(INTERRUPTED)
+        sys.exit(interrupted(lambda line: print(line, file=sys.stderr)))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import typer
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.progress import errors
 from modiff_trt.tools.cli import bench, calibrate, collect, demo, engine, evaluate, export, inspect_scales, report, sample
-from modiff_trt.tools.stopping import BAD_INPUT, GO_ON, INTERRUPTED, exit_code
+from modiff_trt.tools.stopping import BAD_INPUT, INTERRUPTED, exit_code
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,7 +78,7 @@ def _run(arguments: list[str] | None) -> int:
             return BAD_INPUT
         raise InputError(f"{error.format_message()}; see --help") from None
     if result == INTERRUPTED:  # the command-line library has turned Ctrl-C into this
-        errors.print(GO_ON)
+        raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
 
 

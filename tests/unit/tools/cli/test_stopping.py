@@ -98,6 +98,17 @@ def test_signals_end_it_with_one_line_and_no_temporary_file(tmp_path, number, mo
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_an_interruption_inside_executed_text_ends_with_the_code_too():
+    """Python would end the process by SIGINT itself: -2, where 130 was asked for."""
+    program = """
+import sys
+from modiff_trt.tools.stopping import exit_code
+sys.exit(exit_code(lambda: exec("raise KeyboardInterrupt"), print))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout.strip()) == (130, stopping.GO_ON), result.stderr
+
+
 def test_output_under_dev_shm_is_an_ordinary_file():
     out = f"/dev/shm/modiff-test-{os.getpid()}.safetensors"
     job = ["collect", *MODEL, "--timesteps", 2, "--num-samples", 2, "--batch-size", 1, "--out", out]
