@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modiff_trt.core.config import Config
-from modiff_trt.networks.unet import GROUPS, NORM_EPS, LayerSpec, Network, trace, unet
+from modiff_trt.networks.unet import GROUPS, NORM_EPS, LayerSpec, Network, trace
 
 Params = Mapping[str, Tensor]
 LayerFn = Callable[[LayerSpec, Tensor], Tensor]
@@ -46,25 +46,13 @@ def float_layer(params: Params) -> LayerFn:
 class TorchOps:
     """The network's operations on tensors [N, C, H, W]; `layer` decides how a convolution is computed."""
 
-    def __init__(self, network: Network, params: Params, time_bias: Mapping[str, Tensor], layer: LayerFn) -> None:
-        self._layers = network.by_name
+    def __init__(self, params: Params, time_bias: Mapping[str, Tensor], layer: LayerFn) -> None:
         self._params = params
         self._time_bias = time_bias
         self._layer = layer
 
-    def conv(
-        self,
-        name: str,
-        x: Tensor,
-        out_channels: int,
-        kernel: int,
-        *,
-        stride: int = 1,
-        split: int = 0,
-        parts: tuple[str, ...] = (),
-        upsampled: bool = False,
-    ) -> Tensor:
-        return self._layer(self._layers[name], x)
+    def layer(self, spec: LayerSpec, x: Tensor) -> Tensor:
+        return self._layer(spec, x)
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         return F.group_norm(x, GROUPS, self._params[f"{name}.weight"], self._params[f"{name}.bias"], NORM_EPS)
@@ -132,7 +120,7 @@ def time_table(network: Network, params: Params) -> dict[str, Tensor]:
 
 def run_unet(network: Network, params: Params, x: Tensor, bias: Mapping[str, Tensor], layer: LayerFn | None = None) -> Tensor:
     """Epsilon [N, C, H, W] for `x`, given the time biases of its timesteps (`time_bias`, or rows of `time_table`)."""
-    return unet(TorchOps(network, params, bias, layer or float_layer(params)), network.config, x)
+    return network.function(TorchOps(params, bias, layer or float_layer(params)), x)
 
 
 class UNet(nn.Module):

@@ -9,8 +9,10 @@ block read the same input, so they are one layer with one MoDiff state.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
 from math import prod
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from modiff_trt.core.config import Config
 
@@ -20,24 +22,50 @@ NORM_EPS = 1e-6
 V = TypeVar("V")
 
 
+Shape = tuple[int, int, int]
+
+
+class Role(StrEnum):
+    """What a layer is in its network. `input` reads the network's input and `output` gives its answer. A `shortcut` reads what
+    the first convolution of its block reads, and is added to what the block's last one gives. `qkv` is q, k and v stacked."""
+
+    INPUT = "input"
+    OUTPUT = "output"
+    SHORTCUT = "shortcut"
+    QKV = "qkv"
+    INNER = "inner"
+
+
 @dataclass(frozen=True)
 class LayerSpec:
-    """A convolution that can be quantized and modulated.
+    """A convolution that can be quantized and modulated. Shapes are (C, H, W) of one image.
 
     `params` are the checkpoint prefixes whose weights are stacked along the output channels (three for `qkv`).
     `padding` is (top, left, bottom, right), `split` the channel at which a concatenated skip begins (0: none). `upsampled` says
     that each 2x2 block of the input repeats one value (nearest upsampling), so that one value of a_hat stands for four.
+    `normalized` says that the input comes from a normalization. `block` is the residual or attention block it belongs to. A
+    shortcut is computed `beside` one layer, whose input it shares, and `added_to` the output of another, which runs before it.
     """
 
     name: str
     params: tuple[str, ...]
-    in_shape: tuple[int, int, int]
-    out_shape: tuple[int, int, int]
+    in_shape: Shape
+    out_shape: Shape
     kernel: int
     stride: int
     padding: tuple[int, int, int, int]
     split: int = 0
     upsampled: bool = False
+    role: Role = Role.INNER
+    normalized: bool = False
+    block: str = ""
+    beside: str = ""
+    added_to: str = ""
+
+    @property
+    def is_edge(self) -> bool:
+        """Whether the layer stands at the network's input or output."""
+        return self.role in (Role.INPUT, Role.OUTPUT)
 
     @property
     def intensity(self) -> float:
@@ -54,18 +82,10 @@ class LayerSpec:
 class Ops(Protocol[V]):
     """What the network is made of. `V` is a tensor, or whatever stands for one."""
 
-    def conv(
-        self,
-        name: str,
-        x: V,
-        out_channels: int,
-        kernel: int,
-        *,
-        stride: int = 1,
-        split: int = 0,
-        parts: tuple[str, ...] = (),
-        upsampled: bool = False,
-    ) -> V: ...
+    def layer(self, spec: LayerSpec, x: V) -> V:
+        """The convolution `spec` of x, in whatever mode it has."""
+        ...
+
     def norm(self, name: str, x: V) -> V: ...
     def norm_silu(self, name: str, x: V) -> V: ...
     def add(self, a: V, b: V) -> V: ...
@@ -79,73 +99,99 @@ class Ops(Protocol[V]):
         ...
 
 
-def resnet_block(ops: Ops[V], name: str, x: V, in_channels: int, out_channels: int, split: int) -> V:
-    h = ops.norm_silu(f"{name}.norm1", x)
-    h = ops.conv(f"{name}.conv1", h, out_channels, 3, split=split)
+class Function(Protocol):
+    """A network: what it answers to x, over any operations. The timestep is bound into `ops` (see `Ops.add_time`)."""
+
+    def __call__(self, ops: Ops[V], x: V) -> V: ...
+
+
+def convolution(
+    name: str, in_shape: Shape, out_channels: int, kernel: int, *, stride: int = 1, params: tuple[str, ...] = (), **more: Any
+) -> LayerSpec:
+    """The layer that keeps height and width, or halves them; DDIM pads a strided one only at the bottom and the right."""
+    pad = kernel // 2
+    padding = (pad, pad, pad, pad) if stride == 1 else (0, 0, 1, 1)
+    out_shape = (out_channels, in_shape[1] // stride, in_shape[2] // stride)
+    return LayerSpec(name, params or (name,), in_shape, out_shape, kernel, stride, padding, **more)
+
+
+def resnet_block(ops: Ops[V], name: str, x: V, in_shape: Shape, out_channels: int, split: int) -> V:
+    out_shape = (out_channels, *in_shape[1:])
+    first = convolution(f"{name}.conv1", in_shape, out_channels, 3, split=split, normalized=True, block=name)
+    last = convolution(f"{name}.conv2", out_shape, out_channels, 3, normalized=True, block=name)
+    h = ops.layer(first, ops.norm_silu(f"{name}.norm1", x))
     h = ops.add_time(name, h, out_channels)
-    h = ops.norm_silu(f"{name}.norm2", h)
-    h = ops.conv(f"{name}.conv2", h, out_channels, 3)
-    if in_channels != out_channels:
-        return ops.block_done(name, x, ops.add(ops.conv(f"{name}.nin_shortcut", x, out_channels, 1, split=split), h))
-    return ops.block_done(name, x, ops.add(x, h))
+    h = ops.layer(last, ops.norm_silu(f"{name}.norm2", h))
+    if in_shape == out_shape:
+        return ops.block_done(name, x, ops.add(x, h))
+    shortcut = convolution(
+        f"{name}.nin_shortcut",
+        in_shape,
+        out_channels,
+        1,
+        split=split,
+        role=Role.SHORTCUT,
+        block=name,
+        beside=first.name,
+        added_to=last.name,
+    )
+    return ops.block_done(name, x, ops.add(ops.layer(shortcut, x), h))
 
 
-def attention_block(ops: Ops[V], name: str, x: V, channels: int) -> V:
-    h = ops.norm(f"{name}.norm", x)
-    qkv = ops.conv(f"{name}.qkv", h, 3 * channels, 1, parts=(f"{name}.q", f"{name}.k", f"{name}.v"))
-    h = ops.attention(qkv, channels)
-    h = ops.conv(f"{name}.proj_out", h, channels, 1)
+def attention_block(ops: Ops[V], name: str, x: V, shape: Shape) -> V:
+    channels = shape[0]
+    parts = (f"{name}.q", f"{name}.k", f"{name}.v")
+    qkv = convolution(f"{name}.qkv", shape, 3 * channels, 1, params=parts, role=Role.QKV, normalized=True, block=name)
+    h = ops.attention(ops.layer(qkv, ops.norm(f"{name}.norm", x)), channels)
+    h = ops.layer(convolution(f"{name}.proj_out", shape, channels, 1, block=name), h)
     return ops.block_done(name, x, ops.add(x, h))
 
 
 def unet(ops: Ops[V], config: Config, x: V) -> V:
-    """Predicts epsilon, shape of `x` [N, C, H, W]. The timestep is bound into `ops` (see `Ops.add_time`)."""
+    """Predicts epsilon, shape of `x` [N, C, H, W]."""
     model = config.model
-    resolution = config.data.image_size
+    size = config.input_shape[1:]
     channels = model.ch
-    h = ops.conv("conv_in", x, channels, 3)
+    h = ops.layer(convolution("conv_in", config.input_shape, channels, 3, role=Role.INPUT), x)
     skips = [(h, channels)]
     last = len(model.ch_mult) - 1
 
     for level, mult in enumerate(model.ch_mult):
         for i in range(model.num_res_blocks):
-            h = resnet_block(ops, f"down.{level}.block.{i}", h, channels, model.ch * mult, 0)
+            h = resnet_block(ops, f"down.{level}.block.{i}", h, (channels, *size), model.ch * mult, 0)
             channels = model.ch * mult
-            if resolution in model.attn_resolutions:
-                h = attention_block(ops, f"down.{level}.attn.{i}", h, channels)
+            if size[0] in model.attn_resolutions:
+                h = attention_block(ops, f"down.{level}.attn.{i}", h, (channels, *size))
             skips.append((h, channels))
         if level != last:
             if model.resamp_with_conv:
-                h = ops.conv(f"down.{level}.downsample.conv", h, channels, 3, stride=2)
+                h = ops.layer(convolution(f"down.{level}.downsample.conv", (channels, *size), channels, 3, stride=2), h)
             else:
                 h = ops.avg_pool(h)
-            resolution //= 2
+            size = (size[0] // 2, size[1] // 2)
             skips.append((h, channels))
 
-    h = resnet_block(ops, "mid.block_1", h, channels, channels, 0)
-    h = attention_block(ops, "mid.attn_1", h, channels)
-    h = resnet_block(ops, "mid.block_2", h, channels, channels, 0)
+    h = resnet_block(ops, "mid.block_1", h, (channels, *size), channels, 0)
+    h = attention_block(ops, "mid.attn_1", h, (channels, *size))
+    h = resnet_block(ops, "mid.block_2", h, (channels, *size), channels, 0)
 
     for level in range(last, -1, -1):
         out_channels = model.ch * model.ch_mult[level]
         for i in range(model.num_res_blocks + 1):
             skip, skip_channels = skips.pop()
             h = ops.concat(h, skip)
-            h = resnet_block(ops, f"up.{level}.block.{i}", h, channels + skip_channels, out_channels, channels)
+            h = resnet_block(ops, f"up.{level}.block.{i}", h, (channels + skip_channels, *size), out_channels, channels)
             channels = out_channels
-            if resolution in model.attn_resolutions:
-                h = attention_block(ops, f"up.{level}.attn.{i}", h, channels)
+            if size[0] in model.attn_resolutions:
+                h = attention_block(ops, f"up.{level}.attn.{i}", h, (channels, *size))
         if level != 0:
             h = ops.upsample(h)
-            resolution *= 2
+            size = (2 * size[0], 2 * size[1])
             if model.resamp_with_conv:
-                h = ops.conv(f"up.{level}.upsample.conv", h, channels, 3, upsampled=True)
+                h = ops.layer(convolution(f"up.{level}.upsample.conv", (channels, *size), channels, 3, upsampled=True), h)
 
     h = ops.norm_silu("norm_out", h)
-    return ops.conv("conv_out", h, model.out_ch, 3)
-
-
-Shape = tuple[int, int, int]
+    return ops.layer(convolution("conv_out", (channels, *size), model.out_ch, 3, role=Role.OUTPUT, normalized=True), h)
 
 
 class ShapeOps:
@@ -154,6 +200,7 @@ class ShapeOps:
     def __init__(self, ch: int) -> None:
         temb = 4 * ch
         self.layers: list[LayerSpec] = []
+        self.norms: list[str] = []
         self.time_channels: dict[str, int] = {}
         self.blocks: list[str] = []
         self.parameters: dict[str, tuple[int, ...]] = {
@@ -164,31 +211,17 @@ class ShapeOps:
         }
         self._temb = temb
 
-    def conv(
-        self,
-        name: str,
-        x: Shape,
-        out_channels: int,
-        kernel: int,
-        *,
-        stride: int = 1,
-        split: int = 0,
-        parts: tuple[str, ...] = (),
-        upsampled: bool = False,
-    ) -> Shape:
-        channels, height, width = x
-        pad = kernel // 2
-        # DDIM pads a strided convolution only at the bottom and the right.
-        padding = (pad, pad, pad, pad) if stride == 1 else (0, 0, 1, 1)
-        out = (out_channels, height // stride, width // stride)
-        parts = parts or (name,)
-        self.layers.append(LayerSpec(name, parts, x, out, kernel, stride, padding, split, upsampled))
-        for part in parts:
-            self.parameters[f"{part}.weight"] = (out_channels // len(parts), channels, kernel, kernel)
-            self.parameters[f"{part}.bias"] = (out_channels // len(parts),)
-        return out
+    def layer(self, spec: LayerSpec, x: Shape) -> Shape:
+        assert spec.in_shape == x, f"{spec.name} is described for {spec.in_shape} and given {x}"
+        self.layers.append(spec)
+        channels = spec.out_shape[0] // len(spec.params)
+        for part in spec.params:
+            self.parameters[f"{part}.weight"] = (channels, x[0], spec.kernel, spec.kernel)
+            self.parameters[f"{part}.bias"] = (channels,)
+        return spec.out_shape
 
     def norm(self, name: str, x: Shape) -> Shape:
+        self.norms.append(name)
         self.parameters[f"{name}.weight"] = self.parameters[f"{name}.bias"] = (x[0],)
         return x
 
@@ -223,10 +256,13 @@ class ShapeOps:
 
 @dataclass(frozen=True)
 class Network:
-    """What a configuration implies: layers in execution order, parameter shapes, time projections per block."""
+    """What a configuration implies: its function, layers and normalizations in execution order, parameter shapes, and time
+    projections by block."""
 
     config: Config
+    function: Function
     layers: tuple[LayerSpec, ...]
+    norms: tuple[str, ...]
     parameters: dict[str, tuple[int, ...]]
     time_channels: dict[str, int]
     blocks: tuple[str, ...]
@@ -234,23 +270,26 @@ class Network:
     def layer(self, name: str) -> LayerSpec:
         return self.by_name[name]
 
-    @property
+    @cached_property
     def by_name(self) -> dict[str, LayerSpec]:
         return {spec.name: spec for spec in self.layers}
 
     @property
     def parameter_count(self) -> int:
-        total = 0
-        for shape in self.parameters.values():
-            size = 1
-            for n in shape:
-                size *= n
-            total += size
-        return total
+        return sum(prod(shape) for shape in self.parameters.values())
 
 
 def trace(config: Config) -> Network:
     """Lists the network of a configuration, without allocating any of it."""
+
+    def function(ops: Ops[V], x: V) -> V:
+        return unet(ops, config, x)
+
+    return traced(config, function)
+
+
+def traced(config: Config, function: Function) -> Network:
+    """Lists a function's network, for inputs and timesteps as `config` has them."""
     ops = ShapeOps(config.model.ch)
-    unet(ops, config, config.input_shape)
-    return Network(config, tuple(ops.layers), ops.parameters, ops.time_channels, tuple(ops.blocks))
+    function(ops, config.input_shape)
+    return Network(config, function, tuple(ops.layers), tuple(ops.norms), ops.parameters, ops.time_channels, tuple(ops.blocks))

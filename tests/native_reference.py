@@ -23,7 +23,8 @@ class ReferenceKernels:
 
     def quantize(self, layer, shape, a, out, *, norm, **sources):
         norm = Norm(*norm) if norm is not None else None
-        quantize_input(shape, a, out, norm=norm, factors=layer.factors, bits=layer.bits, **sources)
+        factors, bits = (layer.factors, layer.bits) if layer is not None else (None, 8)
+        quantize_input(shape, a, out, norm=norm, factors=factors, bits=bits, **sources)
 
     def real_product(self, layer, sources):
         (channels, height, width), spec = layer.spec.out_shape, layer.spec

@@ -18,7 +18,7 @@ from modiff_trt.export.calibration.adaround import AdaRoundOptions, SoftRounding
 from modiff_trt.networks.quantizers import quantize_weight
 from modiff_trt.networks.split import divide_skip, fold_skip
 from modiff_trt.networks.torch_ops import LayerFn, Params, TorchOps, convolve, float_layer, layer_bias, layer_weight, time_table
-from modiff_trt.networks.unet import LayerSpec, Network, attention_block, resnet_block, unet
+from modiff_trt.networks.unet import LayerSpec, Network, Role, attention_block, resnet_block
 
 # What one block's cached inputs and outputs may take, in bytes; beyond it fewer samples are used at a time.
 CACHE_BYTES = 4 * 2**30
@@ -54,13 +54,12 @@ def units(network: Network) -> list[Unit]:
     """All units in execution order; every layer belongs to exactly one."""
     found: list[Unit] = []
     for spec in network.layers:
-        block = next((b for b in network.blocks if spec.name.startswith(b + ".")), None)
-        if block is None:
+        if not spec.block:
             found.append(Unit(spec.name, (spec,), False))
-        elif found and found[-1].name == block:
-            found[-1] = Unit(block, (*found[-1].layers, spec), True)
+        elif found and found[-1].name == spec.block:
+            found[-1] = Unit(spec.block, (*found[-1].layers, spec), True)
         else:
-            found.append(Unit(block, (spec,), True))
+            found.append(Unit(spec.block, (spec,), True))
     return found
 
 
@@ -71,8 +70,8 @@ class _Done(Exception):
 class _CaptureOps(TorchOps):
     """The network up to one unit; keeps the unit's input and output."""
 
-    def __init__(self, network: Network, params: Params, bias: Mapping[str, Tensor], layer: LayerFn, unit: Unit) -> None:
-        super().__init__(network, params, bias, self._watch if not unit.is_block else layer)
+    def __init__(self, params: Params, bias: Mapping[str, Tensor], layer: LayerFn, unit: Unit) -> None:
+        super().__init__(params, bias, self._watch if not unit.is_block else layer)
         self._plain, self._unit = layer, unit
         self.captured: tuple[Tensor, Tensor] | None = None
 
@@ -93,9 +92,9 @@ class _CaptureOps(TorchOps):
 def _capture(
     network: Network, params: Params, x: Tensor, bias: Mapping[str, Tensor], layer: LayerFn, unit: Unit
 ) -> tuple[Tensor, Tensor]:
-    ops = _CaptureOps(network, params, bias, layer, unit)
+    ops = _CaptureOps(params, bias, layer, unit)
     with contextlib.suppress(_Done):
-        unet(ops, network.config, x)
+        network.function(ops, x)
     assert ops.captured is not None
     return ops.captured
 
@@ -103,10 +102,10 @@ def _capture(
 def _run_unit(ops: TorchOps, unit: Unit, x: Tensor) -> Tensor:
     first = unit.layers[0]
     if not unit.is_block:
-        return ops.conv(unit.name, x, first.out_shape[0], first.kernel)
-    if first.name.endswith(".qkv"):
-        return attention_block(ops, unit.name, x, first.in_shape[0])
-    return resnet_block(ops, unit.name, x, first.in_shape[0], first.out_shape[0], first.split)
+        return ops.layer(first, x)
+    if first.role is Role.QKV:
+        return attention_block(ops, unit.name, x, first.in_shape)
+    return resnet_block(ops, unit.name, x, first.in_shape, first.out_shape[0], first.split)
 
 
 def reconstruct(
@@ -196,7 +195,7 @@ def _train_unit(
         return convolve(spec, x, soft[spec.name].weight(), layer_bias(spec, params))
 
     def loss(indices: Tensor) -> Tensor:
-        ops = TorchOps(network, params, _bias(table, t[indices]), layer)
+        ops = TorchOps(params, _bias(table, t[indices]), layer)
         at = indices.to(device)
         difference = _run_unit(ops, unit, cached[at]) - target[at]
         return difference.square().sum(1).mean()

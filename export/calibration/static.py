@@ -25,7 +25,6 @@ from modiff_trt.networks.unet import LayerSpec, Network
 RESIDUALS = ("float", "quantized")
 # How the scale of a weight's channel is found.
 WEIGHT_SCALES = {"minmax": minmax_weight_scale, "mse": mse_weight_scale}
-EDGE_LAYERS = ("conv_in", "conv_out")
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,9 @@ class Recipe:
             if not MIN_BITS <= bits <= MAX_BITS:
                 raise InputError(f"{option} must lie between {MIN_BITS} and {MAX_BITS}, found {bits}")
 
-    def bits(self, layer: str) -> tuple[int, int]:
+    def bits(self, layer: LayerSpec) -> tuple[int, int]:
         """(weight bits, activation bits) of a layer."""
-        if layer in EDGE_LAYERS and self.edge_bits is not None:
+        if layer.is_edge and self.edge_bits is not None:
             return max(self.weight_bits, self.edge_bits), max(self.act_bits, self.edge_bits)
         return self.weight_bits, self.act_bits
 
@@ -219,7 +218,7 @@ def make_scales(
     full_range, bits = [], []
     for spec in network.layers:
         measured = ranges[spec.name]
-        weight_bits, act_bits = recipe.bits(spec.name)
+        weight_bits, act_bits = recipe.bits(spec)
         shrinks = 0 < measured.residual.absmax < measured.activation.absmax
         mode = "modiff" if recipe.method == "modiff" and shrinks else "int8"
         if spec.intensity < recipe.min_intensity:

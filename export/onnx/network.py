@@ -24,7 +24,7 @@ from modiff_trt.export.onnx.ops import IR_VERSION, OPSET, LayerConstants, OnnxOp
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import quantize_layers
 from modiff_trt.networks.torch_ops import layer_bias, layer_weight, time_table
-from modiff_trt.networks.unet import Network, unet
+from modiff_trt.networks.unet import Network
 
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 LARGEST_FILE = 2**31 - 1
@@ -54,7 +54,7 @@ def build_onnx(
     if modulated and not dynamic:
         ops.bind_rows("row_scale")
     x = ops.cast("x", "x_cast", ops._type)
-    eps = unet(ops, network.config, Value(x, network.config.input_shape))
+    eps = network.function(ops, Value(x, network.config.input_shape))
     ops.node(
         "Identity" if dtype == "fp32" else "Cast", [eps.name], "eps", **({} if dtype == "fp32" else {"to": TensorProto.FLOAT})
     )

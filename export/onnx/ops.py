@@ -97,7 +97,6 @@ class OnnxOps:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self._network = network
-        self._layers = network.by_name
         self._constants = constants
         self._norms = norms
         self._columns = {name: i for i, name in enumerate(modulated)}
@@ -139,19 +138,8 @@ class OnnxOps:
             index = self.constant(f"{layer}.column", np.asarray(column, np.int64))
             self.node("Gather", [scale, index], f"{layer}.multiplier", axis=0)
 
-    def conv(
-        self,
-        name: str,
-        x: Value,
-        out_channels: int,
-        kernel: int,
-        *,
-        stride: int = 1,
-        split: int = 0,
-        parts: tuple[str, ...] = (),
-        upsampled: bool = False,
-    ) -> Value:
-        spec, constants = self._layers[name], self._constants[name]
+    def layer(self, spec: LayerSpec, x: Value) -> Value:
+        name, constants = spec.name, self._constants[spec.name]
         window = {"kernel_shape": [spec.kernel] * 2, "pads": list(spec.padding), "strides": [spec.stride] * 2}
         if constants.scales.mode == "float":
             weight, bias = self.real(f"{name}.weight", constants.weight), self.real(f"{name}.bias", constants.bias)

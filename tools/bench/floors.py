@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from modiff_trt.core.scales import Scales
-from modiff_trt.networks.unet import LayerSpec, Network
+from modiff_trt.networks.unet import Network, Role
 from modiff_trt.plugins.modulated_conv.geometry import SMALL
 
 REAL = 2  # bytes of float16
@@ -43,11 +43,11 @@ def work(network: Network, scales: Scales) -> list[Work]:
             items.append(Work("quantize", stored * (REAL + state) + inputs))
             accumulated = 2 * REAL if mode == "modiff" else REAL
             items.append(Work("INT8 convolution", inputs + accumulated * outputs, int8=2 * spec.macs))
-        if _normalized(spec) and spec.in_shape[1] * spec.in_shape[2] > SMALL:
+        if spec.normalized and spec.in_shape[1] * spec.in_shape[2] > SMALL:
             items.append(Work("group sums", REAL * inputs))
             if mode == "float":
                 items.append(Work("quantize", 2 * REAL * inputs))
-        if spec.name.endswith(".qkv"):
+        if spec.role is Role.QKV:
             items.append(Work("attention", REAL * (outputs + inputs)))
     return items
 
@@ -65,7 +65,3 @@ def pass_floor(items: Sequence[Work], ceiling: Mapping[str, float]) -> float:
     other multiplies."""
     total = Work("pass", *(sum(getattr(item, part) for item in items) for part in ("moved", "int8", "fp16")))
     return total.least(ceiling)
-
-
-def _normalized(spec: LayerSpec) -> bool:
-    return spec.name.rsplit(".", 1)[-1] in ("conv1", "conv2", "qkv", "conv_out")

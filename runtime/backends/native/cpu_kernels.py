@@ -55,7 +55,7 @@ class CpuKernels:
 
     def quantize(
         self,
-        layer: NativeLayer,
+        layer: NativeLayer | None,
         shape: InputShape,
         a: Tensor,
         out: Tensor,
@@ -81,9 +81,9 @@ class CpuKernels:
             x, fresh = _group_norm(x, shape, groups, gain, shift, eps), True
         if silu:
             x, fresh = F.silu(x, inplace=fresh), True
-        if layer.factors is not None:
+        if layer is not None and layer.factors is not None:
             x, fresh = x * layer.factors, True
-        if grid is None:
+        if grid is None or layer is None:
             out.copy_(_pixels(F.interpolate(_image(x, shape), scale_factor=2.0, mode="nearest")) if shape.upsample else x)
             return
         top = grid_max(layer.bits)

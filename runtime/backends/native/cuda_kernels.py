@@ -38,7 +38,9 @@ class CudaKernels:
     def start(self, state: Tensor, unit: float) -> Tensor:
         return state
 
-    def quantize(self, layer: NativeLayer, shape: InputShape, a: Tensor, out: Tensor, *, norm: Any, **sources: Any) -> None:
+    def quantize(
+        self, layer: NativeLayer | None, shape: InputShape, a: Tensor, out: Tensor, *, norm: Any, **sources: Any
+    ) -> None:
         from modiff_trt.plugins.modulated_conv.kernels.quantize import Norm, quantize_input
 
         quantize_input(
@@ -46,8 +48,8 @@ class CudaKernels:
             a,
             out,
             norm=Norm(*norm) if norm is not None else None,
-            factors=layer.factors,
-            bits=layer.bits,
+            factors=layer.factors if layer is not None else None,
+            bits=layer.bits if layer is not None else 8,
             overlap=self._overlap,
             **sources,
         )

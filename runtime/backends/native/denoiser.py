@@ -14,10 +14,18 @@ from torch import Tensor
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.scales import Scales
 from modiff_trt.networks.torch_ops import Params
-from modiff_trt.networks.unet import Network, unet
+from modiff_trt.networks.unet import Network
 from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
 from modiff_trt.runtime.backends.native.layers import NativeModel, aligned, build
-from modiff_trt.runtime.backends.native.ops import WIDE_LAYERS, Buffers, Kernels, NativeOps, Stream, Value, shared_accumulators
+from modiff_trt.runtime.backends.native.ops import (
+    Buffers,
+    Kernels,
+    LazyValue,
+    NativeOps,
+    Source,
+    output_type,
+    shared_accumulators,
+)
 from modiff_trt.runtime.backends.native.refresh import REFRESH, refresh
 from modiff_trt.runtime.denoiser import OnDone, StateInfo
 
@@ -92,7 +100,8 @@ class NativeDenoiser(GraphedDenoiser):
         model, (n, channels, height, width) = self._model, x.shape
         ops = NativeOps(self._kernels, model.layers, model.norms, model.time_at, self._buffers.first(n), self._side)
         pixels = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)
-        out = unet(ops, model.network.config, Value(Stream(pixels), channels, height, width)).main.tensor()
+        answer = model.network.function(ops, LazyValue(Source(pixels), channels, height, width))
+        out = answer.main.tensor() if answer.is_plain else ops.written(answer)
         return out[:, :, :channels].reshape(n, height, width, channels).permute(0, 3, 1, 2)
 
     def _starts(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -101,7 +110,7 @@ class NativeDenoiser(GraphedDenoiser):
         for name, partner in self._shared.items():
             if name in start:
                 start[partner] = (start[partner][0], start[partner][1] + start[name][1])
-        types = {n: torch.float32 if n in WIDE_LAYERS else self._kernels.real for n in start}
+        types = {n: output_type(self._model.layers[n].spec, self._kernels) for n in start}
         units = {n: self._model.layers[n].unit for n in start}
         return {
             n: (self._kernels.start(state, units[n]).to(self._device), o_hat.to(self._device, types[n]))

@@ -133,7 +133,7 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         for block, values in time_table(network, params).items()
     }
     update_at = append(update_coefficients(network.config, scales.rows))
-    norms = {key: value.float() for key, value in params.items() if "norm" in key.rsplit(".", 2)[-2]}
+    norms = {key: params[key].float() for name in network.norms for key in (f"{name}.weight", f"{name}.bias")}
     table = torch.from_numpy(np.concatenate(columns, axis=1))
     return NativeModel(network, scales, layers, norms, table, times, update_at, start)
 

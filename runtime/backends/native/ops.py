@@ -1,7 +1,8 @@
-"""The UNet on the native kernels: operations are gathered until a convolution needs its integer input.
+"""The network on the native kernels: operations are gathered until a convolution needs its integer input.
 
-Values are lazy. A residual add, a concatenation, a time bias, a normalization, SiLU and upsampling are only noted; the
-kernel that quantizes the next convolution's input computes them on the way. A sum that is needed again later is written
+Values are lazy. A residual add, a concatenation, a time bias, a normalization, SiLU and upsampling are only noted, in the
+order in which the kernel that quantizes the next convolution's input computes them. What does not fit that order is computed
+first, by `NativeOps.written`, which every operation calls that needs a tensor. A sum that is needed again later is written
 once, by the first kernel that reads it. Arrays are channels-last, [N, H*W, C].
 """
 
@@ -16,12 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modiff_trt.networks.unet import GROUPS, NORM_EPS
+from modiff_trt.networks.unet import GROUPS, NORM_EPS, LayerSpec, Role
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.native.layers import NativeLayer
-
-# Layers whose output leaves the network keep it in full: it is small, and the sampler's.
-WIDE_LAYERS = ("conv_out",)
 
 
 class Kernels(Protocol):
@@ -42,7 +40,7 @@ class Kernels(Protocol):
 
     def quantize(
         self,
-        layer: NativeLayer,
+        layer: NativeLayer | None,
         shape: InputShape,
         a: Tensor,
         out: Tensor,
@@ -57,8 +55,9 @@ class Kernels(Protocol):
         state: Tensor | None,
         steps: Tensor | None,
     ) -> None:
-        """Writes the layer's integer input to `out` and moves `state`; without `grid` writes the input itself. With `steps`
-        float32 [N] each image's grid spans its largest magnitude, and `steps` receives the steps."""
+        """Writes the layer's integer input to `out` and moves `state`; without `grid` writes the input itself, which without a
+        `layer` has no factors. With `steps` float32 [N] each image's grid spans its largest magnitude, and `steps` receives the
+        steps."""
         ...
 
     def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
@@ -70,7 +69,7 @@ class Kernels(Protocol):
         ...
 
 
-class Stream:
+class Source:
     """A tensor [N, H*W, C], or the sum of two that nobody has needed so far."""
 
     def __init__(self, a: Tensor, b: Tensor | None = None) -> None:
@@ -83,17 +82,31 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Value:
-    """What `unet` passes around: sources, and what is still to be done to them. `channels` counts both sources."""
+class LazyValue:
+    """What the network passes around: sources of `height` x `width` pixels, and what is still to be done, in this order:
+    `skip` concatenated, `time` [C] added, `norm` (gain [C], shift [C], groups, eps), SiLU, `repeated` to 2x2 pixels each.
+    `channels` counts both sources. `accumulator` names the shared sum that `main` is, as it comes out of its layer."""
 
-    main: Stream
+    main: Source
     channels: int
     height: int
     width: int
-    skip: Stream | None = None
+    skip: Source | None = None
     time: Tensor | None = None
     norm: tuple[Tensor, Tensor, int, float] | None = None
     silu: bool = False
+    repeated: bool = False
+    accumulator: str | None = None
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether anything but a sum and a concatenation is to be done."""
+        return self.time is not None or self.norm is not None or self.silu or self.repeated
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but a sum is to be done."""
+        return not self.is_changed and self.skip is None
 
 
 @dataclass(frozen=True)
@@ -113,13 +126,18 @@ class Buffers:
 
 
 def shared_accumulators(layers: Mapping[str, NativeLayer]) -> dict[str, str]:
-    """Shortcut convolution -> the convolution whose output it is added to: they share one `o_hat`, and need no add."""
+    """Shortcut -> the layer whose output it is added to: they share one `o_hat`, and need no add."""
     pairs = {}
     for name, layer in layers.items():
-        partner = name.removesuffix(".nin_shortcut") + ".conv2"
-        if name.endswith(".nin_shortcut") and layer.mode == layers[partner].mode != "float":
+        partner = layer.spec.added_to
+        if partner and layer.mode == layers[partner].mode != "float":
             pairs[name] = partner
     return pairs
+
+
+def output_type(spec: LayerSpec, kernels: Kernels) -> torch.dtype:
+    """The type of a quantized layer's output. What leaves the network is kept in full: it is small, and the sampler's."""
+    return torch.float32 if spec.role is Role.OUTPUT else kernels.real
 
 
 class NativeOps:
@@ -137,35 +155,29 @@ class NativeOps:
         """On the stream `aside` shortcuts in float are computed while the convolutions of their block are."""
         self._kernels, self._layers, self._norms, self._time_at, self._buffers = kernels, layers, norms, time_at, buffers
         self._shared = shared_accumulators(layers)
+        self._partners = set(self._shared.values())
+        self._shortcuts = {layer.spec.beside: layer for layer in layers.values() if layer.spec.beside and layer.mode == "float"}
         self._outputs: dict[str, Tensor] = {}
         self._aside = aside
         self._begun: dict[str, tuple[list[Tensor], Tensor]] = {}
 
-    def conv(
-        self,
-        name: str,
-        x: Value,
-        out_channels: int,
-        kernel: int,
-        *,
-        stride: int = 1,
-        split: int = 0,
-        parts: tuple[str, ...] = (),
-        upsampled: bool = False,
-    ) -> Value:
-        layer, row = self._layers[name], self._buffers.row
-        channels, height, width = layer.spec.out_shape
+    def layer(self, spec: LayerSpec, x: LazyValue) -> LazyValue:
+        x = self._whole(x)
+        name, layer, row = spec.name, self._layers[spec.name], self._buffers.row
+        if x.repeated and not spec.upsampled:
+            x = self._written_value(x)
+        if spec.upsampled and not x.repeated:
+            raise ValueError(f"layer '{name}' keeps one state for 2x2 pixels, and its input is not what `upsample` gave")
+        channels, height, width = spec.out_shape
         if layer.mode == "float":
-            if self._aside is not None and name in self._begun:
+            if name in self._begun:
+                assert self._aside is not None
                 torch.cuda.current_stream().wait_stream(self._aside)
-                return Value(Stream(self._begun.pop(name)[1]), channels, height, width)
-            if kernel > 1 or x.norm is not None:
-                sources = [self._input(x, layer, None)]
-            else:
-                sources = self._sources(x)
-            return Value(Stream(self._kernels.real_product(layer, sources)), channels, height, width)
+                return LazyValue(Source(self._begun.pop(name)[1]), channels, height, width)
+            sources = [self._read(x, layer, None)] if spec.kernel > 1 or x.is_changed else self._sources(x)
+            return LazyValue(Source(self._kernels.real_product(layer, sources)), channels, height, width)
         steps = torch.empty(len(x.main.a), device=row.device) if layer.dynamic else None
-        q = self._input(x, layer, row[layer.grid_at : layer.grid_at + 4], steps)
+        q = self._read(x, layer, row[layer.grid_at : layer.grid_at + 4], steps)
         self._begin_shortcut(name, x)
         scale = row[layer.scale_at : layer.scale_at + layer.out_channels]
         if layer.mode == "modiff":
@@ -176,20 +188,23 @@ class NativeOps:
             out = self._outputs[self._shared[name]]
             self._kernels.product(layer, q, scale, out, out, steps)
         else:
-            dtype = torch.float32 if name in WIDE_LAYERS else self._kernels.real
+            dtype = output_type(spec, self._kernels)
             out = torch.empty(len(q), height * width, layer.out_channels, dtype=dtype, device=q.device)
             self._kernels.product(layer, q, scale, layer.bias, out, steps)
-        self._outputs[name] = out
-        return Value(Stream(out), channels, height, width)
+        if name in self._partners:
+            self._outputs[name] = out
+        shared = self._shared.get(name, name if name in self._partners else None)
+        return LazyValue(Source(out), channels, height, width, accumulator=shared)
 
-    def _sources(self, x: Value) -> list[Tensor]:
+    def _sources(self, x: LazyValue) -> list[Tensor]:
         streams = [x.main] + ([x.skip] if x.skip is not None else [])
         return [stream.tensor().to(self._kernels.real) for stream in streams]
 
-    def _begin_shortcut(self, first: str, x: Value) -> None:
-        """Of a block whose `first` convolution has the input `x`: on the other stream, if there is one."""
-        layer = self._layers.get(first.removesuffix("conv1") + "nin_shortcut")
-        if self._aside is None or not first.endswith(".conv1") or layer is None or layer.mode != "float":
+    def _begin_shortcut(self, first: str, x: LazyValue) -> None:
+        """Of a block whose `first` convolution has the input `x`, before its normalization: on the other stream, if there is
+        one."""
+        layer = self._shortcuts.get(first)
+        if self._aside is None or layer is None:
             return
         sources = self._sources(x)
         self._aside.wait_stream(torch.cuda.current_stream())
@@ -197,15 +212,26 @@ class NativeOps:
             # With its sources: memory that this stream lets go could be used again before the other stream has read it.
             self._begun[layer.spec.name] = sources, self._kernels.real_product(layer, sources)
 
-    def _input(self, x: Value, layer: NativeLayer, grid: Tensor | None, steps: Tensor | None = None) -> Tensor:
-        """The layer's integer input (or its input in the network's type), and the layer's new state."""
+    def written(self, x: LazyValue) -> Tensor:
+        """x [N, H*W, C] with all that was left to do, in the network's type."""
+        if x.is_changed:
+            return self._read(x, None, None)
+        return torch.cat(self._sources(x), dim=2) if x.skip is not None else self._sources(x)[0]
+
+    def _written_value(self, x: LazyValue) -> LazyValue:
+        factor = 2 if self._whole(x).repeated else 1
+        return LazyValue(Source(self.written(x)), x.channels, factor * x.height, factor * x.width)
+
+    def _read(self, x: LazyValue, layer: NativeLayer | None, grid: Tensor | None, steps: Tensor | None = None) -> Tensor:
+        """The layer's integer input (without `grid` its input in the network's type), and the layer's new state."""
         skip = x.skip.tensor() if x.skip is not None else None
         skip_channels = skip.shape[2] if skip is not None else 0
-        shape = InputShape(x.channels - skip_channels, skip_channels, x.height, x.width, layer.spec.upsampled)
+        shape = InputShape(x.channels - skip_channels, skip_channels, x.height, x.width, x.repeated)
         a, b = x.main.a, x.main.b
         total = torch.empty_like(a) if b is not None else None
-        if layer.spec.name in self._buffers.padded:
-            out = self._buffers.padded[layer.spec.name]
+        name = layer.spec.name if layer is not None else ""
+        if name in self._buffers.padded:
+            out = self._buffers.padded[name]
         else:
             dtype = self._kernels.integer if grid is not None else self._kernels.real
             out = torch.empty(len(a), shape.out_pixels, shape.total, dtype=dtype, device=a.device)
@@ -221,52 +247,64 @@ class NativeOps:
             norm=x.norm,
             silu=x.silu,
             grid=grid,
-            state=self._buffers.state.get(layer.spec.name),
+            state=self._buffers.state.get(name),
             steps=steps,
         )
         if total is not None:
             x.main.a, x.main.b = total, None
         return out
 
-    def norm(self, name: str, x: Value) -> Value:
+    @staticmethod
+    def _whole(x: LazyValue) -> LazyValue:
+        """x, unless it is a part of a shared sum: before the other part is added, nothing else may be done to it."""
+        if x.accumulator is not None:
+            raise ValueError(f"the output of layer '{x.accumulator}' is used before its shortcut has been added")
+        return x
+
+    def norm(self, name: str, x: LazyValue) -> LazyValue:
+        if self._whole(x).norm is not None or x.silu or x.repeated:
+            x = self._written_value(x)
         return replace(x, norm=(self._norms[f"{name}.weight"], self._norms[f"{name}.bias"], GROUPS, NORM_EPS))
 
-    def norm_silu(self, name: str, x: Value) -> Value:
+    def norm_silu(self, name: str, x: LazyValue) -> LazyValue:
         return replace(self.norm(name, x), silu=True)
 
-    def add(self, a: Value, b: Value) -> Value:
-        first, second = a.main.tensor(), b.main.tensor()
-        if first.data_ptr() == second.data_ptr():  # a shared accumulator holds the sum already
-            return a
-        return replace(a, main=Stream(first, second))
+    def add(self, a: LazyValue, b: LazyValue) -> LazyValue:
+        if a.accumulator is not None and a.accumulator == b.accumulator:  # it holds the sum already
+            return replace(a, accumulator=None)
+        a, b = (x if self._whole(x).is_plain else self._written_value(x) for x in (a, b))
+        return replace(a, main=Source(a.main.tensor(), b.main.tensor()))
 
-    def add_time(self, block: str, x: Value, channels: int) -> Value:
+    def add_time(self, block: str, x: LazyValue, channels: int) -> LazyValue:
+        if self._whole(x).is_changed:
+            x = self._written_value(x)
         at = self._time_at[block]
         return replace(x, time=self._buffers.row[at : at + channels])
 
-    def concat(self, a: Value, b: Value) -> Value:
+    def concat(self, a: LazyValue, b: LazyValue) -> LazyValue:
+        a, b = (x if self._whole(x).is_plain else self._written_value(x) for x in (a, b))
         return replace(a, skip=b.main, channels=a.channels + b.channels)
 
-    def attention(self, qkv: Value, channels: int) -> Value:
-        tensor = qkv.main.tensor().to(self._kernels.real)
+    def attention(self, qkv: LazyValue, channels: int) -> LazyValue:
+        qkv = self._written_value(qkv)
+        tensor = qkv.main.tensor()
         n, pixels, _ = tensor.shape
         q, k, v = tensor.view(n, pixels, 3, channels).permute(2, 0, 1, 3).unsqueeze(2).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v, scale=channels**-0.5)
-        return replace(qkv, main=Stream(out.transpose(1, 2).reshape(n, pixels, channels)), channels=channels)
+        return replace(qkv, main=Source(out.transpose(1, 2).reshape(n, pixels, channels)), channels=channels)
 
-    def upsample(self, x: Value) -> Value:
-        """Left to the convolution that follows, where there is one: its input is quantized first, then repeated."""
-        if any(layer.spec.upsampled for layer in self._layers.values()):
-            return x
-        tensor = x.main.tensor().view(-1, x.height, x.width, x.channels)
-        repeated = tensor.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
-        return replace(x, main=Stream(repeated), height=2 * x.height, width=2 * x.width)
+    def upsample(self, x: LazyValue) -> LazyValue:
+        """Left to the convolution that follows: its input is quantized first, then repeated."""
+        if self._whole(x).repeated:
+            x = self._written_value(x)
+        return replace(x, repeated=True)
 
-    def avg_pool(self, x: Value) -> Value:
+    def avg_pool(self, x: LazyValue) -> LazyValue:
+        x = self._written_value(x)
         tensor = x.main.tensor()
         image = tensor.view(len(tensor), x.height, x.width, x.channels).permute(0, 3, 1, 2)
         pooled = F.avg_pool2d(image, 2).permute(0, 2, 3, 1).reshape(len(tensor), -1, x.channels)
-        return replace(x, main=Stream(pooled), height=x.height // 2, width=x.width // 2)
+        return replace(x, main=Source(pooled), height=x.height // 2, width=x.width // 2)
 
-    def block_done(self, name: str, x: Value, y: Value) -> Value:
+    def block_done(self, name: str, x: LazyValue, y: LazyValue) -> LazyValue:
         return y
