@@ -1,19 +1,16 @@
 """The native backend's network against the simulation of the same scales."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from conftest import make_case, random_checkpoint, tiny_config
 from native_reference import ReferenceKernels
+from native_snapped import Snapped
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.export.calibration.trials import with_modes
-from modiff_trt.networks.modulated import LayerState
 from modiff_trt.networks.unet import trace
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
-from modiff_trt.runtime.backends.native.layers import build
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr
 
@@ -23,29 +20,6 @@ def small():
     """Triton's interpreter takes seconds where a GPU takes microseconds: two levels, three steps."""
     config = tiny_config(size=8, ch_mult=(1, 2), attn=(4,))
     return make_case(trace(config), random_checkpoint(config), 3, 2, 3)
-
-
-class Snapped(SimDenoiser):
-    """The simulation on the native grids: steps and the start of a_hat are whole numbers of each layer's unit."""
-
-    def __init__(self, case, scales):
-        super().__init__(case.network, case.checkpoint.params, scales)
-        self._native = build(case.network, case.checkpoint.params, scales)
-        multipliers = scales.rows.multipliers.copy()
-        for column, name in enumerate(scales.modulated):
-            at = self._native.layers[name].grid_at
-            multipliers[:, column] = self._native.table[:, at + 3].numpy() / scales.layers[name].scale
-        self._rows = replace(scales.rows, multipliers=multipliers)
-
-    def reset(self, batch):
-        super().reset(batch)
-        for name, (state, o_hat) in self._native.start.items():
-            spec, unit = self._network.layer(name), self._native.layers[name].unit
-            half = 2 if spec.upsampled else 1
-            a_hat = (state.float() * unit).T.reshape(spec.in_shape[0], spec.in_shape[1] // half, -1)
-            a_hat = a_hat.repeat_interleave(half, 1).repeat_interleave(half, 2)
-            o_hat = o_hat.T[: spec.out_shape[0]].reshape(spec.out_shape)
-            self._state[name] = LayerState(a_hat.repeat(batch, 1, 1, 1), o_hat.repeat(batch, 1, 1, 1))
 
 
 def native(case, scales):
