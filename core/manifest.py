@@ -18,13 +18,12 @@ import numpy as np
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import parse_json
 from modiff_trt.core.grid import MAX_BITS, MIN_BITS
+from modiff_trt.core.kinds import Granularity, Mode
 
 # The modulated layer in the graph: its function, by whose name, domain and version TensorRT finds a plugin, and the attributes
 # of its convolution.
 FUNCTION, DOMAIN, PLUGIN_VERSION = "ModulatedConv", "modiff", "1"
 CONV_ATTRIBUTES = ("kernel_shape", "pads", "strides")
-
-MODES = ("modiff", "int8", "float")
 
 MANIFEST_KEY = "modiff.manifest"
 # The manifest in a folder of images.
@@ -109,15 +108,15 @@ def check_layers(layers: dict[str, Any], source: str) -> None:
     """Raises InputError unless `layers` is a layer table: mode and bits by name."""
     for name, entry in layers.items():
         bits = [entry.get(key) for key in ("act_bits", "weight_bits")] if isinstance(entry, dict) else [None]
-        if not all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in bits) or entry.get("mode") not in MODES:
+        if not all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in bits) or entry.get("mode") not in tuple(Mode):
             raise InputError(f"{source} says of layer '{shown(name)[1:-1]}' what no layer can be: {shown(entry)}")
 
 
-def quantization(method: str, granularity: str, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def quantization(method: str, granularity: Granularity, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a set of images says of the network that made it: method, grids, bits of most layers, and how many have which mode.
     `layers` is a layer table, as files carry it."""
     modes = Counter(entry["mode"] for entry in layers.values())
-    bits = Counter((entry["weight_bits"], entry["act_bits"]) for entry in layers.values() if entry["mode"] != "float")
+    bits = Counter((entry["weight_bits"], entry["act_bits"]) for entry in layers.values() if entry["mode"] != Mode.FLOAT)
     weight, act = bits.most_common(1)[0][0] if bits else (32, 32)
     return {"method": method, "granularity": granularity, "weight_bits": weight, "act_bits": act, "layers": dict(modes)}
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from modiff_trt.core.errors import InputError
 from modiff_trt.core.grid import grid_max
+from modiff_trt.core.kinds import Start, chosen
 from modiff_trt.core.manifest import decode_array
 
-STARTS = ("warmup", "exact")
 LONGEST_WARMUP = 4
 
 
@@ -55,7 +54,7 @@ def modulated_rows(
     timesteps: tuple[int, ...],
     full_range: np.ndarray[Any, Any],
     bits: np.ndarray[Any, Any],
-    start: str,
+    start: Start,
 ) -> RowTable:
     """Rows for MoDiff with one static scale per layer.
 
@@ -65,15 +64,13 @@ def modulated_rows(
     end: a finer one would leave a_hat too close to its input (see `dither`). With start `exact` the first step is not
     rounded.
     """
-    if start not in STARTS:
-        raise InputError(f"the start of a trajectory must be one of {', '.join(STARTS)}, found '{start}'")
-    ladder = []
-    if start == "warmup":
+    start, ladder = chosen(Start, start, "--start"), []
+    if start == Start.WARMUP:
         top = np.asarray([grid_max(int(b)) for b in bits], np.float32)
         ladder.append(np.maximum(full_range, 1))
         while len(ladder) < LONGEST_WARMUP and (ladder[-1] > 1).any():
             ladder.append(np.maximum(ladder[-1] / top, 1))
-    return rows_after(ladder, timesteps, len(full_range), exact_start=start == "exact")
+    return rows_after(ladder, timesteps, len(full_range), exact_start=start == Start.EXACT)
 
 
 def rows_after(

@@ -16,13 +16,11 @@ import numpy as np
 from modiff_trt.core.config import Config, config_from_dict, config_to_dict, model_fingerprint
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import Stored, load_arrays, save_arrays
+from modiff_trt.core.kinds import Granularity, Method, Mode, ScaleMethod, SkipType
 from modiff_trt.core.manifest import check_layers
 from modiff_trt.core.rows import RowTable, plain_rows
 
 KIND, SCHEMA = "scales", 4
-METHODS = ("modiff", "qdiff")
-# Activation grids: baked; per sample (LTQ); per sample and input channel (LCQ).
-GRANULARITIES = ("static", "tensor", "channel")
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -57,7 +55,7 @@ class LayerScales:
     `skip_ratio` divides the skip channels of a concatenated input (see `split`); 1 leaves them alone.
     """
 
-    mode: str
+    mode: Mode
     act_bits: int
     weight_bits: int
     activation_scale: float
@@ -69,7 +67,7 @@ class LayerScales:
     @property
     def scale(self) -> float:
         """The baked activation scale of the mode: of the residual for `modiff`, of the activation for `int8`."""
-        return self.residual_scale if self.mode == "modiff" else self.activation_scale
+        return self.residual_scale if self.mode == Mode.MODIFF else self.activation_scale
 
 
 @dataclass(frozen=True)
@@ -82,9 +80,9 @@ class Scales:
 
     config: Config
     checkpoint_sha256: str
-    method: str
-    scale_method: str
-    skip_type: str
+    method: Method
+    scale_method: ScaleMethod
+    skip_type: SkipType
     layers: dict[str, LayerScales]
     rows: RowTable
     range_steps: np.ndarray[Any, np.dtype[np.int64]]
@@ -92,7 +90,7 @@ class Scales:
     residual_range: FloatArray
     residual_histogram: FloatArray
     histogram_range: FloatArray
-    granularity: str = "static"
+    granularity: Granularity = Granularity.STATIC
     dither: bool = False
     # SHA-256 of the file that they were read from; empty where they were just made.
     file_sha256: str = ""
@@ -100,7 +98,7 @@ class Scales:
     @property
     def modulated(self) -> tuple[str, ...]:
         """Names of the layers in mode `modiff`, in execution order: the columns of the row table."""
-        return tuple(name for name, layer in self.layers.items() if layer.mode == "modiff")
+        return tuple(name for name, layer in self.layers.items() if layer.mode == Mode.MODIFF)
 
     def layer_table(self) -> dict[str, dict[str, str | int]]:
         """Mode and bits of every layer, as the headers of files carry them."""
@@ -108,16 +106,16 @@ class Scales:
 
     def without_modulation(self) -> Scales:
         """The same calibration with every `modiff` layer in mode `int8`: plain Q-Diffusion."""
-        layers = {k: replace(v, mode="int8") if v.mode == "modiff" else v for k, v in self.layers.items()}
+        layers = {k: replace(v, mode=Mode.INT8) if v.mode == Mode.MODIFF else v for k, v in self.layers.items()}
         rows = plain_rows(self.rows.timesteps)
-        return replace(self, method="qdiff", layers=layers, rows=rows, dither=False)
+        return replace(self, method=Method.QDIFF, layers=layers, rows=rows, dither=False)
 
 
 def only_simulated(scales: Scales) -> str | None:
     """Why integers cannot run these scales, on any backend and in any exported file; None where they can."""
     if scales.rows.exact_start:
         return "the scales file starts with a full-precision step, which integers cannot run; calibrate with --start warmup"
-    if scales.granularity == "channel":
+    if scales.granularity == Granularity.CHANNEL:
         return (
             "scales with --granularity channel (LCQ) cannot be exported, nor run in integers: a scale per input channel varies "
             "inside the sum of an INT8 product, where none can apply it; calibrate with --granularity static or tensor, or "
@@ -172,15 +170,22 @@ def load_scales(path: Path, network: Layered | None = None, checkpoint_sha256: s
             weight_scale = arrays[f"layer.{name}.weight_scale"]
             round_up = arrays.get(f"layer.{name}.round_up")
             layers[name] = LayerScales(
-                entry["mode"], entry["act_bits"], entry["weight_bits"], activation, residual, weight_scale, round_up, ratio
+                Mode(entry["mode"]),
+                entry["act_bits"],
+                entry["weight_bits"],
+                activation,
+                residual,
+                weight_scale,
+                round_up,
+                ratio,
             )
         rows = RowTable(arrays["rows.t"], arrays["rows.multipliers"], header["warmup"], header["exact_start"])
         scales = Scales(
             config_from_dict(header["config"], str(path)),
             header["checkpoint_sha256"],
-            header["method"],
-            header["scale_method"],
-            header["skip_type"],
+            Method(header["method"]),
+            ScaleMethod(header["scale_method"]),
+            SkipType(header["skip_type"]),
             layers,
             rows,
             arrays["range.steps"],
@@ -188,7 +193,7 @@ def load_scales(path: Path, network: Layered | None = None, checkpoint_sha256: s
             arrays["range.residual"],
             arrays["histogram.residual"],
             arrays["histogram.range"],
-            header["granularity"],
+            Granularity(header["granularity"]),
             header["dither"],
             stored.sha256,
         )
@@ -233,7 +238,12 @@ ARRAYS: dict[str, tuple[type, int]] = {
     "histogram.range": (np.float32, 1),
 }
 OF_A_LAYER: dict[str, tuple[type, int]] = {"weight_scale": (np.float32, 1), "scales": (np.float32, 1)}
-WORDS = ("checkpoint_sha256", "scale_method", "skip_type")
+WORDS: dict[str, Sequence[str]] = {
+    "method": tuple(Method),
+    "scale_method": tuple(ScaleMethod),
+    "skip_type": tuple(SkipType),
+    "granularity": tuple(Granularity),
+}
 
 
 def _check_types(stored: Stored, path: Path) -> None:
@@ -250,10 +260,9 @@ def _check_types(stored: Stored, path: Path) -> None:
 
     check(isinstance(header["layers"], dict) and bool(header["layers"]), "layers")
     check_layers(header["layers"], f"scales file {path}")
-    for word in WORDS:
-        check(isinstance(header[word], str), word)
-    check(header["method"] in METHODS, "method")
-    check(header["granularity"] in GRANULARITIES, "granularity")
+    check(isinstance(header["checkpoint_sha256"], str), "checkpoint_sha256")
+    for word, kinds in WORDS.items():
+        check(isinstance(header[word], str) and header[word] in kinds, word)
     check(type(header["exact_start"]) is bool and type(header["dither"]) is bool, "start")
     for name, kind in ARRAYS.items():
         check(of(name, kind), name)

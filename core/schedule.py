@@ -10,12 +10,11 @@ import numpy as np
 
 from modiff_trt.core.config import DiffusionConfig
 from modiff_trt.core.errors import InputError, shown
+from modiff_trt.core.kinds import SkipType, chosen
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 log = logging.getLogger(__name__)
-
-SKIP_TYPES = ("uniform", "quad")
 
 
 def betas(config: DiffusionConfig) -> Array:
@@ -38,24 +37,22 @@ def alphas_cumprod(config: DiffusionConfig) -> Array:
     return np.asarray(np.cumprod(1.0 - betas(config)), np.float64)
 
 
-def timestep_sequence(config: DiffusionConfig, steps: int, skip_type: str) -> tuple[int, ...]:
+def timestep_sequence(config: DiffusionConfig, steps: int, skip_type: SkipType) -> tuple[int, ...]:
     """The timesteps visited, in the order of sampling (noisiest first), exactly as DDIM's code chooses them.
 
     `quad` repeats the smallest timesteps when `steps` is large; they are kept, as there, and change nothing.
     """
-    total = config.num_diffusion_timesteps
+    total, skip_type = config.num_diffusion_timesteps, chosen(SkipType, skip_type, "--skip-type")
     if not 1 <= steps <= total:
         raise InputError(f"--timesteps must lie between 1 and {total}, found {shown(steps)}")
-    if skip_type == "uniform":
+    if skip_type == SkipType.UNIFORM:
         sequence = list(range(0, total, total // steps))
-    elif skip_type == "quad":
-        sequence = [int(s) for s in np.linspace(0, np.sqrt(total * 0.8), steps) ** 2]
     else:
-        raise InputError(f"--skip-type must be one of {', '.join(SKIP_TYPES)}, found {shown(skip_type)}")
+        sequence = [int(s) for s in np.linspace(0, np.sqrt(total * 0.8), steps) ** 2]
     return tuple(reversed(sequence))
 
 
-def requested_sequence(config: DiffusionConfig, steps: int, skip_type: str) -> tuple[int, ...]:
+def requested_sequence(config: DiffusionConfig, steps: int, skip_type: SkipType) -> tuple[int, ...]:
     """The timesteps of as many steps as were asked for. Where the schedule turns them into another number, the log says so."""
     sequence = timestep_sequence(config, steps, skip_type)
     if len(sequence) != steps:

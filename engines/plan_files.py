@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from modiff_trt.core.files import atomic_path, save_arrays, sha256, unwritable, write_signed
+from modiff_trt.core.kinds import Mode
 from modiff_trt.core.manifest import PLAN_SCHEMA, START_KIND, START_SCHEMA
 from modiff_trt.core.start_state import start_state
 from modiff_trt.engines.build import BuildOptions, build_plan, target_of
@@ -18,7 +19,7 @@ from modiff_trt.engines.onnx_network import OnnxNetwork
 from modiff_trt.engines.report import read_layers, summarize
 from modiff_trt.plugins.modulated_conv.tensorrt.library import Library
 
-QUANTIZED = ("modiff", "int8")
+QUANTIZED = (Mode.MODIFF, Mode.INT8)
 
 
 def plan_path(folder: Path, name: str, library: Library, target: str) -> Path:

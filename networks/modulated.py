@@ -20,6 +20,7 @@ from torch import Tensor
 
 from modiff_trt.core.dither import dither_offset
 from modiff_trt.core.grid import grid_max
+from modiff_trt.core.kinds import Granularity, Mode
 from modiff_trt.core.scales import Scales
 from modiff_trt.networks.quantizers import SMALLEST_SCALE, quantize, quantize_weight, unpack_rounding
 from modiff_trt.networks.split import divide_skip, fold_skip
@@ -47,13 +48,13 @@ class QuantizedLayer:
     """
 
     spec: LayerSpec
-    mode: str
+    mode: Mode
     bits: int
     scale: float
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor
-    granularity: str = "static"
+    granularity: Granularity = Granularity.STATIC
     dither: bool = False
     skip_ratio: float = 1.0
 
@@ -65,7 +66,7 @@ def quantize_layers(
     layers = {}
     for spec in network.layers:
         entry = scales.layers[spec.name]
-        if entry.mode == "float":
+        if entry.mode == Mode.FLOAT:
             continue
         weight = fold_skip(spec, layer_weight(spec, params), entry.skip_ratio)
         weight_scale = torch.from_numpy(entry.weight_scale).to(weight)
@@ -118,7 +119,7 @@ def modulated_layer(
     the full-precision first step of the paper (and exists only in simulation).
     """
     residual = x - state.a_hat
-    if layer.granularity != "static" and not exact:
+    if layer.granularity != Granularity.STATIC and not exact:
         change = dynamic_quantize(layer, residual)
         o_hat = state.o_hat + integer_product(layer, change)
         return o_hat, LayerState(state.a_hat + change, o_hat)
@@ -134,14 +135,14 @@ def modulated_layer(
 
 def dynamic_quantize(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """x rounded to a symmetric grid spanning its own largest magnitude, per sample or per sample and channel."""
-    dims = (1, 2, 3) if layer.granularity == "tensor" else (2, 3)
+    dims = (1, 2, 3) if layer.granularity == Granularity.TENSOR else (2, 3)
     step = (x.abs().amax(dims, keepdim=True) / grid_max(layer.bits)).clamp_min(SMALLEST_SCALE)
     return step * quantize(x, step, layer.bits)
 
 
 def stateless_layer(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """Plain quantization of the activation (static: Q-Diffusion, arXiv 2302.04304)."""
-    if layer.granularity != "static":
+    if layer.granularity != Granularity.STATIC:
         return layer.bias[:, None, None] + integer_product(layer, dynamic_quantize(layer, x))
     q = quantize(x, layer.scale, layer.bits)
     return layer.bias[:, None, None] + layer.scale * integer_product(layer, q)
@@ -180,7 +181,7 @@ def simulate(
         value = divide_skip(spec, value, layer.skip_ratio)
         if not act_quant:
             return weight_only_layer(layer, value)
-        if layer.mode == "int8":
+        if layer.mode == Mode.INT8:
             return stateless_layer(layer, value)
         if on_layer is not None:
             on_layer(layer, value, state[spec.name])

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from modiff_trt.core.grid import grid_max
+from modiff_trt.core.kinds import ScaleMethod
 
-SCALE_METHODS = ("minmax", "mse", "percentile", "learned")
 # Q-Diffusion and its predecessors weigh errors by a power slightly above 2 when they search for a scale.
 MSE_POWER = 2.4
 SMALLEST_SCALE = 1e-8
@@ -120,11 +120,11 @@ class RangeHistogram:
         upper = (int((share < percentile).sum()) + 1) * self._range / self.BINS
         return max(min(upper, self.absmax) / grid_max(bits), SMALLEST_SCALE)
 
-    def scale(self, method: str, bits: int, percentile: float) -> float:
-        """The scale by one of SCALE_METHODS; `learned` scales start from min-max (see `export.calibration.residuals`)."""
-        if method == "percentile":
+    def scale(self, method: ScaleMethod, bits: int, percentile: float) -> float:
+        """The scale by this method; `learned` scales start from min-max (see `export.calibration.residuals`)."""
+        if method == ScaleMethod.PERCENTILE:
             return self.percentile_scale(bits, percentile)
-        return self.mse_scale(bits) if method == "mse" else self.minmax_scale(bits)
+        return self.mse_scale(bits) if method == ScaleMethod.MSE else self.minmax_scale(bits)
 
     def coarse(self, bins: int = 64) -> tuple[Tensor, float]:
         """Shares [bins] of the magnitudes over 0..range, and the range, for plots."""

@@ -13,6 +13,7 @@ import numpy as np
 from modiff_trt.core.config import Config
 from modiff_trt.core.errors import InputError, is_out_of_memory, out_of_memory, shown
 from modiff_trt.core.files import check_writable
+from modiff_trt.core.kinds import Granularity
 from modiff_trt.core.manifest import quantization
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.core.schedule import alphas_cumprod, ddim_steps
@@ -35,7 +36,7 @@ class Backend:
 
 def exported(manifest: dict[str, Any], timesteps: tuple[int, ...]) -> dict[str, Any]:
     """What images say of the exported file that made them, from the file's manifest."""
-    granularity = manifest.get("granularity", "static")
+    granularity = Granularity(manifest.get("granularity", Granularity.STATIC))
     known = {"checkpoint": manifest["checkpoint"]} if manifest["checkpoint"] else {}
     return {
         "checkpoint_sha256": manifest["checkpoint_sha256"],

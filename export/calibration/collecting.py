@@ -10,6 +10,7 @@ import numpy as np
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import check_writable
+from modiff_trt.core.kinds import SkipType
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.core.schedule import alphas_cumprod, requested_sequence
 from modiff_trt.export.calibration.trajectories import Trajectories, choose_steps, load_trajectories, save_trajectories
@@ -26,7 +27,7 @@ def collect(
     checkpoint: Checkpoint,
     *,
     timesteps: int,
-    skip_type: str,
+    skip_type: SkipType,
     num_samples: int,
     calib_steps: int,
     seed: int,

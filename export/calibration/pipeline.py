@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import load_arrays, save_arrays
+from modiff_trt.core.kinds import Mode, ScaleMethod
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.core.scales import Scales
 from modiff_trt.core.schedule import alphas_cumprod
@@ -72,7 +73,7 @@ def learn_weights(
     grids = {
         name: WeightGrid(torch.from_numpy(layer.weight_scale).to(device), layer.weight_bits, layer.skip_ratio)
         for name, layer in scales.layers.items()
-        if layer.mode != "float"
+        if layer.mode != Mode.FLOAT
     }
     weights = {spec.name: layer_weight(spec, params) for spec in network.layers}
     header = {
@@ -127,7 +128,7 @@ def refit_residuals(
     def watch(layer: QuantizedLayer, x: Tensor, state: LayerState) -> None:
         if row >= first:
             histograms[layer.spec.name].update(x - state.a_hat)
-        if method == "learned" and keep and row in chosen:
+        if method == ScaleMethod.LEARNED and keep and row in chosen:
             kept[layer.spec.name].append((x[row % len(x)].cpu(), state.a_hat[row % len(x)].cpu()))
 
     def on_pass(done: int, x: Tensor, eps: Tensor) -> None:
@@ -141,7 +142,7 @@ def refit_residuals(
         x_start = start[begin : begin + batch_size]
         ddim_sample(denoiser, alphas_cumprod(network.config.diffusion), x_start, on_pass=on_pass)
     found = {name: h.scale(method, scales.layers[name].act_bits, recipe.percentile) for name, h in histograms.items()}
-    if method == "learned":
+    if method == ScaleMethod.LEARNED:
         with progress_bar() as bar:
             for name in bar.track(scales.modulated, description="residual scales"):
                 layer = replace(denoiser.layers[name], scale=found[name])
@@ -160,7 +161,7 @@ def residual_scales(
     percentile: float,
 ) -> dict[str, float]:
     """The residual scales that a recipe would give with another percentile, by layer, in the units of `scales`."""
-    recipe = replace(recipe, scale_method="percentile", percentile=percentile)
+    recipe = replace(recipe, scale_method=ScaleMethod.PERCENTILE, percentile=percentile)
     found = make_scales(network, checkpoint, trajectories, ranges, recipe).layers
     # Where the skip half has its own grid, the weights of `scales` are folded with its ratio of the halves.
     return {n: found[n].residual_scale * max(1.0, found[n].skip_ratio / scales.layers[n].skip_ratio) for n in scales.modulated}

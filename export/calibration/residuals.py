@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modiff_trt.core.grid import grid_max
+from modiff_trt.core.kinds import Start
 from modiff_trt.core.rows import modulated_rows
 from modiff_trt.core.scales import Scales
 from modiff_trt.networks.modulated import QuantizedLayer, integer_product
@@ -27,7 +28,7 @@ def refit(scales: Scales, residual_scale: Mapping[str, float]) -> Scales:
         for n, m in zip(names, scales.rows.multipliers[0], strict=True)
     ]
     bits = [scales.layers[n].act_bits for n in names]
-    start = "exact" if scales.rows.exact_start else "warmup"
+    start = Start.EXACT if scales.rows.exact_start else Start.WARMUP
     rows = modulated_rows(scales.rows.timesteps, np.asarray(full_range), np.asarray(bits), start)
     layers = dict(scales.layers)
     for name in names:

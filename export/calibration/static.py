@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -12,19 +13,29 @@ from torch import Tensor
 
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.grid import MAX_BITS, MIN_BITS, grid_max
-from modiff_trt.core.rows import STARTS, RowTable, modulated_rows, plain_rows
-from modiff_trt.core.scales import GRANULARITIES, METHODS, LayerScales, Scales
+from modiff_trt.core.kinds import Granularity, Method, Mode, Residuals, ScaleMethod, Start, chosen
+from modiff_trt.core.rows import RowTable, modulated_rows, plain_rows
+from modiff_trt.core.scales import LayerScales, Scales
 from modiff_trt.export.calibration.trajectories import Trajectories
 from modiff_trt.networks.checkpoint import Checkpoint
-from modiff_trt.networks.quantizers import SCALE_METHODS, RangeHistogram, minmax_weight_scale, mse_weight_scale
+from modiff_trt.networks.quantizers import RangeHistogram, minmax_weight_scale, mse_weight_scale
 from modiff_trt.networks.split import fold_skip
 from modiff_trt.networks.torch_ops import Params, float_layer, layer_weight, run_unet, time_table
 from modiff_trt.networks.unet import LayerSpec, Network
 
-# Residuals are measured between float steps, or against the a_hat of the quantized network.
-RESIDUALS = ("float", "quantized")
 # How the scale of a weight's channel is found.
-WEIGHT_SCALES = {"minmax": minmax_weight_scale, "mse": mse_weight_scale}
+WEIGHT_SCALES = {ScaleMethod.MINMAX: minmax_weight_scale, ScaleMethod.MSE: mse_weight_scale}
+
+
+# Fields of a recipe that are one of a few words.
+KINDS: tuple[tuple[str, type[StrEnum], str], ...] = (
+    ("method", Method, "--method"),
+    ("scale_method", ScaleMethod, "--scale-method"),
+    ("weight_scale_method", ScaleMethod, "--weight-scale-method"),
+    ("start", Start, "--start"),
+    ("granularity", Granularity, "--granularity"),
+    ("residuals", Residuals, "--residuals"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,44 +49,36 @@ class Recipe:
     float: there, moving the state takes longer than INT8 saves.
     """
 
-    method: str = "modiff"
+    method: Method = Method.MODIFF
     weight_bits: int = 8
     act_bits: int = 8
-    scale_method: str = "minmax"
-    weight_scale_method: str = "minmax"
-    start: str = "warmup"
+    scale_method: ScaleMethod = ScaleMethod.MINMAX
+    weight_scale_method: ScaleMethod = ScaleMethod.MINMAX
+    start: Start = Start.WARMUP
     edge_bits: int | None = None
-    granularity: str = "static"
+    granularity: Granularity = Granularity.STATIC
     dither: bool = True
     split: bool = False
-    residuals: str = "float"
+    residuals: Residuals = Residuals.FLOAT
     percentile: float = 0.9999
     min_intensity: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise InputError(f"--method must be one of {', '.join(METHODS)}, found '{self.method}'")
-        if self.scale_method not in SCALE_METHODS:
-            raise InputError(f"--scale-method must be one of {', '.join(SCALE_METHODS)}, found '{self.scale_method}'")
+        for name, kind, option in KINDS:
+            object.__setattr__(self, name, chosen(kind, getattr(self, name), option))
         if self.weight_scale_method not in WEIGHT_SCALES:
             raise InputError(
                 f"--weight-scale-method must be one of {', '.join(WEIGHT_SCALES)}, found {shown(self.weight_scale_method)}"
             )
-        if self.start not in STARTS:
-            raise InputError(f"--start must be one of {', '.join(STARTS)}, found '{self.start}'")
         if not self.min_intensity >= 0:
             raise InputError(f"--min-intensity must not be negative, found {self.min_intensity}")
-        refits = self.residuals == "quantized" or self.scale_method == "learned"
-        if refits and (self.method != "modiff" or self.granularity != "static"):
+        refits = self.residuals == Residuals.QUANTIZED or self.scale_method == ScaleMethod.LEARNED
+        if refits and (self.method != Method.MODIFF or self.granularity != Granularity.STATIC):
             raise InputError(
                 "--residuals quantized and --scale-method learned are for --method modiff with --granularity static"
             )
-        if self.residuals not in RESIDUALS:
-            raise InputError(f"--residuals must be one of {', '.join(RESIDUALS)}, found '{self.residuals}'")
         if not 0.5 <= self.percentile <= 1:
             raise InputError(f"--percentile must be a share between 0.5 and 1, found {self.percentile}")
-        if self.granularity not in GRANULARITIES:
-            raise InputError(f"--granularity must be one of {', '.join(GRANULARITIES)}, found '{self.granularity}'")
         edge = self.edge_bits if self.edge_bits is not None else self.act_bits
         for option, bits in (("--weight-bit", self.weight_bits), ("--act-bit", self.act_bits), ("--edge-bit", edge)):
             if not MIN_BITS <= bits <= MAX_BITS:
@@ -183,7 +186,7 @@ class _Grid(NamedTuple):
     skip_ratio: float
 
 
-def _grid(ranges: LayerRanges, mode: str, recipe: Recipe, bits: int) -> _Grid:
+def _grid(ranges: LayerRanges, mode: Mode, recipe: Recipe, bits: int) -> _Grid:
     """The grids of a layer by its ranges, in units of the main half where the recipe splits it."""
 
     def steps(part: InputRanges) -> tuple[float, float]:
@@ -193,7 +196,7 @@ def _grid(ranges: LayerRanges, mode: str, recipe: Recipe, bits: int) -> _Grid:
     if not recipe.split or ranges.halves is None:
         return _Grid(*steps(ranges), ranges.activation_max[0], 1.0)
     (main, main_residual), (skip, skip_residual) = (steps(part) for part in ranges.halves)
-    ratio = skip_residual / main_residual if mode == "modiff" else skip / main
+    ratio = skip_residual / main_residual if mode == Mode.MODIFF else skip / main
     # In float32, as the file holds it: the weights are folded with it here and when they are quantized.
     ratio = float(np.float32(ratio))
     first = max(ranges.halves[0].activation_max[0], ranges.halves[1].activation_max[0] / ratio)
@@ -208,7 +211,7 @@ def make_scales(
     A layer is modulated only where its residual range is smaller than its activation range, and quantized only where it
     has the recipe's intensity.
     """
-    if recipe.method == "modiff" and not any(step > 0 for step in trajectories.chosen):
+    if recipe.method == Method.MODIFF and not any(step > 0 for step in trajectories.chosen):
         if len(trajectories.timesteps) == 1:
             raise InputError(
                 "one step has no change from a step before it, so nothing to modulate; use --method qdiff, or more --timesteps"
@@ -220,9 +223,9 @@ def make_scales(
         measured = ranges[spec.name]
         weight_bits, act_bits = recipe.bits(spec)
         shrinks = 0 < measured.residual.absmax < measured.activation.absmax
-        mode = "modiff" if recipe.method == "modiff" and shrinks else "int8"
+        mode = Mode.MODIFF if recipe.method == Method.MODIFF and shrinks else Mode.INT8
         if spec.intensity < recipe.min_intensity:
-            mode = "float"
+            mode = Mode.FLOAT
         grid = _grid(measured, mode, recipe, act_bits)
         weight = fold_skip(spec, layer_weight(spec, checkpoint.params), grid.skip_ratio)
         weight_scale = WEIGHT_SCALES[recipe.weight_scale_method](weight, weight_bits)
@@ -235,7 +238,7 @@ def make_scales(
             weight_scale.float().cpu().numpy(),
             skip_ratio=grid.skip_ratio,
         )
-        if mode == "modiff":
+        if mode == Mode.MODIFF:
             first = max(grid.first_max, float(np.finfo(np.float32).tiny))
             full_range.append(first / grid_max(act_bits) / grid.residual)
             bits.append(act_bits)
@@ -260,5 +263,5 @@ def make_scales(
         np.stack([shares.float().numpy() for shares, _ in histograms]),
         np.asarray([top for _, top in histograms], np.float32),
         recipe.granularity,
-        bool(bits) and recipe.start == "warmup" and recipe.granularity == "static" and recipe.dither,
+        bool(bits) and recipe.start == Start.WARMUP and recipe.granularity == Granularity.STATIC and recipe.dither,
     )

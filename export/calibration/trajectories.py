@@ -14,6 +14,7 @@ import numpy as np
 from modiff_trt.core.config import Config, config_from_dict, config_to_dict, model_fingerprint
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import load_arrays, save_arrays
+from modiff_trt.core.kinds import SkipType
 
 KIND, SCHEMA = "trajectories", 1
 
@@ -25,7 +26,7 @@ class Trajectories:
 
     config: Config
     checkpoint_sha256: str
-    skip_type: str
+    skip_type: SkipType
     timesteps: tuple[int, ...]
     seed: int
     steps: np.ndarray[Any, np.dtype[np.int64]]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.grid import grid_max
+from modiff_trt.core.kinds import Mode
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.scales import Scales
 from modiff_trt.core.schedule import alphas_cumprod
@@ -176,12 +177,12 @@ def search_modes(
     base = trials.decibels(scales)
     report(f"modes: all {len(scales.modulated)} modulated: {base:.2f} dB")
     total = sum(spec.macs for spec in network.layers)
-    ranked: list[tuple[float, str, str]] = []
+    ranked: list[tuple[float, str, Mode]] = []
     for name in scales.modulated:
         spec = network.layer(name)
-        mode, score = "int8", trials.decibels(with_modes(scales, {name: "int8"}))
+        mode, score = Mode.INT8, trials.decibels(with_modes(scales, {name: Mode.INT8}))
         if spec.macs <= FLOAT_MACS * total and score < base - loss_db:
-            mode, score = "float", trials.decibels(with_modes(scales, {name: "float"}))
+            mode, score = Mode.FLOAT, trials.decibels(with_modes(scales, {name: Mode.FLOAT}))
         added = max(10 ** (-score / 10) - 10 ** (-base / 10), 0.0)
         ranked.append((added / (prod(spec.in_shape) + prod(spec.out_shape)), name, mode))
         on_layer()
@@ -201,10 +202,10 @@ def search_modes(
     return best, sorted(curve, key=lambda point: point.stateless)
 
 
-def with_modes(scales: Scales, modes: dict[str, str]) -> Scales:
+def with_modes(scales: Scales, modes: dict[str, Mode]) -> Scales:
     """The same scales with other modes for some layers, and the row table's columns to match."""
     layers = {n: replace(layer, mode=modes.get(n, layer.mode)) for n, layer in scales.layers.items()}
-    if all(layer.mode != "modiff" for layer in layers.values()):
+    if all(layer.mode != Mode.MODIFF for layer in layers.values()):
         return replace(scales, layers=layers, dither=False, rows=plain_rows(scales.rows.timesteps))
     keep = [i for i, name in enumerate(scales.modulated) if name not in modes]
     rows = RowTable(scales.rows.t, scales.rows.multipliers[:, keep], scales.rows.warmup, scales.rows.exact_start)

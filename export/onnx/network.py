@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from modiff_trt.core.config import config_to_dict
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path
+from modiff_trt.core.kinds import UNQUANTIZED, Granularity, Mode
 from modiff_trt.core.manifest import DIGEST, DOMAIN, MANIFEST_KEY, MANIFEST_SCHEMA, content_digest, encode_array
 from modiff_trt.core.scales import LayerScales, Scales, only_simulated
 from modiff_trt.export.onnx.ops import IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
@@ -42,7 +43,7 @@ def build_onnx(
     reason = only_simulated(scales) if scales is not None else None
     if reason is not None:
         raise InputError(reason)
-    dynamic = scales is not None and scales.granularity == "tensor"
+    dynamic = scales is not None and scales.granularity == Granularity.TENSOR
     real = DTYPES[dtype]
     modulated = scales.modulated if scales is not None else ()
     constants = _constants(network, checkpoint, scales)
@@ -98,7 +99,7 @@ def _constants(network: Network, checkpoint: Checkpoint, scales: Scales | None) 
         bias = layer_bias(spec, checkpoint.params).numpy()
         if scales is None or spec.name not in quantized:
             weight = layer_weight(spec, checkpoint.params).numpy()
-            none = LayerScales("float", 8, 8, 1.0, 1.0, np.ones(spec.out_shape[0], np.float32))
+            none = LayerScales(Mode.FLOAT, 8, 8, 1.0, 1.0, np.ones(spec.out_shape[0], np.float32))
             constants[spec.name] = LayerConstants(weight, bias, none)
         else:
             constants[spec.name] = LayerConstants(quantized[spec.name].weight.numpy(), bias, scales.layers[spec.name])
@@ -108,7 +109,7 @@ def _constants(network: Network, checkpoint: Checkpoint, scales: Scales | None) 
 def _check_range(constants: dict[str, LayerConstants], real: Any) -> None:
     tiny = float(np.finfo(real).tiny)
     for name, layer in constants.items():
-        if layer.scales.mode != "float" and min(layer.scales.scale, float(layer.scales.weight_scale.min())) < tiny:
+        if layer.scales.mode != Mode.FLOAT and min(layer.scales.scale, float(layer.scales.weight_scale.min())) < tiny:
             raise InputError(
                 f"layer '{name}' has a scale below {tiny:.1e}, the smallest of this float type; export with --dtype fp32"
             )
@@ -130,7 +131,7 @@ def _manifest(
         "checkpoint": checkpoint.description,
         "scales_sha256": scales_sha256,
         "dtype": dtype,
-        "method": scales.method if scales is not None else "float",
+        "method": scales.method if scales is not None else UNQUANTIZED,
         "layers": {},
     }
     if scales is not None:

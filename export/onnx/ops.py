@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from modiff_trt.core.grid import grid_max
+from modiff_trt.core.kinds import Mode
 from modiff_trt.core.manifest import CONV_ATTRIBUTES, DOMAIN, FUNCTION, PLUGIN_VERSION
 from modiff_trt.core.scales import LayerScales
 from modiff_trt.networks.split import skip_factors
@@ -141,7 +142,7 @@ class OnnxOps:
     def layer(self, spec: LayerSpec, x: Value) -> Value:
         name, constants = spec.name, self._constants[spec.name]
         window = {"kernel_shape": [spec.kernel] * 2, "pads": list(spec.padding), "strides": [spec.stride] * 2}
-        if constants.scales.mode == "float":
+        if constants.scales.mode == Mode.FLOAT:
             weight, bias = self.real(f"{name}.weight", constants.weight), self.real(f"{name}.bias", constants.bias)
             return Value(self.node("Conv", [x.name, weight, bias], f"{name}.out", **window), spec.out_shape)
         if constants.scales.skip_ratio != 1.0:
@@ -156,7 +157,7 @@ class OnnxOps:
             self.real(f"{name}.weight_scale", constants.scales.weight_scale),
             self.constant(f"zeros.{spec.out_shape[0]}", np.zeros(spec.out_shape[0], np.int8)),
         ]
-        if constants.scales.mode == "int8":
+        if constants.scales.mode == Mode.INT8:
             return self._stateless(spec, x, low, high, [scale, zero], integers, constants.bias, window)
         multiplier = f"{name}.multiplier"
         if self._dynamic:

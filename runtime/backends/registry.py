@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from modiff_trt.core.config import Config, load_config, model_fingerprint
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import sha256
+from modiff_trt.core.kinds import UNQUANTIZED, Granularity, Method, SkipType
 from modiff_trt.core.manifest import quantization
 from modiff_trt.core.scales import load_scales
 from modiff_trt.core.schedule import requested_sequence, timestep_sequence
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 TORCH_BACKENDS = ("torch", "torch-sim", "native")
 BACKENDS = ("torch", "torch-sim", "onnx", "native", "trt")
 DEFAULT_TIMESTEPS = 100
-DEFAULT_SKIP_TYPE = "quad"
+DEFAULT_SKIP_TYPE = SkipType.QUAD
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class SamplingOptions:
     scales: Path | None = None
     onnx: Path | None = None
     timesteps: int | None = None
-    skip_type: str | None = None
+    skip_type: SkipType | None = None
     modulate: bool = True
     device: str = "cpu"
     dtype: str = "fp32"
@@ -128,7 +129,11 @@ def _torch_backend(options: SamplingOptions) -> Backend:
             denoiser = CompiledDenoiser(network, checkpoint.params, timesteps, options.compile)
         else:
             raise InputError("--compile goes with --dtype fp16, and both with --device cuda")
-        made = {"quantization": quantization("float", "static", {}), "dtype": options.dtype, "timesteps": list(timesteps)}
+        made = {
+            "quantization": quantization(UNQUANTIZED, Granularity.STATIC, {}),
+            "dtype": options.dtype,
+            "timesteps": list(timesteps),
+        }
         return Backend(denoiser, config, manifest | made)
     if options.scales is None:
         raise InputError(f"--backend {options.backend} needs --scales FILE; make one with `modiff-trt calibrate`")
@@ -172,14 +177,14 @@ def _onnx_backend(options: SamplingOptions) -> Backend:
         raise InputError(f"{options.onnx} was exported from another configuration than --config; leave --config out")
     if options.ckpt is not None and sha256(options.ckpt) != model.manifest["checkpoint_sha256"].removesuffix(RAW_SUFFIX):
         raise InputError(f"{options.onnx} was exported from another checkpoint than --ckpt; leave --ckpt out")
-    if not options.modulate and model.manifest["method"] == "modiff":
+    if not options.modulate and model.manifest["method"] == Method.MODIFF:
         raise InputError("--no-modulate is decided at export; run `modiff-trt export --no-modulate` and sample from that file")
     rows = model.calibrated_rows
     if rows is None:
         timesteps = _sequence(options, model.config)
     else:
         timesteps = rows.timesteps
-        _check_steps(options, model.config, timesteps, model.manifest["skip_type"], options.onnx)
+        _check_steps(options, model.config, timesteps, SkipType(model.manifest["skip_type"]), options.onnx)
     return onnx_backend(model, timesteps, options.device)
 
 
@@ -198,13 +203,13 @@ def _trt_backend(options: SamplingOptions) -> Backend:
         _refuse(value, option, "trt, whose plan carries it")
     plan = load_plan(options.plan)
     network, rows = plan.manifest["network"], plan.calibrated_rows
-    if not options.modulate and network["method"] == "modiff":
+    if not options.modulate and network["method"] == Method.MODIFF:
         raise InputError("--no-modulate is decided at export; run `modiff-trt export --no-modulate` and build from that file")
     if rows is None:
         timesteps = _sequence(options, plan.config)
     else:
         timesteps = rows.timesteps
-        _check_steps(options, plan.config, timesteps, network["skip_type"], options.plan)
+        _check_steps(options, plan.config, timesteps, SkipType(network["skip_type"]), options.plan)
     return plan_backend(plan, timesteps)
 
 
@@ -218,7 +223,9 @@ def _sequence(options: SamplingOptions, config: Config) -> tuple[int, ...]:
     return requested_sequence(config.diffusion, steps, options.skip_type or DEFAULT_SKIP_TYPE)
 
 
-def _check_steps(options: SamplingOptions, config: Config, calibrated: tuple[int, ...], skip_type: str, source: Path) -> None:
+def _check_steps(
+    options: SamplingOptions, config: Config, calibrated: tuple[int, ...], skip_type: SkipType, source: Path
+) -> None:
     """Scales hold for the steps that they were calibrated on: a residual depends on how far apart two steps are."""
     if options.timesteps is None and options.skip_type is None:
         return

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modiff_trt.core.kinds import Granularity
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.scales import Scales
 from modiff_trt.networks.modulated import OnLayer, QuantizedLayer, State, initial_state, quantize_layers, simulate
@@ -115,7 +116,7 @@ class SimDenoiser(_TorchBase):
         self._act_quant = act_quant
         self._pass = torch.compile(simulate) if compiled else simulate
         # Only integers are convolved where every layer is quantized on a static grid.
-        self._only_integers = act_quant and scales.granularity == "static" and len(self.layers) == len(network.layers)
+        self._only_integers = act_quant and scales.granularity == Granularity.STATIC and len(self.layers) == len(network.layers)
         self._on_layer = on_layer
         self._state: State = {}
 

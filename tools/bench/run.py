@@ -23,6 +23,7 @@ import torch
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import write_signed
+from modiff_trt.core.kinds import Granularity
 from modiff_trt.core.scales import Scales
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.unet import Network
@@ -81,7 +82,7 @@ def candidates(
         "torch-sim": simulated,
         "native-int8": lambda: native(scales.without_modulation()),
         "native-modiff": lambda: native(scales),
-        "native-ltq-modiff": lambda: native(replace(scales, granularity="tensor")),
+        "native-ltq-modiff": lambda: native(replace(scales, granularity=Granularity.TENSOR)),
         "onnxruntime-fp32": lambda: _onnxruntime(network, checkpoint, None, steps, device),
         "onnxruntime-int8": lambda: _onnxruntime(network, checkpoint, scales.without_modulation(), steps, device),
         "onnxruntime-modiff": lambda: _onnxruntime(network, checkpoint, scales, steps, device),

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from modiff_trt.core.errors import InputError, shown
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.kinds import Granularity, Method, Mode, Residuals, Rounding, ScaleMethod, Search, Start
 from modiff_trt.tools.cli.options import BatchSize, Ckpt, Config, Device, Weights
 
 
@@ -17,25 +18,29 @@ def calibrate(
     ckpt: Ckpt,
     trajectories: Annotated[Path, typer.Option(help="file written by `collect`")],
     out: Annotated[Path, typer.Option(help="scales file to write (.safetensors)")],
-    method: Annotated[str, typer.Option(help="modiff (modulated residuals) or qdiff (stateless)")] = "modiff",
+    method: Annotated[Method, typer.Option(help="modulated residuals, or stateless (Q-Diffusion)")] = Method.MODIFF,
     weight_bit: Annotated[int, typer.Option(help="bits of the weights, 2 to 8")] = 8,
     act_bit: Annotated[int, typer.Option(help="bits of the activations, 2 to 8")] = 8,
     edge_bit: Annotated[int | None, typer.Option(help="at least so many bits for the first and last layer")] = None,
     scale_method: Annotated[
-        str, typer.Option(help="of activations: minmax, mse, percentile, or learned (of residuals)")
-    ] = "minmax",
-    weight_scale_method: Annotated[str, typer.Option(help="of weights: minmax or mse")] = "minmax",
+        ScaleMethod, typer.Option(help="of activations and residuals; learned: of residuals alone")
+    ] = ScaleMethod.MINMAX,
+    weight_scale_method: Annotated[ScaleMethod, typer.Option(help="of weights: minmax or mse")] = ScaleMethod.MINMAX,
     residuals: Annotated[
-        str, typer.Option(help="measured between float steps, or against the quantized network's a_hat")
-    ] = "float",
+        Residuals, typer.Option(help="measured between float steps, or against the quantized network's a_hat")
+    ] = Residuals.FLOAT,
     split: Annotated[bool, typer.Option(help="a grid of its own for the skip half of a concatenated input")] = False,
-    start: Annotated[str, typer.Option(help="warmup rows, or exact: a full-precision first step (simulation only)")] = "warmup",
+    start: Annotated[
+        Start, typer.Option(help="warmup rows, or exact: a full-precision first step (simulation only)")
+    ] = Start.WARMUP,
     granularity: Annotated[
-        str, typer.Option(help="activation grids: static, tensor (LTQ) or channel (LCQ; simulation only)")
-    ] = "static",
-    rounding: Annotated[str, typer.Option(help="of the weights: nearest, or adaround (learned, block by block)")] = "nearest",
+        Granularity, typer.Option(help="activation grids: static, tensor (LTQ) or channel (LCQ; simulation only)")
+    ] = Granularity.STATIC,
+    rounding: Annotated[
+        Rounding, typer.Option(help="of the weights: nearest, or adaround (learned, block by block)")
+    ] = Rounding.NEAREST,
     iterations: Annotated[int, typer.Option(help="adaround: training steps per block")] = 1000,
-    search: Annotated[str, typer.Option(help="by trial: none, scales (static grids), rows (then one a row)")] = "none",
+    search: Annotated[Search, typer.Option(help="by trial: static grids, then one a row")] = Search.NONE,
     percentile: Annotated[
         float | None, typer.Option(help="of --scale-method percentile: the share of values that a grid holds (0.9999)")
     ] = None,
@@ -72,19 +77,15 @@ def calibrate(
     from modiff_trt.runtime.backends.registry import check_device, load_model
     from modiff_trt.runtime.sampling import check_seed
 
-    if rounding not in ("nearest", "adaround"):
-        raise InputError(f"--rounding must be nearest or adaround, found {shown(rounding)}")
-    if search not in ("none", "scales", "rows"):
-        raise InputError(f"--search must be none, scales or rows, found {shown(search)}")
-    if search != "none" and (method != "modiff" or granularity != "static"):
+    if search != Search.NONE and (method != Method.MODIFF or granularity != Granularity.STATIC):
         raise InputError("--search is for --method modiff with --granularity static")
-    if auto and method != "modiff":
+    if auto and method != Method.MODIFF:
         raise InputError("--auto takes state from layers, which --method modiff gives them")
     if trial_images < 1 or not max_loss >= 0:
         raise InputError("--trial-images must be at least 1 and --max-loss not negative")
     if iterations < 1 or batch_size < 1:
         raise InputError("--iterations and --batch-size must be at least 1")
-    if percentile is not None and scale_method != "percentile":
+    if percentile is not None and scale_method != ScaleMethod.PERCENTILE:
         raise InputError("--percentile is for --scale-method percentile; `--search scales` finds a share by itself")
     check_seed(seed)
     recipe = Recipe(
@@ -109,19 +110,19 @@ def calibrate(
     ranges = measure(network, checkpoint, stored, batch_size, check_device(device))
     on_device = replace(checkpoint, params={key: value.to(device) for key, value in checkpoint.params.items()})
     scales = make_scales(network, on_device, stored, ranges, recipe)
-    if rounding == "adaround":
+    if rounding == Rounding.ADAROUND:
         scales = learn_weights(network, checkpoint, stored, scales, AdaRoundOptions(iterations), seed, device, part)
-    if scales.modulated and (residuals == "quantized" or scale_method == "learned"):
+    if scales.modulated and (residuals == Residuals.QUANTIZED or scale_method == ScaleMethod.LEARNED):
         scales = refit_residuals(network, checkpoint, stored, scales, recipe, batch_size, device)
-    if scales.modulated and (search != "none" or auto):
+    if scales.modulated and (search != Search.NONE or auto):
         trials = Trials(network, checkpoint, scales.rows.timesteps, trial_images, TRIAL_SEED, device)
-        tried = PERCENTILES if search != "none" else ()
+        tried = PERCENTILES if search != Search.NONE else ()
         candidates = {p: residual_scales(network, on_device, stored, ranges, recipe, scales, p) for p in tried}
-        scales = improve(trials, scales, candidates, search == "rows", max_loss if auto else None)
+        scales = improve(trials, scales, candidates, search == Search.ROWS, max_loss if auto else None)
     save_scales(out, scales)
-    if rounding == "adaround":
+    if rounding == Rounding.ADAROUND:
         part.unlink(missing_ok=True)
     modes = [layer.mode for layer in scales.layers.values()]
-    counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in ("modiff", "int8", "float") if mode in modes)
+    counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in Mode if mode in modes)
     only = "; for torch-sim only" if only_simulated(scales) is not None else ""
     typer.echo(f"{out}: {method} W{weight_bit}A{act_bit}, layers: {counts}; {len(scales.rows)} passes a trajectory{only}")

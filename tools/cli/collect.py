@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from modiff_trt.core.kinds import SkipType
 from modiff_trt.tools.cli.options import BatchSize, Ckpt, Config, Device, Seed, Weights
 
 
@@ -15,7 +16,7 @@ def collect(
     ckpt: Ckpt,
     out: Annotated[Path, typer.Option(help="trajectory file to write (.safetensors)")],
     timesteps: Annotated[int, typer.Option(help="DDIM steps")] = 100,
-    skip_type: Annotated[str, typer.Option(help="uniform or quad")] = "quad",
+    skip_type: Annotated[SkipType, typer.Option(help="spacing of the timesteps")] = SkipType.QUAD,
     num_samples: Annotated[int, typer.Option(help="calibration images")] = 16,
     calib_steps: Annotated[int, typer.Option(help="steps to keep, spread evenly; each with the step before it")] = 20,
     seed: Seed = 1,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.kinds import SkipType
 from modiff_trt.tools.cli.options import Seed
 
 
@@ -94,7 +95,7 @@ def package(
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="new folder for the sampler")],
     plan: Annotated[Path | None, typer.Option(help="plan built from it, for `modiff-sampler --device cuda`")] = None,
     timesteps: Annotated[int, typer.Option(help="DDIM steps, for float networks; quantized ones carry theirs")] = 100,
-    skip_type: Annotated[str, typer.Option(help="uniform or quad, for float networks")] = "quad",
+    skip_type: Annotated[SkipType, typer.Option(help="spacing of the timesteps, for float networks")] = SkipType.QUAD,
 ) -> None:
     """Write a folder that samples by itself: the network, and a launcher that needs neither torch nor this project."""
     from modiff_trt.tools.package.packing import LAUNCHER, REQUIREMENTS

@@ -76,7 +76,8 @@ def _run(arguments: list[str] | None) -> int:
             raise
         if not error.format_message():  # no arguments at all: the help has been printed
             return BAD_INPUT
-        raise InputError(f"{error.format_message()}; see --help") from None
+        message = error.format_message().replace("Value error, ", "").rstrip(".")  # some versions say both
+        raise InputError(f"{message}; see --help") from None
     if result == INTERRUPTED:  # the command-line library has turned Ctrl-C into this
         raise KeyboardInterrupt
     return result if isinstance(result, int) else 0

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.kinds import SkipType
 from modiff_trt.tools.cli.options import BatchSize, Device, Seed, Weights
 
 
@@ -20,7 +21,7 @@ def sample(
     onnx: Annotated[Path | None, typer.Option(help="exported file, for onnx")] = None,
     plan: Annotated[Path | None, typer.Option(help="built plan, for trt")] = None,
     timesteps: Annotated[int | None, typer.Option(help="DDIM steps (100, or what the scales were made for)")] = None,
-    skip_type: Annotated[str | None, typer.Option(help="uniform or quad (quad)")] = None,
+    skip_type: Annotated[SkipType | None, typer.Option(help="spacing of the timesteps (quad)")] = None,
     eta: Annotated[float, typer.Option(help="0: deterministic, 1: as noisy as DDPM")] = 0.0,
     modulate: Annotated[bool, typer.Option(help="keep MoDiff state; off: plain Q-Diffusion")] = True,
     num_samples: Annotated[int | None, typer.Option(help="number of images (16)")] = None,

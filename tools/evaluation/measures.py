@@ -19,6 +19,7 @@ import numpy as np
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import cache_folder, digest_of, load_arrays, save_arrays
+from modiff_trt.core.kinds import UNQUANTIZED, Granularity, Method
 from modiff_trt.core.npy import read_npz
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.runtime.images.folders import decibels
@@ -258,12 +259,15 @@ def paired(images: ImageSet, exact: ImageSet, batch_size: int, device: str = "cp
     }
 
 
+GRIDS = {Granularity.STATIC: "Q-Diff", Granularity.TENSOR: "LTQ", Granularity.CHANNEL: "LCQ"}
+
+
 def method_name(quantization: dict[str, Any]) -> str:
     """The row of the paper's table that a network belongs to."""
-    if quantization["method"] == "float":
+    if quantization["method"] == UNQUANTIZED:
         return FULL
-    grids = {"static": "Q-Diff", "tensor": "LTQ", "channel": "LCQ"}[quantization["granularity"]]
-    return f"{grids} + MoDiff" if quantization["method"] == "modiff" else grids
+    grids = GRIDS[quantization["granularity"]]
+    return f"{grids} + MoDiff" if quantization["method"] == Method.MODIFF else grids
 
 
 def label(images: ImageSet) -> str:

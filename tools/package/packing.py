@@ -13,6 +13,7 @@ from typing import Any
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import sha256, unwritable, write_signed
+from modiff_trt.core.kinds import SkipType
 from modiff_trt.core.schedule import requested_sequence
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
 from modiff_trt.runtime.backends.plan import Plan, load_plan
@@ -41,7 +42,7 @@ sys.exit(main())
 """
 
 
-def package(onnx: Path, out: Path, timesteps: int, skip_type: str, plan: Path | None = None) -> list[Path]:
+def package(onnx: Path, out: Path, timesteps: int, skip_type: SkipType, plan: Path | None = None) -> list[Path]:
     """Writes the folder `out` and returns its files; with `plan`, one built from `onnx`, it samples with TensorRT too.
 
     `timesteps` and `skip_type` are for float networks: quantized ones carry theirs. Raises InputError for a file that was not

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from modiff_trt.core.files import atomic_path
 from modiff_trt.core.grid import grid_max
+from modiff_trt.core.kinds import Granularity, Rounding
 from modiff_trt.core.scales import Scales
 from modiff_trt.networks.state_elements import state_elements
 from modiff_trt.networks.unet import Network
@@ -17,7 +18,7 @@ from modiff_trt.networks.unet import Network
 
 def print_table(scales: Scales, network: Network) -> None:
     """One line per layer: mode, bits, scales, how much smaller the residual is, and its state."""
-    grids = {"static": "static", "tensor": "LTQ", "channel": "LCQ"}[scales.granularity]
+    grids = {Granularity.STATIC: "static", Granularity.TENSOR: "LTQ", Granularity.CHANNEL: "LCQ"}[scales.granularity]
     recipe = f"{scales.method}, {grids} grids ({scales.scale_method}){', dither' if scales.dither else ''}"
     split = ", skip halves apart" if any(layer.skip_ratio != 1 for layer in scales.layers.values()) else ""
     steps = f"{len(scales.rows.timesteps)} {scales.skip_type} steps, {len(scales.rows)} passes"
@@ -46,7 +47,7 @@ def print_table(scales: Scales, network: Network) -> None:
             f"{layer.activation_scale:.3g}",
             f"{layer.residual_scale:.3g}",
             f"{ratio:.1f}x",
-            "nearest" if layer.round_up is None else "adaround",
+            Rounding.NEAREST if layer.round_up is None else Rounding.ADAROUND,
             f"{elements[name]:,}",
         )
     total = sum(elements.values())

@@ -25,6 +25,7 @@ from torch import Tensor
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import read_json, write_json
 from modiff_trt.core.grid import grid_max
+from modiff_trt.core.kinds import Method, Mode, SkipType
 from modiff_trt.core.rows import rows_after
 from modiff_trt.core.scales import Scales, load_scales, save_scales
 from modiff_trt.export.calibration.adaround import AdaRoundOptions
@@ -171,7 +172,7 @@ class Study:
         device: str,
         out: Path,
         deadline: float,
-        skip_type: str = "quad",
+        skip_type: SkipType = SkipType.QUAD,
     ) -> None:
         self.network, self.checkpoint = load_model(config, ckpt)
         self.device, self.out = check_device(device), out
@@ -257,7 +258,7 @@ class Study:
     def use_learned(self, file: Path) -> None:
         """From now on W8 weights are rounded as a scales file of this checkpoint says."""
         scales = load_scales(file, self.network, self.checkpoint.sha256)
-        if any(v.weight_bits != 8 or v.round_up is None for v in scales.layers.values() if v.mode != "float"):
+        if any(v.weight_bits != 8 or v.round_up is None for v in scales.layers.values() if v.mode != Mode.FLOAT):
             raise InputError(
                 f"--learned {file} does not hold learned 8-bit weights; make it with `calibrate --rounding adaround`"
             )
@@ -270,7 +271,7 @@ class Study:
         for b in bits:
             for name, (method, granularity) in METHODS.items():
                 scales = self.scales(method=method, granularity=granularity, act_bits=b, dither=False)
-                if method == "modiff":
+                if method == Method.MODIFF:
                     scales = two_rows(scales, 2)
                 self.record("methods", f"{name} A{b}", lambda s=scales: self.decibels(s))  # type: ignore[misc]
 
@@ -331,7 +332,7 @@ def main(
     ckpt: Annotated[Path, typer.Option(help="trained weights")],
     out: Annotated[Path, typer.Option(help="JSON file to write")],
     timesteps: Annotated[int, typer.Option(help="DDIM steps")] = 50,
-    skip_type: Annotated[str, typer.Option(help="uniform or quad")] = "quad",
+    skip_type: Annotated[SkipType, typer.Option(help="spacing of the timesteps")] = SkipType.QUAD,
     images: Annotated[int, typer.Option(help="images compared")] = 16,
     calibration_images: Annotated[int, typer.Option(help="images calibrated on")] = 16,
     parts: Annotated[str, typer.Option(help="comma-separated, of methods, scales, rows, starts, state, weights")] = PARTS,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import Scales
 from modiff_trt.networks.torch_ops import Params
 from modiff_trt.networks.unet import Network
@@ -132,7 +133,7 @@ class NativeDenoiser(GraphedDenoiser):
             channels, height, width = layer.spec.in_shape
             if layer.weight.shape[1] != channels:
                 shape = (size, height * width, layer.weight.shape[1])
-                dtype = self._kernels.real if layer.mode == "float" else self._kernels.integer
+                dtype = self._kernels.real if layer.mode == Mode.FLOAT else self._kernels.integer
                 padded[name] = torch.zeros(shape, dtype=dtype, device=self._device)
         self._buffers = Buffers(state, o_hat, padded, self._row)
 
@@ -148,7 +149,7 @@ def _to_device(model: NativeModel, device: str, kernels: Kernels) -> NativeModel
                 bias = bias + model.layers[shortcut].bias
         factors = layer.factors.to(device) if layer.factors is not None else None
         weight = layer.weight
-        if layer.mode == "float":
+        if layer.mode == Mode.FLOAT:
             missing = aligned(weight.shape[1]) - weight.shape[1] if kernels.pads_real else 0
             weight = F.pad(weight, (0, 0, 0, 0, 0, missing)).to(kernels.real)
         weight = weight.to(device).contiguous(memory_format=torch.channels_last)

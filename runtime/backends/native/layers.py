@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.kinds import Granularity, Mode
 from modiff_trt.core.scales import Scales, only_simulated
 from modiff_trt.networks.modulated import QuantizedLayer, initial_a_hat, quantize_layers
 from modiff_trt.networks.split import skip_factors
@@ -43,7 +44,7 @@ class NativeLayer:
     """
 
     spec: LayerSpec
-    mode: str
+    mode: Mode
     bits: int
     weight: Tensor
     bias: Tensor
@@ -104,12 +105,12 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         if layer is None:
             bias = layer_bias(spec, params).float()
             weight = layer_weight(spec, params).float()
-            layers[spec.name] = NativeLayer(spec, "float", 8, weight, bias, None, 0.0, 0, 0, None)
+            layers[spec.name] = NativeLayer(spec, Mode.FLOAT, 8, weight, bias, None, 0.0, 0, 0, None)
             continue
         # The skip half of a split input is divided by the ratio, and may come out larger than it was measured.
         largest = float(scales.activation_range[:, names.index(spec.name)].max()) / min(1.0, layer.skip_ratio)
         unit, multiples = _grid(scales, layer, largest)
-        dynamic = layer.granularity == "tensor"
+        dynamic = layer.granularity == Granularity.TENSOR
         step = np.ones(rows) if dynamic else multiples * unit
         grid = np.stack([1 / step, np.full(rows, unit), multiples, step], axis=1)
         padded = np.zeros(aligned(spec.out_shape[0]), np.float64)
@@ -121,7 +122,7 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         bias[: spec.out_shape[0]] = layer.bias
         factors = torch.from_numpy(skip_factors(spec, layer.skip_ratio)) if layer.skip_ratio != 1 else None
         grid_at, scale_at = append(grid), append(step[:, None] * padded[None])
-        modulated = layer.mode == "modiff"
+        modulated = layer.mode == Mode.MODIFF
         byte_scales = torch.from_numpy(np.outer((unit, 256 * unit), padded).astype(np.float32)) if modulated else None
         layers[spec.name] = NativeLayer(
             spec, layer.mode, layer.bits, weight, bias, factors, unit, grid_at, scale_at, byte_scales, dynamic
@@ -144,7 +145,7 @@ def _grid(scales: Scales, layer: QuantizedLayer, largest: float) -> tuple[float,
     The unit is a power of two finer than the baked scale, as fine as a state can still count to HEADROOM times the largest
     activation; where that leaves less than a quarter of the step, the smaller headroom does.
     """
-    if layer.mode != "modiff":
+    if layer.mode != Mode.MODIFF:
         return layer.scale, np.ones(len(scales.rows))
     subdivision = 0.0
     for headroom in HEADROOM:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modiff_trt.core.kinds import Mode
 from modiff_trt.networks.unet import GROUPS, NORM_EPS, LayerSpec, Role
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.native.layers import NativeLayer
@@ -130,7 +131,7 @@ def shared_accumulators(layers: Mapping[str, NativeLayer]) -> dict[str, str]:
     pairs = {}
     for name, layer in layers.items():
         partner = layer.spec.added_to
-        if partner and layer.mode == layers[partner].mode != "float":
+        if partner and layer.mode == layers[partner].mode != Mode.FLOAT:
             pairs[name] = partner
     return pairs
 
@@ -156,7 +157,9 @@ class NativeOps:
         self._kernels, self._layers, self._norms, self._time_at, self._buffers = kernels, layers, norms, time_at, buffers
         self._shared = shared_accumulators(layers)
         self._partners = set(self._shared.values())
-        self._shortcuts = {layer.spec.beside: layer for layer in layers.values() if layer.spec.beside and layer.mode == "float"}
+        self._shortcuts = {
+            layer.spec.beside: layer for layer in layers.values() if layer.spec.beside and layer.mode == Mode.FLOAT
+        }
         self._outputs: dict[str, Tensor] = {}
         self._aside = aside
         self._begun: dict[str, tuple[list[Tensor], Tensor]] = {}
@@ -169,7 +172,7 @@ class NativeOps:
         if spec.upsampled and not x.repeated:
             raise ValueError(f"layer '{name}' keeps one state for 2x2 pixels, and its input is not what `upsample` gave")
         channels, height, width = spec.out_shape
-        if layer.mode == "float":
+        if layer.mode == Mode.FLOAT:
             if name in self._begun:
                 assert self._aside is not None
                 torch.cuda.current_stream().wait_stream(self._aside)
@@ -180,7 +183,7 @@ class NativeOps:
         q = self._read(x, layer, row[layer.grid_at : layer.grid_at + 4], steps)
         self._begin_shortcut(name, x)
         scale = row[layer.scale_at : layer.scale_at + layer.out_channels]
-        if layer.mode == "modiff":
+        if layer.mode == Mode.MODIFF:
             out = self._buffers.o_hat[name]
             self._kernels.product(layer, q, scale, out, out, steps)
         elif name in self._shared:

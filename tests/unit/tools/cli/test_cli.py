@@ -179,7 +179,10 @@ REFUSED = {
     "negative seed": (["sample", *MODEL, "--seed", "-1", "--timesteps", "2", "--out", "OUT"], "--seed must lie between"),
     "eta": (["sample", *MODEL, "--eta", "2", "--timesteps", "2", "--out", "OUT"], "--eta must lie between 0 and 1"),
     "timesteps": (["sample", *MODEL, "--timesteps", "0", "--out", "OUT"], "--timesteps must lie between 1 and 1000"),
-    "skip type": (["sample", *MODEL, "--skip-type", "cubic", "--out", "OUT"], "--skip-type must be one of"),
+    "skip type": (
+        ["sample", *MODEL, "--skip-type", "cubic", "--out", "OUT"],
+        "'--skip-type': 'cubic' is not one of 'uniform', 'quad'; see --help",
+    ),
     "noise missing": (["sample", *MODEL, "--noise", "none.npy", "--timesteps", "2", "--out", "OUT"], "none.npy does not exist"),
     "noise of wrong shape": (["sample", *MODEL, "--noise", "NOISE", "--timesteps", "2", "--out", "OUT"], "must be float32"),
     "no gpu": (["sample", *MODEL, "--device", "tpu", "--out", "OUT"], "--device must be cpu or cuda"),
@@ -199,10 +202,13 @@ REFUSED = {
         ["calibrate", *MODEL, "--trajectories", "TRAJ", "--percentile", "0.99", "--out", "OUT"],
         "--scale-method percentile",
     ),
-    "search": (["calibrate", *MODEL, "--trajectories", "TRAJ", "--search", "all", "--out", "OUT"], "--search must be none"),
+    "search": (
+        ["calibrate", *MODEL, "--trajectories", "TRAJ", "--search", "all", "--out", "OUT"],
+        "'--search': 'all' is not one of",
+    ),
     "residuals": (
         ["calibrate", *MODEL, "--trajectories", "TRAJ", "--residuals", "both", "--out", "OUT"],
-        "--residuals must be",
+        "'--residuals': 'both' is not one of",
     ),
     "native without scales": (["sample", "--backend", "native", *MODEL, "--out", "OUT"], "--backend native needs --scales"),
     "fp16 on a cpu": (["sample", *MODEL, "--dtype", "fp16", "--out", "OUT"], "--device cuda"),

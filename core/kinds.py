@@ -1,0 +1,89 @@
+"""The kinds that options and files name by a word, each in one place. No torch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TypeVar
+
+from modiff_trt.core.errors import InputError, shown
+
+
+class Mode(StrEnum):
+    """How a layer is computed: modulated with state (MoDiff), integers without state (Q-Diffusion), or unquantized."""
+
+    MODIFF = "modiff"
+    INT8 = "int8"
+    FLOAT = "float"
+
+
+class Method(StrEnum):
+    """What a network was calibrated for."""
+
+    MODIFF = "modiff"
+    QDIFF = "qdiff"
+
+
+class Granularity(StrEnum):
+    """What an activation grid belongs to: the layer (baked), each image (LTQ), or each input channel of each image (LCQ)."""
+
+    STATIC = "static"
+    TENSOR = "tensor"
+    CHANNEL = "channel"
+
+
+class Start(StrEnum):
+    """How a trajectory begins: with warm-up rows, or with a full-precision first step (the paper's; simulation only)."""
+
+    WARMUP = "warmup"
+    EXACT = "exact"
+
+
+class SkipType(StrEnum):
+    """How a sequence of timesteps is spaced, as DDIM's code names it."""
+
+    UNIFORM = "uniform"
+    QUAD = "quad"
+
+
+class ScaleMethod(StrEnum):
+    """How the step of a grid is found from the values that it must hold."""
+
+    MINMAX = "minmax"
+    MSE = "mse"
+    PERCENTILE = "percentile"
+    LEARNED = "learned"
+
+
+class Residuals(StrEnum):
+    """What residuals are measured against: the step before of the float network, or the quantized network's a_hat."""
+
+    FLOAT = "float"
+    QUANTIZED = "quantized"
+
+
+class Rounding(StrEnum):
+    """How weights are rounded."""
+
+    NEAREST = "nearest"
+    ADAROUND = "adaround"
+
+
+class Search(StrEnum):
+    """What is searched by trial trajectories."""
+
+    NONE = "none"
+    SCALES = "scales"
+    ROWS = "rows"
+
+
+# What a manifest has in place of a method where the network is not quantized.
+UNQUANTIZED = "float"
+
+K = TypeVar("K", bound=StrEnum)
+
+
+def chosen(kind: type[K], value: str, option: str) -> K:
+    """The member that `value` names. Raises InputError with the words that `option` takes."""
+    if value not in tuple(kind):
+        raise InputError(f"{option} must be one of {', '.join(kind)}, found {shown(str(value))}")
+    return kind(value)
