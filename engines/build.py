@@ -62,8 +62,9 @@ def build_plan(library: Library, network: OnnxNetwork, options: BuildOptions, ti
     if capability is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(capability, 0)
+    failures: list[str] = []
     if network.plugin:
-        trt_plugin.register(trt, check_target(int(target_of(options).removeprefix("sm"))))
+        failures = trt_plugin.register(trt, check_target(int(target_of(options).removeprefix("sm"))))
     parsed = builder.create_network(0)
     parser = trt.OnnxParser(parsed, logger)
     if not parser.parse(network.data):
@@ -83,7 +84,7 @@ def build_plan(library: Library, network: OnnxNetwork, options: BuildOptions, ti
     cache = None if library.is_rtx else _use_timing_cache(config, timing_cache)
     plan = builder.build_serialized_network(parsed, config)
     if plan is None:
-        said = trt_plugin.failures or [text for severity, text in logger.lines if severity <= trt.ILogger.ERROR]
+        said = failures or [text for severity, text in logger.lines if severity <= trt.ILogger.ERROR]
         raise InputError(f"TensorRT cannot build the network: {said[-1] if said else 'it gives no reason'}")
     if cache is not None and timing_cache is not None:
         with atomic_path(timing_cache) as temporary:

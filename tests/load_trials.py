@@ -24,21 +24,20 @@ def measure(backend, batch):
     from modiff_trt.core.scales import load_scales
     from modiff_trt.core.schedule import alphas_cumprod
     from modiff_trt.export.onnx.network import build_onnx, save_onnx
-    from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
-    from modiff_trt.runtime.backends.registry import load_model, native_kernels
+    from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
+    from modiff_trt.runtime.backends.registry import exported, trained
+    from modiff_trt.runtime.backends.registry.options import load_model
     from modiff_trt.runtime.images.noise import ImageNoise
     from modiff_trt.runtime.sampler import ddim_sample
 
     network, checkpoint = load_model(ROOT / "configs/demo.yml", ROOT / "calib_cache/demo/model.safetensors")
     scales = load_scales(ROOT / "calib_cache/demo/modiff-w8a8.safetensors", network, checkpoint.sha256)
     if backend == "native":
-        from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
-
-        denoiser = NativeDenoiser(network, checkpoint.params, scales, native_kernels("cpu"), "cpu")
+        denoiser = trained.native(network, checkpoint.params, scales)
     else:
         file = ROOT / "out/load_trials.onnx"
         save_onnx(file, build_onnx(network, checkpoint, None, "fp32", None))
-        denoiser = OnnxDenoiser(load_onnx(file), scales.rows.timesteps)
+        denoiser = exported.onnxruntime(load_onnx(file), scales.rows.timesteps)
     x = ImageNoise(0, range(batch), network.config.input_shape).draw()
     for _ in range(2):
         begin = time.perf_counter()

@@ -19,7 +19,8 @@ from modiff_trt.core.scales import Scales, load_scales
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.networks.checkpoint import Checkpoint, load_checkpoint
 from modiff_trt.networks.unet import Network, trace
-from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
+from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
+from modiff_trt.runtime.backends.registry import exported, trained
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.sampling import Backend, check_seed, sample_batches
@@ -69,7 +70,7 @@ def run(out: Path, num_samples: int, seed: int) -> None:
         save_onnx(file, build_onnx(network, checkpoint, scales, "fp32", digest))
         model = load_onnx(file, spinning=variant.scales is None)
         native = _native(network, checkpoint, scales) if scales is not None else None
-        backend = Backend(native or OnnxDenoiser(model, timesteps), model.config, {})
+        backend = Backend(native or exported.onnxruntime(model, timesteps), model.config, {})
         begin = time.perf_counter()
         ((_, samples),) = sample_batches(backend, [list(range(num_samples))], seed, 0.0)
         seconds = (time.perf_counter() - begin) / num_samples
@@ -104,11 +105,8 @@ def run(out: Path, num_samples: int, seed: int) -> None:
 
 def _native(network: Network, checkpoint: Checkpoint, scales: Scales) -> Denoiser | None:
     """The native backend, or None on a CPU that has no INT8 dot product."""
-    from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels
-    from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
-
     try:
-        return NativeDenoiser(network, checkpoint.params, scales, CpuKernels(), "cpu")
+        return trained.native(network, checkpoint.params, scales)
     except InputError:
         return None
 

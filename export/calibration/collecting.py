@@ -16,7 +16,7 @@ from modiff_trt.core.schedule import alphas_cumprod, requested_sequence
 from modiff_trt.export.calibration.trajectories import Trajectories, choose_steps, load_trajectories, save_trajectories
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.unet import Network
-from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
+from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import ddim_sample
 from modiff_trt.runtime.sampling import check_seed
@@ -52,7 +52,7 @@ def collect(
     )
     part = out.with_name(out.name + ".part")
     result = _resume(part, result, num_samples)
-    denoiser = TorchDenoiser(network, checkpoint.params, sequence, device)
+    denoiser = trained.unquantized(network, checkpoint.params, sequence, device)
     alpha_bar = alphas_cumprod(config.diffusion)
     with progress_bar() as bar:
         task = bar.add_task("collect", total=num_samples * len(sequence), unit="passes")

@@ -31,7 +31,8 @@ from modiff_trt.networks.modulated import LayerState, QuantizedLayer
 from modiff_trt.networks.quantizers import RangeHistogram, pack_rounding, unpack_rounding
 from modiff_trt.networks.torch_ops import layer_weight
 from modiff_trt.networks.unet import Network
-from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, use_full_precision
+from modiff_trt.runtime.backends.registry import trained
+from modiff_trt.runtime.backends.torch_denoiser import full_precision
 from modiff_trt.runtime.sampler import ddim_sample
 
 ROUNDING_KIND, ROUNDING_SCHEMA = "rounding", 1
@@ -43,14 +44,14 @@ def measure(
     network: Network, checkpoint: Checkpoint, trajectories: Trajectories, batch_size: int, device: str
 ) -> dict[str, LayerRanges]:
     """`measure_ranges` on a device."""
-    use_full_precision()
     params = {key: value.to(device) for key, value in checkpoint.params.items()}
     with progress_bar() as bar:
 
         def steps(items: Iterator[int], total: int) -> Iterator[int]:
             return iter(bar.track(items, total=total, description="ranges"))
 
-        return measure_ranges(network, params, trajectories, batch_size, steps)
+        with full_precision():
+            return measure_ranges(network, params, trajectories, batch_size, steps)
 
 
 def learn_weights(
@@ -68,7 +69,6 @@ def learn_weights(
     What is finished stands in `part`, block by block; a second call with the same settings goes on from there and ends
     with the same decisions. The caller removes `part` once it has saved the result.
     """
-    use_full_precision()
     params = {key: value.to(device) for key, value in checkpoint.params.items()}
     grids = {
         name: WeightGrid(torch.from_numpy(layer.weight_scale).to(device), layer.weight_bits, layer.skip_ratio)
@@ -99,7 +99,8 @@ def learn_weights(
         def blocks(items: Iterator[Unit], total: int) -> Iterator[Unit]:
             return iter(bar.track(items, total=total, description="adaround"))
 
-        reconstruct(network, params, grids, _samples(trajectories), options, seed, done, keep, progress=blocks)
+        with full_precision():
+            reconstruct(network, params, grids, _samples(trajectories), options, seed, done, keep, progress=blocks)
     return replace(scales, layers={n: replace(layer, round_up=packed.get(n)) for n, layer in scales.layers.items()})
 
 
@@ -116,7 +117,6 @@ def refit_residuals(
 
     The recipe's scale method `learned` trains them on layer outputs at the chosen steps, of the first `batch_size` images.
     """
-    use_full_precision()
     method = recipe.scale_method
     histograms = {name: RangeHistogram() for name in scales.modulated}
     kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in scales.modulated}
@@ -135,7 +135,7 @@ def refit_residuals(
         nonlocal row
         row = done + 1
 
-    denoiser = SimDenoiser(network, checkpoint.params, scales, device, on_layer=watch)
+    denoiser = trained.simulated(network, checkpoint.params, scales, device, on_layer=watch)
     start = trajectories.x[0]
     for begin in range(0, len(start), batch_size):
         row, keep = 0, begin == 0
@@ -147,7 +147,8 @@ def refit_residuals(
             for name in bar.track(scales.modulated, description="residual scales"):
                 layer = replace(denoiser.layers[name], scale=found[name])
                 x, a_hat = (torch.stack(part).to(device) for part in zip(*kept.pop(name), strict=True))
-                found[name] = learn_residual_scale(layer, x, a_hat)
+                with full_precision():
+                    found[name] = learn_residual_scale(layer, x, a_hat)
     return refit(scales, found)
 
 

@@ -26,7 +26,8 @@ from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import LayerState, QuantizedLayer
 from modiff_trt.networks.state_elements import state_elements
 from modiff_trt.networks.unet import Network
-from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser
+from modiff_trt.runtime.backends.registry import trained
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import ddim_sample
@@ -54,12 +55,12 @@ class Trials:
         self._alpha_bar = alphas_cumprod(network.config.diffusion)
         self._noise = ImageNoise(seed, range(images), network.config.input_shape).draw()
         self._reference = ddim_sample(
-            TorchDenoiser(network, checkpoint.params, timesteps, device), self._alpha_bar, self._noise
+            trained.unquantized(network, checkpoint.params, timesteps, device), self._alpha_bar, self._noise
         )
 
     def decibels(self, scales: Scales) -> float:
         """`score` of the simulation of these scales."""
-        return self.score(SimDenoiser(self.network, self.checkpoint.params, scales, self._device))
+        return self.score(trained.simulated(self.network, self.checkpoint.params, scales, self._device))
 
     def residuals(self, scales: Scales) -> tuple[float, Array]:
         """PSNR, and the largest |x - a_hat| [rows, modulated layers] that each pass had to round."""
@@ -71,7 +72,8 @@ class Trials:
                 passes.append({})
             passes[-1][layer.spec.name] = float((x - state.a_hat).abs().max())
 
-        score = self.score(SimDenoiser(self.network, self.checkpoint.params, scales, self._device, on_layer=watch))
+        watched = trained.simulated(self.network, self.checkpoint.params, scales, self._device, on_layer=watch)
+        score = self.score(watched)
         return score, np.asarray([[found[name] for name in scales.modulated] for found in passes], np.float32)
 
     def score(self, denoiser: SimDenoiser) -> float:

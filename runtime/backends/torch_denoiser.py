@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,36 +18,33 @@ from modiff_trt.networks.torch_ops import Params, run_unet, time_table
 from modiff_trt.networks.unet import Network
 from modiff_trt.runtime.denoiser import StateInfo
 
-
-def use_full_precision() -> None:
-    """Turns TF32 off: the reference is FP32 everywhere."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+# A study may change the state before the pass of a row: (row, layers, state) -> state.
+BetweenPasses = Callable[[int, Mapping[str, QuantizedLayer], State], State]
 
 
 @contextmanager
-def _tf32_products(allowed: bool) -> Iterator[None]:
-    """Convolutions through TF32 where `allowed`."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
+def full_precision(*, integer_products: bool = False) -> Iterator[None]:
+    """FP32 without TF32 while it lasts; convolutions through TF32 all the same where they are of small integers alone."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, integer_products
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 class _TorchBase:
     """Moves arrays, and looks time biases up in the folded table."""
 
     def __init__(self, network: Network, params: Params, rows: RowTable, device: str, dtype: torch.dtype) -> None:
-        use_full_precision()
         self._network = network
         self._device = torch.device(device)
         self._dtype = dtype
         self._params = {k: p.to(self._device, dtype) for k, p in params.items()}
         # Sines of angles up to a thousand need float32 at least.
         wide = {k: p.to(self._device, torch.promote_types(dtype, torch.float32)) for k, p in params.items()}
-        self._table = {block: table.to(dtype) for block, table in time_table(network, wide).items()}
+        with full_precision():
+            self._table = {block: table.to(dtype) for block, table in time_table(network, wide).items()}
         self._rows = rows
 
     @property
@@ -87,7 +84,8 @@ class TorchDenoiser(_TorchBase):
 
     @torch.no_grad()
     def __call__(self, x: Tensor, row: int) -> Tensor:
-        return run_unet(self._network, self._params, x, self._time_bias(row))
+        with full_precision():
+            return run_unet(self._network, self._params, x, self._time_bias(row))
 
 
 class SimDenoiser(_TorchBase):
@@ -107,9 +105,10 @@ class SimDenoiser(_TorchBase):
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
         on_layer: OnLayer | None = None,
+        between_passes: BetweenPasses | None = None,
     ) -> None:
         """`compiled` runs a pass through torch.compile (a minute or two to begin with). Calibration watches layers through
-        `on_layer`; see `simulate`."""
+        `on_layer`; see `simulate`. `between_passes` is called before every pass but a trajectory's first."""
         super().__init__(network, params, scales.rows if act_quant else plain_rows(scales.rows.timesteps), device, dtype)
         self.layers: dict[str, QuantizedLayer] = quantize_layers(network, self._params, scales, dtype)
         self._modulated = scales.modulated if act_quant else ()
@@ -117,7 +116,7 @@ class SimDenoiser(_TorchBase):
         self._pass = torch.compile(simulate) if compiled else simulate
         # Only integers are convolved where every layer is quantized on a static grid.
         self._only_integers = act_quant and scales.granularity == Granularity.STATIC and len(self.layers) == len(network.layers)
-        self._on_layer = on_layer
+        self._on_layer, self._between_passes = on_layer, between_passes
         self._state: State = {}
 
     @property
@@ -135,14 +134,17 @@ class SimDenoiser(_TorchBase):
         return tuple(StateInfo(name, shape, int(np.prod(shape)) * size) for name, shape in shapes)
 
     def reset(self, batch: int) -> None:
-        self._state = {name: initial_state(self.layers[name], batch) for name in self._modulated}
+        with full_precision():
+            self._state = {name: initial_state(self.layers[name], batch) for name in self._modulated}
 
     @torch.no_grad()
     def __call__(self, x: Tensor, row: int) -> Tensor:
         exact = self._rows.exact_start and row == 0
+        if self._between_passes is not None and row > 0:
+            self._state = self._between_passes(row, self.layers, self._state)
         factors = torch.from_numpy(self._rows.multipliers[row]).to(self._device, self._dtype) if self._modulated else ()
         multipliers = dict(zip(self._modulated, factors, strict=True))
-        with _tf32_products(self._only_integers and not exact):
+        with full_precision(integer_products=self._only_integers and not exact):
             eps, self._state = self._pass(
                 self._network,
                 self._params,

@@ -61,7 +61,7 @@ class Layer:
             "strides": [spec.stride] * 2,
             "grid": [-128, 127],
         }
-        self.plugin = trt_plugin._classes(trt)[0](attributes, current_capability(), {})
+        self.plugin = trt_plugin._classes(trt)[0](attributes, current_capability(), {}, [])
         linear, real, int8 = trt.TensorFormat.LINEAR, trt.float16, trt.int8
         kinds = [(t, real, linear) for t in (self.x, self.a_hat, self.o_hat, self.m, self.scale)]
         kinds += [(self.packed, int8, linear), (self.weight_scale, real, linear)]

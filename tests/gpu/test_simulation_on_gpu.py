@@ -5,7 +5,7 @@ import pytest
 
 from modiff_trt.core.schedule import alphas_cumprod
 from modiff_trt.export.calibration.static import measure_ranges
-from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser, use_full_precision
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser, full_precision
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import ddim_sample
@@ -31,8 +31,9 @@ def test_simulation_agrees(demo):
 
 
 def test_ranges_agree(tiny):
-    use_full_precision()
     params = {k: v.cuda() for k, v in tiny.checkpoint.params.items()}
-    for name, found in measure_ranges(tiny.network, params, tiny.trajectories, 3).items():
+    with full_precision():
+        ranges = measure_ranges(tiny.network, params, tiny.trajectories, 3)
+    for name, found in ranges.items():
         assert found.residual.absmax == pytest.approx(tiny.ranges[name].residual.absmax, rel=1e-3)
         assert found.residual.mse_scale(6) == pytest.approx(tiny.ranges[name].residual.mse_scale(6), rel=0.1)

@@ -28,6 +28,7 @@ from modiff_trt.core.scales import Scales
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.unet import Network
 from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
+from modiff_trt.runtime.backends.registry import exported, trained
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.tools.bench.table import not_run
@@ -43,43 +44,22 @@ def candidates(
     unknown one. Whether one can run here shows when it is made."""
     params, steps = checkpoint.params, scales.rows.timesteps
 
-    def float16() -> Denoiser:
-        from modiff_trt.runtime.backends.compiled_denoiser import CompiledDenoiser
-
-        if device != "cuda":
-            raise InputError("for --device cuda")
-        return CompiledDenoiser(network, params, steps)
-
-    def reference(dtype: torch.dtype) -> Denoiser:
-        from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
-
-        return TorchDenoiser(network, params, steps, device, dtype)
-
-    def simulated() -> Denoiser:
-        from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
-
-        return SimDenoiser(network, params, scales, device)
-
     def native(chosen: Scales) -> Denoiser:
-        from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
-        from modiff_trt.runtime.backends.registry import native_kernels
-
-        return NativeDenoiser(network, params, chosen, native_kernels(device), device)
+        return trained.native(network, params, chosen, device)
 
     def engine(path: Path) -> Denoiser:
         from modiff_trt.runtime.backends.plan import load_plan
-        from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser
 
         plan = load_plan(path)
         if plan.manifest["network"]["checkpoint_sha256"] != checkpoint.sha256:
             raise InputError(f"{path} was built from another checkpoint than --ckpt")
-        return TrtDenoiser(plan, steps)
+        return exported.tensorrt(plan, steps)
 
     known: dict[str, Make] = {
-        "torch-fp16-compiled": float16,
-        "torch-fp32": lambda: reference(torch.float32),
-        "torch-bf16": lambda: reference(torch.bfloat16),
-        "torch-sim": simulated,
+        "torch-fp16-compiled": lambda: trained.compiled_fp16(network, params, steps),
+        "torch-fp32": lambda: trained.unquantized(network, params, steps, device),
+        "torch-bf16": lambda: trained.unquantized(network, params, steps, device, torch.bfloat16),
+        "torch-sim": lambda: trained.simulated(network, params, scales, device),
         "native-int8": lambda: native(scales.without_modulation()),
         "native-modiff": lambda: native(scales),
         "native-ltq-modiff": lambda: native(replace(scales, granularity=Granularity.TENSOR)),
@@ -107,12 +87,12 @@ def _onnxruntime(
 ) -> Denoiser:
     """The exported network in onnxruntime, whose CPU kernels run the QDQ pattern in float."""
     from modiff_trt.export.onnx.network import build_onnx, save_onnx
-    from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
+    from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
         save_onnx(path, build_onnx(network, checkpoint, scales, "fp32", None))
-        return OnnxDenoiser(load_onnx(path, device), steps, device)
+        return exported.onnxruntime(load_onnx(path, device), steps, device)
 
 
 def run_bench(

@@ -33,7 +33,7 @@ def bench(
     """Time the backends against each other, interleaved in one run."""
     from modiff_trt.core.files import check_writable
     from modiff_trt.core.scales import load_scales
-    from modiff_trt.runtime.backends.registry import check_device, checkpoint_manifest, load_model
+    from modiff_trt.runtime.backends.registry.options import check_device, checkpoint_manifest, load_model
     from modiff_trt.tools.bench.run import add_profiles, candidates, native_floors, run_bench
     from modiff_trt.tools.bench.table import print_bench
 

@@ -74,7 +74,7 @@ def calibrate(
     from modiff_trt.export.calibration.static import Recipe, make_scales
     from modiff_trt.export.calibration.trajectories import load_trajectories
     from modiff_trt.export.calibration.trials import PERCENTILES, Trials
-    from modiff_trt.runtime.backends.registry import check_device, load_model
+    from modiff_trt.runtime.backends.registry.options import check_device, load_model
     from modiff_trt.runtime.sampling import check_seed
 
     if search != Search.NONE and (method != Method.MODIFF or granularity != Granularity.STATIC):

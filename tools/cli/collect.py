@@ -26,7 +26,7 @@ def collect(
 ) -> None:
     """Run full-precision DDIM and store the trajectories that calibration needs."""
     from modiff_trt.export.calibration.collecting import collect as run
-    from modiff_trt.runtime.backends.registry import check_device, load_model
+    from modiff_trt.runtime.backends.registry.options import check_device, load_model
 
     network, checkpoint = load_model(config, ckpt, weights)
     if checkpoint.description:

@@ -66,15 +66,15 @@ def verify(
     from modiff_trt.core.progress import progress_bar
     from modiff_trt.engines.verifying import check_pair, print_verdict
     from modiff_trt.engines.verifying import verify as compare
-    from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
+    from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
     from modiff_trt.runtime.backends.plan import load_plan
-    from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser
+    from modiff_trt.runtime.backends.registry import exported
 
     if passes < 1 or batch_size < 1 or not tolerance > 0:
         raise InputError("--passes and --batch-size must be at least 1, and --tolerance above 0")
     loaded, model = load_plan(plan), load_onnx(onnx)
     check_pair(loaded, model)
-    engine, reference = TrtDenoiser(loaded, (0,)), OnnxDenoiser(model, (0,))
+    engine, reference = exported.tensorrt(loaded, (0,)), exported.onnxruntime(model, (0,))
     with progress_bar() as bar:
         task = bar.add_task("verify", total=min(passes, len(reference.rows)), unit="passes")
         verdict = compare(

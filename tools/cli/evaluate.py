@@ -46,7 +46,7 @@ def evaluate(
     device: Device = "cpu",
 ) -> None:
     """Measure FID, sFID, IS, FD-CIFAR, PSNR and SSIM of an image set."""
-    from modiff_trt.runtime.backends.registry import check_device
+    from modiff_trt.runtime.backends.registry.options import check_device
     from modiff_trt.runtime.images.sets import open_images
     from modiff_trt.tools.evaluation.measures import (
         FULL,
@@ -69,9 +69,6 @@ def evaluate(
         raise InputError("--batch-size must be at least 1")
     if inception_chunks not in CHUNKS:
         raise InputError(f"--inception-chunks must be one of {', '.join(CHUNKS)}, found '{inception_chunks}'")
-    from modiff_trt.runtime.backends.torch_denoiser import use_full_precision
-
-    use_full_precision()
     check_device(device)
     images = open_images(samples)
     exact = open_images(same_noise) if same_noise is not None else None

@@ -22,7 +22,7 @@ def export(
     """Bake the scales into a QDQ ONNX file."""
     from modiff_trt.core.scales import load_scales
     from modiff_trt.export.onnx.network import build_onnx, save_onnx
-    from modiff_trt.runtime.backends.registry import load_model
+    from modiff_trt.runtime.backends.registry.options import load_model
 
     network, checkpoint = load_model(config, ckpt, weights)
     loaded = load_scales(scales, network, checkpoint.sha256) if scales is not None else None

@@ -31,7 +31,7 @@ def report(
     from modiff_trt.core.files import atomic_path, check_writable, sha256
     from modiff_trt.core.scales import load_scales
     from modiff_trt.networks.state_elements import state_elements
-    from modiff_trt.runtime.backends.registry import check_device, checkpoint_manifest, load_model
+    from modiff_trt.runtime.backends.registry.options import check_device, checkpoint_manifest, load_model
     from modiff_trt.runtime.sampling import check_seed
     from modiff_trt.tools.assets import config_path, demo_path
     from modiff_trt.tools.cli.evaluate import rows_of

@@ -40,7 +40,7 @@ def sample(
     device: Device = "cpu",
 ) -> None:
     """Sample images with DDIM."""
-    from modiff_trt.runtime.backends.registry import SamplingOptions, load_backend
+    from modiff_trt.runtime.backends.registry.options import SamplingOptions, load_backend
     from modiff_trt.runtime.sampling import image_range, run_sampling
 
     if num_samples is not None and seeds is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modiff_trt.core.errors import InputError, one_line
 from modiff_trt.core.files import digest_of, read_file
+from modiff_trt.runtime.backends.torch_denoiser import full_precision
 from modiff_trt.runtime.images.pictures import Images
 
 NAME = "fd-cifar"
@@ -107,6 +108,7 @@ class CifarFeatures:
             )
         self._layer["head"] = lambda h: F.linear(h, on_device["head.weight"], on_device["head.bias"])
 
+    @full_precision()
     @torch.inference_mode()
     def __call__(self, images: Images) -> dict[str, np.ndarray]:
         """uint8 [n, 32, 32, 3] to {"features": [n, 320], "logits": [n, 10]}, float32. Raises InputError on other sizes."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import digest_of, read_file
+from modiff_trt.runtime.backends.torch_denoiser import full_precision
 from modiff_trt.runtime.images.pictures import Images
 
 VARIABLE = "MODIFF_TRT_INCEPTION"
@@ -117,6 +118,7 @@ class InceptionFeatures:
 
         return hook
 
+    @full_precision()
     @torch.inference_mode()
     def __call__(self, images: Images) -> dict[str, np.ndarray]:
         """uint8 [n, H, W, 3] to {"pool": [n, 2048], "spatial": [n, 2023], "logits": [n, 1008]}."""

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 
 from modiff_trt.core.errors import InputError, one_line
 from modiff_trt.core.files import read_signed
-from modiff_trt.runtime.backends.exported import onnx_backend, plan_backend
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
 from modiff_trt.runtime.backends.plan import load_plan
+from modiff_trt.runtime.backends.registry.exported import onnx_backend, plan_backend
 from modiff_trt.runtime.sampling import Backend, Rank, image_range, run_sampling
 from modiff_trt.tools.stopping import exit_code
 

@@ -60,14 +60,14 @@ def _name(scales: Scales) -> str:
 
 def compare(network: Network, checkpoint: Checkpoint, scales: Scales, images: int, seed: int, device: str) -> Comparison:
     """Samples images 0..images-1 of `seed` with every method."""
-    from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser
+    from modiff_trt.runtime.backends.registry import trained
 
     params, steps = checkpoint.params, scales.rows.timesteps
     plain = scales.without_modulation()
     made: dict[str, Callable[[], Denoiser]] = {
-        "FP32": lambda: TorchDenoiser(network, params, steps, device),
-        _name(plain): lambda: SimDenoiser(network, params, plain, device),
-        _name(scales): lambda: SimDenoiser(network, params, scales, device),
+        "FP32": lambda: trained.unquantized(network, params, steps, device),
+        _name(plain): lambda: trained.simulated(network, params, plain, device),
+        _name(scales): lambda: trained.simulated(network, params, scales, device),
     }
     start = ImageNoise(seed, range(images), network.config.input_shape).draw()
     alpha_bar = alphas_cumprod(network.config.diffusion)

@@ -12,7 +12,7 @@ goes on from there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from torch import Tensor
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import read_json, write_json
@@ -33,9 +32,10 @@ from modiff_trt.export.calibration.collecting import collect
 from modiff_trt.export.calibration.pipeline import TRIAL_SEED, learn_weights, measure, residual_scales
 from modiff_trt.export.calibration.static import Recipe, make_scales
 from modiff_trt.export.calibration.trials import PERCENTILES, Trials, search_rows, search_scales
-from modiff_trt.networks.modulated import LayerState, integer_product
-from modiff_trt.runtime.backends.registry import check_device, load_model
-from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
+from modiff_trt.networks.modulated import LayerState, QuantizedLayer, State, integer_product
+from modiff_trt.runtime.backends.registry import trained
+from modiff_trt.runtime.backends.registry.options import check_device, load_model
+from modiff_trt.runtime.backends.torch_denoiser import BetweenPasses, SimDenoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.tools.provenance import provenance
 from modiff_trt.tools.research.refusals import refuses_bad_input
@@ -58,43 +58,38 @@ SCALE_RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-class OffsetDenoiser(SimDenoiser):
-    """Adds a seeded uniform offset of +-`width` grid steps to a_hat, and its image under the layer to o_hat.
+def offset_between(width: float, every: bool = False) -> BetweenPasses:
+    """Adds a seeded uniform offset of +-`width` grid steps to a_hat, and its image under the layer to o_hat: after the first
+    pass only, or with `every` before each later pass too."""
 
-    After the first pass only, or with `every` before each later pass too.
-    """
+    def change(row: int, layers: Mapping[str, QuantizedLayer], state: State) -> State:
+        if row > 1 and not every:
+            return state
+        generator = torch.Generator(next(iter(state.values())).a_hat.device).manual_seed(row)
+        return {name: _moved(layers[name], part, width, generator) for name, part in state.items()}
 
-    def __init__(self, *arguments: Any, width: float, every: bool = False, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._width, self._every = width, every
-
-    def __call__(self, x: Tensor, row: int) -> Tensor:
-        if row > 0 and (row == 1 or self._every):
-            generator = torch.Generator(x.device).manual_seed(row)
-            for name, state in self._state.items():
-                layer = self.layers[name]
-                uniform = torch.rand(state.a_hat.shape, generator=generator, device=x.device) * 2 - 1
-                offset = uniform * self._width * layer.scale
-                self._state[name] = LayerState(state.a_hat + offset, state.o_hat + integer_product(layer, offset))
-        return super().__call__(x, row)
+    return change
 
 
-class RoundedState(SimDenoiser):
-    """Keeps the state between passes in narrower types, and every `refresh` passes computes o_hat anew from a_hat."""
+def _moved(layer: QuantizedLayer, state: LayerState, width: float, generator: torch.Generator) -> LayerState:
+    uniform = torch.rand(state.a_hat.shape, generator=generator, device=generator.device) * 2 - 1
+    offset = uniform * width * layer.scale
+    return LayerState(state.a_hat + offset, state.o_hat + integer_product(layer, offset))
 
-    def __init__(self, *arguments: Any, a_hat: torch.dtype, o_hat: torch.dtype, refresh: int = 0, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._types, self._refresh = (a_hat, o_hat), refresh
 
-    def __call__(self, x: Tensor, row: int) -> Tensor:
-        eps = super().__call__(x, row)
-        for name, state in self._state.items():
-            layer = self.layers[name]
-            a_hat, o_hat = state.a_hat.to(self._types[0]).to(state.a_hat.dtype), state.o_hat
-            if self._refresh and (row + 1) % self._refresh == 0:
-                o_hat = layer.bias[:, None, None] + integer_product(layer, a_hat)
-            self._state[name] = LayerState(a_hat, o_hat.to(self._types[1]).to(o_hat.dtype))
-        return eps
+def rounded_between(a_hat: torch.dtype, o_hat: torch.dtype, refresh: int = 0) -> BetweenPasses:
+    """Keeps the state between passes in narrower types, and every `refresh` passes recomputes o_hat from a_hat."""
+
+    def change(row: int, layers: Mapping[str, QuantizedLayer], state: State) -> State:
+        changed = {}
+        for name, part in state.items():
+            counts, sums = part.a_hat.to(a_hat).to(part.a_hat.dtype), part.o_hat
+            if refresh and row % refresh == 0:
+                sums = layers[name].bias[:, None, None] + integer_product(layers[name], counts)
+            changed[name] = LayerState(counts, sums.to(o_hat).to(sums.dtype))
+        return changed
+
+    return change
 
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -215,9 +210,11 @@ class Study:
         return replace(scales, layers=layers)
 
     def decibels(self, scales: Scales, act_quant: bool = True, **offset: Any) -> float:
-        arguments = (self.network, self.checkpoint.params, scales, self.device)
-        denoiser = OffsetDenoiser(*arguments, **offset) if offset else SimDenoiser(*arguments, act_quant=act_quant)
-        return round(self._trials.score(denoiser), 2)
+        between = offset_between(**offset) if offset else None
+        return round(self._trials.score(self._simulated(scales, act_quant=act_quant, between_passes=between)), 2)
+
+    def _simulated(self, scales: Scales, **options: Any) -> SimDenoiser:
+        return trained.simulated(self.network, self.checkpoint.params, scales, self.device, **options)
 
     def record(self, part: str, name: str, measure_one: Callable[[], Any]) -> None:
         """Measures unless the file has it or time is up, and writes the file."""
@@ -303,13 +300,13 @@ class Study:
         """Types of the state, each against FP32 and against the same scales with the state in float64."""
         for b in bits:
             scales = self.scales(act_bits=b)
-            exact = SimDenoiser(self.network, self.checkpoint.params, scales, self.device, dtype=torch.float64)
+            exact = self._simulated(scales, dtype=torch.float64)
             wide = self._trials.sample(exact)
             for name, types in STATES.items():
                 self.record("states", f"{name} A{b}", lambda s=scales, t=types, w=wide: self._state_figures(s, t, w))  # type: ignore[misc]
 
     def _state_figures(self, scales: Scales, types: dict[str, Any], wide: np.ndarray[Any, Any]) -> dict[str, float]:
-        found = self._trials.sample(RoundedState(self.network, self.checkpoint.params, scales, self.device, **types))
+        found = self._trials.sample(self._simulated(scales, between_passes=rounded_between(**types)))
         return {"to FP32": round(self._trials.against(found), 2), "to float64": round(psnr(found, wide), 2)}
 
     def starts(self, bits: list[int], names: list[str], percentile: float | None) -> None:

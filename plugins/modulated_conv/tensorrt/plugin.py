@@ -11,6 +11,7 @@ this module, and neither torch nor Triton.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -35,20 +36,22 @@ ALIASED = {0: O_HAT, 1: A_HAT}
 FIELDS = (*CONV_ATTRIBUTES, "grid")
 KERNELS = "kernels"
 
-_creators: dict[str, Any] = {}
-# Why layers of the build in progress failed; cleared by `register`.
-failures: list[str] = []
 
-
-def register(trt: Any, capability: int | None = None) -> None:
+def register(trt: Any, capability: int | None = None) -> list[str]:
     """Makes the plugin known to an imported TensorRT. `capability` (89 is 8.9) is that of the GPU that engines built from now
-    on are for; it is not needed to run one."""
-    if trt.__name__ not in _creators:
-        creator = _classes(trt)[1]()
-        trt.get_plugin_registry().register_creator(creator, DOMAIN)
-        _creators[trt.__name__] = creator
-    _creators[trt.__name__].capability = capability
-    failures.clear()
+    on are for; it is not needed to run one. Returns the list that will say why layers of the build that follows failed."""
+    creator = _registered(trt)
+    creator.capability, creator.failures = capability, []
+    failures: list[str] = creator.failures
+    return failures
+
+
+@functools.cache
+def _registered(trt: Any) -> Any:
+    """The creator in TensorRT's own registry, which holds one of a name for the whole process."""
+    creator = _classes(trt)[1]()
+    trt.get_plugin_registry().register_creator(creator, DOMAIN)
+    return creator
 
 
 def _classes(trt: Any) -> tuple[Any, Any]:
@@ -58,11 +61,17 @@ def _classes(trt: Any) -> tuple[Any, Any]:
     class ModulatedConv(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):  # type: ignore[misc]
         """One layer. `attributes` (FIELDS) come from the network's node, `codes` from the compiler or from the plan."""
 
-        def __init__(self, attributes: dict[str, list[int]], capability: int | None, codes: dict[Variant, DeviceCode]) -> None:
+        def __init__(
+            self,
+            attributes: dict[str, list[int]],
+            capability: int | None,
+            codes: dict[Variant, DeviceCode],
+            failures: list[str],
+        ) -> None:
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
                 base.__init__(self)
             self.plugin_name, self.plugin_version, self.plugin_namespace, self.num_outputs = FUNCTION, PLUGIN_VERSION, DOMAIN, 2
-            self.attributes, self.capability, self.codes = attributes, capability, codes
+            self.attributes, self.capability, self.codes, self.failures = attributes, capability, codes, failures
             self._fields: list[Any] = []
 
         # Building
@@ -71,7 +80,7 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             return self
 
         def clone(self) -> Any:
-            copy = ModulatedConv(self.attributes, self.capability, self.codes)
+            copy = ModulatedConv(self.attributes, self.capability, self.codes, self.failures)
             copy.__dict__.update(self.__dict__)
             return copy
 
@@ -94,7 +103,7 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             try:
                 self._compile(inputs)
             except Exception as error:  # TensorRT only passes on that something failed
-                failures.append(str(error))
+                self.failures.append(str(error))
                 raise
 
         def _compile(self, inputs: Any) -> None:
@@ -188,11 +197,13 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             self._fields.append(trt.PluginField(KERNELS, np.zeros(0, np.int8), trt.PluginFieldType.INT8))
             self.field_names = trt.PluginFieldCollection(self._fields)
             self.capability: int | None = None
+            self.failures: list[str] = []
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             found = {field.name: np.asarray(field.data) for field in fields}
             attributes = {key: found[key].astype(np.int64).ravel().tolist() for key in FIELDS}
             codes = unpack(found[KERNELS].astype(np.int8).tobytes()) if KERNELS in found and found[KERNELS].size else {}
-            return ModulatedConv(attributes, self.capability if phase == trt.TensorRTPhase.BUILD else None, codes)
+            capability = self.capability if phase == trt.TensorRTPhase.BUILD else None
+            return ModulatedConv(attributes, capability, codes, self.failures)
 
     return ModulatedConv, Creator

@@ -6,7 +6,7 @@ import torch
 from conftest import ROOT
 
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
-from modiff_trt.tools.research.study import METHODS, SCALE_RECIPES, STARTS, RoundedState, ladder, main
+from modiff_trt.tools.research.study import METHODS, SCALE_RECIPES, STARTS, ladder, main, rounded_between
 
 
 def run(out, parts):
@@ -52,12 +52,18 @@ def test_types_of_the_state(tiny):
     scales = tiny.scales()
     arguments = (tiny.network, tiny.checkpoint.params, scales, "cpu")
     exact = tiny.sample(SimDenoiser(*arguments))
-    same = tiny.sample(RoundedState(*arguments, a_hat=torch.float32, o_hat=torch.float32))
+    same = tiny.sample(SimDenoiser(*arguments, between_passes=rounded_between(a_hat=torch.float32, o_hat=torch.float32)))
     np.testing.assert_array_equal(same, exact)
     errors = [
-        float(np.abs(tiny.sample(RoundedState(*arguments, a_hat=torch.float32, o_hat=dtype)) - exact).mean())
+        float(
+            np.abs(
+                tiny.sample(SimDenoiser(*arguments, between_passes=rounded_between(a_hat=torch.float32, o_hat=dtype))) - exact
+            ).mean()
+        )
         for dtype in (torch.float16, torch.bfloat16)
     ]
     assert 0 < errors[0] < errors[1]
-    anew = tiny.sample(RoundedState(*arguments, a_hat=torch.float32, o_hat=torch.float32, refresh=1))
+    anew = tiny.sample(
+        SimDenoiser(*arguments, between_passes=rounded_between(a_hat=torch.float32, o_hat=torch.float32, refresh=1))
+    )
     assert float(np.abs(anew - exact).mean()) < errors[0]  # o_hat is what a_hat implies, up to float32's rounding

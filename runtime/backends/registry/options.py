@@ -1,11 +1,11 @@
-"""From options to objects: networks, checkpoints and denoisers."""
+"""From the options of a command to a network and a backend."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modiff_trt.core.config import Config, load_config, model_fingerprint
 from modiff_trt.core.errors import InputError, shown
@@ -18,9 +18,6 @@ from modiff_trt.networks.checkpoint import RAW_SUFFIX, Checkpoint, load_checkpoi
 from modiff_trt.networks.unet import Network, trace
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.sampling import Backend, Rank
-
-if TYPE_CHECKING:
-    from modiff_trt.runtime.backends.native.ops import Kernels
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +101,7 @@ def load_backend(options: SamplingOptions) -> Backend:
 def _torch_backend(options: SamplingOptions) -> Backend:
     import torch
 
-    from modiff_trt.runtime.backends.compiled_denoiser import CompiledDenoiser
-    from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
-    from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser
+    from modiff_trt.runtime.backends.registry import trained
 
     _refuse(options.onnx, "--onnx", options.backend)
     device = check_device(options.device)
@@ -124,9 +119,9 @@ def _torch_backend(options: SamplingOptions) -> Backend:
         timesteps = _sequence(options, config)
         denoiser: Denoiser
         if options.dtype == "fp32" and not options.compile:
-            denoiser = TorchDenoiser(network, checkpoint.params, timesteps, device)
+            denoiser = trained.unquantized(network, checkpoint.params, timesteps, device)
         elif options.dtype == "fp16" and device == "cuda":
-            denoiser = CompiledDenoiser(network, checkpoint.params, timesteps, options.compile)
+            denoiser = trained.compiled_fp16(network, checkpoint.params, timesteps, compiled=options.compile)
         else:
             raise InputError("--compile goes with --dtype fp16, and both with --device cuda")
         made = {
@@ -142,9 +137,9 @@ def _torch_backend(options: SamplingOptions) -> Backend:
     if not options.modulate:
         scales = scales.without_modulation()
     if options.backend == "native":
-        denoiser = NativeDenoiser(network, checkpoint.params, scales, native_kernels(device), device)
+        denoiser = trained.native(network, checkpoint.params, scales, device)
     else:
-        denoiser = SimDenoiser(network, checkpoint.params, scales, device, compiled=options.compile)
+        denoiser = trained.simulated(network, checkpoint.params, scales, device, compiled=options.compile)
     manifest |= {
         "scales_sha256": scales.file_sha256,
         "modulate": options.modulate,
@@ -154,20 +149,9 @@ def _torch_backend(options: SamplingOptions) -> Backend:
     return Backend(denoiser, config, manifest)
 
 
-def native_kernels(device: str) -> Kernels:
-    """The native kernels of a device. Raises InputError where they cannot run."""
-    if device == "cuda":
-        from modiff_trt.runtime.backends.native.cuda_kernels import CudaKernels
-
-        return CudaKernels()
-    from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels
-
-    return CpuKernels()
-
-
 def _onnx_backend(options: SamplingOptions) -> Backend:
-    from modiff_trt.runtime.backends.exported import onnx_backend
     from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
+    from modiff_trt.runtime.backends.registry.exported import onnx_backend
 
     if options.onnx is None:
         raise InputError("--backend onnx needs --onnx FILE; write one with `modiff-trt export`")
@@ -189,8 +173,8 @@ def _onnx_backend(options: SamplingOptions) -> Backend:
 
 
 def _trt_backend(options: SamplingOptions) -> Backend:
-    from modiff_trt.runtime.backends.exported import plan_backend
     from modiff_trt.runtime.backends.plan import load_plan
+    from modiff_trt.runtime.backends.registry.exported import plan_backend
 
     if options.plan is None:
         raise InputError("--backend trt needs --plan FILE; build one with `modiff-trt build`")

@@ -8,14 +8,24 @@ from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser
 from modiff_trt.runtime.sampling import Backend, Rank, exported
 
 
+def onnxruntime(model: OnnxModel, timesteps: tuple[int, ...], device: str = "cpu") -> OnnxDenoiser:
+    """onnxruntime on an exported file."""
+    return OnnxDenoiser(model, timesteps, device)
+
+
+def tensorrt(plan: Plan, timesteps: tuple[int, ...], gpu: int = 0) -> TrtDenoiser:
+    """TensorRT on a plan. Raises InputError for a plan that this machine cannot run."""
+    return TrtDenoiser(plan, timesteps, gpu=gpu)
+
+
 def onnx_backend(model: OnnxModel, timesteps: tuple[int, ...], device: str) -> Backend:
     """onnxruntime on an exported file; `timesteps` are those of its rows, or of the trajectory for a float network."""
     manifest = {"backend": "onnx", "onnx_sha256": model.sha256, **exported(model.manifest, timesteps)}
-    return Backend(OnnxDenoiser(model, timesteps, device), model.config, manifest)
+    return Backend(onnxruntime(model, timesteps, device), model.config, manifest)
 
 
 def plan_backend(plan: Plan, timesteps: tuple[int, ...]) -> Backend:
     """TensorRT on a plan, on this process' GPU. Raises InputError for a plan that this machine cannot run."""
     manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"]}
     manifest |= exported(plan.manifest["network"], timesteps)
-    return Backend(TrtDenoiser(plan, timesteps, gpu=Rank.of_environment().local), plan.config, manifest)
+    return Backend(tensorrt(plan, timesteps, gpu=Rank.of_environment().local), plan.config, manifest)

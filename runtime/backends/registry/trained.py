@@ -1,0 +1,65 @@
+"""Denoisers of a network and its weights. The libraries that one needs are imported when it is made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.scales import Scales
+from modiff_trt.networks.torch_ops import Params
+from modiff_trt.networks.unet import Network
+
+if TYPE_CHECKING:
+    from modiff_trt.runtime.backends.compiled_denoiser import CompiledDenoiser
+    from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
+    from modiff_trt.runtime.backends.native.ops import Kernels
+    from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser
+
+
+def unquantized(
+    network: Network,
+    params: Params,
+    timesteps: tuple[int, ...],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> TorchDenoiser:
+    """The network as trained: FP32 is the reference."""
+    from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
+
+    return TorchDenoiser(network, params, timesteps, device=device, dtype=dtype)
+
+
+def compiled_fp16(network: Network, params: Params, timesteps: tuple[int, ...], *, compiled: bool = True) -> CompiledDenoiser:
+    """The network as trained, in FP16 on CUDA: the baseline of speed."""
+    from modiff_trt.runtime.backends.compiled_denoiser import CompiledDenoiser
+
+    if not torch.cuda.is_available():
+        raise InputError("FP16 through torch.compile is for --device cuda")
+    return CompiledDenoiser(network, params, timesteps, compiled=compiled)
+
+
+def simulated(network: Network, params: Params, scales: Scales, device: str = "cpu", **options: Any) -> SimDenoiser:
+    """Quantization in floating point; `options` are those of `SimDenoiser`."""
+    from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
+
+    return SimDenoiser(network, params, scales, device=device, **options)
+
+
+def native(network: Network, params: Params, scales: Scales, device: str = "cpu") -> NativeDenoiser:
+    """True INT8. Raises InputError where it cannot run, or cannot run these scales."""
+    from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
+
+    return NativeDenoiser(network, params, scales, kernels=native_kernels(device), device=device)
+
+
+def native_kernels(device: str) -> Kernels:
+    """The native kernels of a device. Raises InputError where they cannot run."""
+    if device == "cuda":
+        from modiff_trt.runtime.backends.native.cuda_kernels import CudaKernels
+
+        return CudaKernels()
+    from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels
+
+    return CpuKernels()
