@@ -145,7 +145,7 @@ def load_config(path: Path) -> Config:
 def config_from_dict(tree: Any, source: str, ignored: list[str] | None = None) -> Config:
     """Builds a Config from nested dictionaries (YAML or a manifest's JSON); `source` names the origin in errors. Keys that do
     not matter here are appended to `ignored`; without it they are refused."""
-    config: Config = _build(Config, tree, source, "", ignored)
+    config: Config = _build(Config, tree, source, prefix="", ignored=ignored)
     _validate(config, source)
     return config
 
@@ -184,7 +184,7 @@ def _build(cls: Any, tree: Any, source: str, prefix: str, ignored: list[str] | N
     for name, spec in fields.items():
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
         if name in tree:
-            values[name] = _convert(tree[name], hints[name], source, prefix + name, ignored)
+            values[name] = _convert(tree[name], hints[name], source, key=prefix + name, ignored=ignored)
         elif required:
             raise InputError(f"{source}: missing key '{prefix}{name}'")
     return cls(**values)
@@ -200,7 +200,7 @@ def _meaningful(key: Any, value: Any) -> str | None:
 
 def _convert(value: Any, hint: Any, source: str, key: str, ignored: list[str] | None) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, source, key + ".", ignored)
+        return _build(hint, value, source, prefix=key + ".", ignored=ignored)
     if typing.get_origin(hint) is tuple:
         items = value if isinstance(value, (list, tuple)) else None
         if items is None or not all(isinstance(i, int) and not isinstance(i, bool) for i in items):

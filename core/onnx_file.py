@@ -39,4 +39,4 @@ def read_onnx(path: Path) -> OnnxFile:
         raise InputError(f"ONNX file {path} cannot be loaded: it holds no network (ORT format, text, or another kind of file?)")
     if outside:
         raise InputError(f"ONNX file {path} keeps its weights in other files, which is not read; export it again")
-    return OnnxFile(data, proto, read_manifest(path, proto), digest_of(data))
+    return OnnxFile(data, proto, read_manifest(path, proto), sha256=digest_of(data))

@@ -81,4 +81,4 @@ def rows_after(
     multipliers = np.ones((len(t), layers), np.float32)
     if warmup:
         multipliers[: len(warmup)] = np.stack(warmup)
-    return RowTable(t, multipliers, len(warmup), exact_start)
+    return RowTable(t, multipliers, len(warmup), exact_start=exact_start)

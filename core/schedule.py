@@ -87,5 +87,5 @@ def ddim_steps(alpha_bar: Array, timesteps: tuple[int, ...], eta: float) -> tupl
         sigma = eta * np.sqrt((1 - now / after) * (1 - after) / (1 - now))
         x_coef = np.sqrt(after / now)
         eps_coef = np.sqrt(1 - after - sigma**2) - np.sqrt((1 - now) * after / now)
-        steps.append(DDIMStep(t, float(x_coef), float(eps_coef), float(sigma)))
+        steps.append(DDIMStep(t, float(x_coef), float(eps_coef), noise_coef=float(sigma)))
     return tuple(steps)

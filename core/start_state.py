@@ -45,7 +45,7 @@ def _answers(
         layer = node.name
         weight, scale = (numpy_helper.to_array(constants[node.input[i]]).astype(np.float32) for i in (8, 9))
         step = float(numpy_helper.to_array(constants[node.input[6]]))
-        offset = dither_offset(layer, shapes[f"a_hat.{layer}"], step, layer in upsampled)
+        offset = dither_offset(layer, shapes[f"a_hat.{layer}"], step, upsampled=layer in upsampled)
         weights.append(numpy_helper.from_array(weight * scale[:, None, None, None], f"w.{layer}"))
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         window = {name: attributes[name] for name in CONV_ATTRIBUTES}

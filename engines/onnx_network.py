@@ -44,7 +44,7 @@ def load_network(path: Path, plugin: bool = False) -> OnnxNetwork:
         changed = onnx.inliner.inline_local_functions(model)
     _name_convolutions(changed, [] if plugin else modulated, list(manifest["layers"]))
     inputs = {value.name: tuple(d.dim_value or -1 for d in value.type.tensor_type.shape.dim) for value in model.graph.input}
-    return OnnxNetwork(model, changed.SerializeToString(), manifest, file.sha256, inputs, plugin)
+    return OnnxNetwork(model, changed.SerializeToString(), manifest, sha256=file.sha256, inputs=inputs, plugin=plugin)
 
 
 def _name_convolutions(model: onnx.ModelProto, modulated: list[str], layers: list[str]) -> None:

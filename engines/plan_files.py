@@ -32,12 +32,12 @@ def build_into(
 ) -> tuple[Path, dict[str, Any]]:
     """Builds a plan and writes it with its manifest; returns its path and the manifest. Nothing is left half-written."""
     target = target_of(options)
-    path = plan_path(folder, name, library, target)
+    path = plan_path(folder, name, library, target=target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error) from None
-    built = build_plan(library, network, options, path.with_suffix(".timing"))
+    built = build_plan(library, network, options, timing_cache=path.with_suffix(".timing"))
     quantized = [layer for layer, entry in network.manifest["layers"].items() if entry["mode"] in QUANTIZED]
     manifest = {
         "schema": PLAN_SCHEMA,

@@ -45,7 +45,15 @@ def read_layers(log: Iterable[str]) -> list[EngineLayer]:
         inputs, constants, outputs = (_tensors(head["rest"], name) for name in LISTS)
         tactic, nodes = TACTIC.search(line), tuple(ONNX_NODE.findall(line))
         found.append(
-            EngineLayer(head["name"], head["kind"], inputs, constants, outputs, tactic[1].strip() if tactic else "", nodes)
+            EngineLayer(
+                head["name"],
+                head["kind"],
+                inputs,
+                constants=constants,
+                outputs=outputs,
+                tactic=tactic[1].strip() if tactic else "",
+                nodes=nodes,
+            )
         )
     return [layer for layer in found if layer.kind not in NO_WORK]
 

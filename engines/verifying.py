@@ -85,7 +85,7 @@ def verify(
         worst = max(worst, verdicts[EPS].mean_absdiff / sizes[EPS])
         for name, verdict in verdicts.items():
             if not verdict or not np.isfinite(found[name]).all():
-                return Verdict(row + 1, worst, Difference(row, name, verdict.max_absdiff, tolerance * sizes[name]))
+                return Verdict(row + 1, worst, Difference(row, name, verdict.max_absdiff, allowed=tolerance * sizes[name]))
         on_pass()
     return Verdict(passes, worst, None)
 

@@ -73,9 +73,9 @@ def fit_quantizer(
         raise InputError("cannot fit a quantizer to NaN or infinite values")
     rows = x.float().flatten(1) if per_channel else x.float().reshape(1, -1)
     low, high = _percentiles(rows) if fit == "percentile" else (rows.amin(1), rows.amax(1))
-    scale, zero = _grid(low, high, bits, symmetric)
+    scale, zero = _grid(low, high, bits, symmetric=symmetric)
     if fit == "mse":
-        scale, zero = _search(rows, low, high, bits, symmetric, power)
+        scale, zero = _search(rows, low, high, bits=bits, symmetric=symmetric, power=power)
     if not per_channel:
         scale, zero = scale[0], zero[0]
     return NativeINT8Quantizer(scale, zero, bits)
@@ -92,11 +92,11 @@ def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
 
 
 def _search(rows: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, power: float) -> tuple[Tensor, Tensor]:
-    best_scale, best_zero = _grid(low, high, bits, symmetric)
+    best_scale, best_zero = _grid(low, high, bits, symmetric=symmetric)
     best = torch.full_like(best_scale, torch.inf)
     for i in range(CANDIDATES):
         shrink = 1 - i / (CANDIDATES * 1.25)
-        scale, zero = _grid(low * shrink, high * shrink, bits, symmetric)
+        scale, zero = _grid(low * shrink, high * shrink, bits, symmetric=symmetric)
         error = (NativeINT8Quantizer(scale, zero, bits).simulate(rows) - rows).abs_().pow_(power).mean(1)
         better = error < best
         best = torch.where(better, error, best)

@@ -82,7 +82,7 @@ def load_checkpoint(path: Path, network: Network, weights: str | None = None) ->
     known = "" if path.suffix == ".safetensors" else KNOWN_MD5.get(hashlib.md5(data).hexdigest(), "")
     wrapped = found.other or found.place != "the top level"
     text = f"{found.kind} weights ({found.place})" if wrapped else Checkpoint.weights
-    return Checkpoint(params, digest_of(data) + (RAW_SUFFIX if raw_beside_ema else ""), known, text, wrapped)
+    return Checkpoint(params, digest_of(data) + (RAW_SUFFIX if raw_beside_ema else ""), known, weights=text, chosen=wrapped)
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -70,19 +70,19 @@ def quantize_layers(
             continue
         weight = fold_skip(spec, layer_weight(spec, params), entry.skip_ratio)
         weight_scale = torch.from_numpy(entry.weight_scale).to(weight)
-        integers = quantize_weight(weight, weight_scale, entry.weight_bits, unpack_rounding(entry.round_up, weight))
+        integers = quantize_weight(weight, weight_scale, entry.weight_bits, round_up=unpack_rounding(entry.round_up, weight))
         bias = layer_bias(spec, params)
         layers[spec.name] = QuantizedLayer(
             spec,
             entry.mode,
             entry.act_bits,
-            entry.scale,
-            integers.to(dtype),
-            weight_scale.to(dtype),
-            bias.to(dtype),
-            scales.granularity,
-            scales.dither,
-            entry.skip_ratio,
+            scale=entry.scale,
+            weight=integers.to(dtype),
+            weight_scale=weight_scale.to(dtype),
+            bias=bias.to(dtype),
+            granularity=scales.granularity,
+            dither=scales.dither,
+            skip_ratio=entry.skip_ratio,
         )
     return layers
 
@@ -92,7 +92,9 @@ def initial_a_hat(layer: QuantizedLayer) -> Tensor:
     spec = layer.spec
     if not layer.dither:
         return layer.weight.new_zeros(1, *spec.in_shape)
-    return torch.from_numpy(dither_offset(spec.name, spec.in_shape, layer.scale, spec.upsampled)).to(layer.weight)[None]
+    return torch.from_numpy(dither_offset(spec.name, spec.in_shape, layer.scale, upsampled=spec.upsampled)).to(layer.weight)[
+        None
+    ]
 
 
 def initial_state(layer: QuantizedLayer, batch: int) -> LayerState:
@@ -185,8 +187,10 @@ def simulate(
             return stateless_layer(layer, value)
         if on_layer is not None:
             on_layer(layer, value, state[spec.name])
-        y, new_state[spec.name] = modulated_layer(layer, value, state[spec.name], multipliers[spec.name], exact)
+        y, new_state[spec.name] = modulated_layer(
+            layer, value, state[spec.name], multiplier=multipliers[spec.name], exact=exact
+        )
         return y
 
-    eps = run_unet(network, params, x, time_bias, run)
+    eps = run_unet(network, params, x, bias=time_bias, layer=run)
     return eps, (new_state if act_quant else state)

@@ -58,7 +58,7 @@ class QuantModel:
             raise ValueError("all images of a trajectory are at the same timestep")
         bias = {block: table[step : step + 1] for block, table in self._table.items()}
         if not self._weight_quant:
-            return run_unet(self._network, self._params, x, bias)
+            return run_unet(self._network, self._params, x, bias=bias)
         if not self._act_quant:
             return simulate(self._network, self._params, self._layers, {}, x, bias, {}, act_quant=False)[0]
         rows, names = self._scales.rows, self._scales.modulated

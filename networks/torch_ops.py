@@ -38,7 +38,7 @@ def float_layer(params: Params) -> LayerFn:
     """The unquantized layer."""
 
     def run(spec: LayerSpec, x: Tensor) -> Tensor:
-        return convolve(spec, x, layer_weight(spec, params), layer_bias(spec, params))
+        return convolve(spec, x, layer_weight(spec, params), bias=layer_bias(spec, params))
 
     return run
 
@@ -153,4 +153,4 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         params = dict(self.named_parameters())
-        return run_unet(self.network, params, x, time_bias(self.network, params, t))
+        return run_unet(self.network, params, x, bias=time_bias(self.network, params, t))

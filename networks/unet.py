@@ -112,13 +112,15 @@ def convolution(
     pad = kernel // 2
     padding = (pad, pad, pad, pad) if stride == 1 else (0, 0, 1, 1)
     out_shape = (out_channels, in_shape[1] // stride, in_shape[2] // stride)
-    return LayerSpec(name, params or (name,), in_shape, out_shape, kernel, stride, padding, **more)
+    return LayerSpec(
+        name, params or (name,), in_shape, out_shape=out_shape, kernel=kernel, stride=stride, padding=padding, **more
+    )
 
 
 def resnet_block(ops: Ops[V], name: str, x: V, in_shape: Shape, out_channels: int, split: int) -> V:
     out_shape = (out_channels, *in_shape[1:])
-    first = convolution(f"{name}.conv1", in_shape, out_channels, 3, split=split, normalized=True, block=name)
-    last = convolution(f"{name}.conv2", out_shape, out_channels, 3, normalized=True, block=name)
+    first = convolution(f"{name}.conv1", in_shape, out_channels, kernel=3, split=split, normalized=True, block=name)
+    last = convolution(f"{name}.conv2", out_shape, out_channels, kernel=3, normalized=True, block=name)
     h = ops.layer(first, ops.norm_silu(f"{name}.norm1", x))
     h = ops.add_time(name, h, out_channels)
     h = ops.layer(last, ops.norm_silu(f"{name}.norm2", h))
@@ -128,7 +130,7 @@ def resnet_block(ops: Ops[V], name: str, x: V, in_shape: Shape, out_channels: in
         f"{name}.nin_shortcut",
         in_shape,
         out_channels,
-        1,
+        kernel=1,
         split=split,
         role=Role.SHORTCUT,
         block=name,
@@ -141,9 +143,9 @@ def resnet_block(ops: Ops[V], name: str, x: V, in_shape: Shape, out_channels: in
 def attention_block(ops: Ops[V], name: str, x: V, shape: Shape) -> V:
     channels = shape[0]
     parts = (f"{name}.q", f"{name}.k", f"{name}.v")
-    qkv = convolution(f"{name}.qkv", shape, 3 * channels, 1, params=parts, role=Role.QKV, normalized=True, block=name)
+    qkv = convolution(f"{name}.qkv", shape, 3 * channels, kernel=1, params=parts, role=Role.QKV, normalized=True, block=name)
     h = ops.attention(ops.layer(qkv, ops.norm(f"{name}.norm", x)), channels)
-    h = ops.layer(convolution(f"{name}.proj_out", shape, channels, 1, block=name), h)
+    h = ops.layer(convolution(f"{name}.proj_out", shape, channels, kernel=1, block=name), h)
     return ops.block_done(name, x, ops.add(x, h))
 
 
@@ -152,46 +154,57 @@ def unet(ops: Ops[V], config: Config, x: V) -> V:
     model = config.model
     size = config.input_shape[1:]
     channels = model.ch
-    h = ops.layer(convolution("conv_in", config.input_shape, channels, 3, role=Role.INPUT), x)
+    h = ops.layer(convolution("conv_in", config.input_shape, channels, kernel=3, role=Role.INPUT), x)
     skips = [(h, channels)]
     last = len(model.ch_mult) - 1
 
     for level, mult in enumerate(model.ch_mult):
         for i in range(model.num_res_blocks):
-            h = resnet_block(ops, f"down.{level}.block.{i}", h, (channels, *size), model.ch * mult, 0)
+            h = resnet_block(
+                ops, f"down.{level}.block.{i}", h, in_shape=(channels, *size), out_channels=model.ch * mult, split=0
+            )
             channels = model.ch * mult
             if size[0] in model.attn_resolutions:
-                h = attention_block(ops, f"down.{level}.attn.{i}", h, (channels, *size))
+                h = attention_block(ops, f"down.{level}.attn.{i}", h, shape=(channels, *size))
             skips.append((h, channels))
         if level != last:
             if model.resamp_with_conv:
-                h = ops.layer(convolution(f"down.{level}.downsample.conv", (channels, *size), channels, 3, stride=2), h)
+                h = ops.layer(convolution(f"down.{level}.downsample.conv", (channels, *size), channels, kernel=3, stride=2), h)
             else:
                 h = ops.avg_pool(h)
             size = (size[0] // 2, size[1] // 2)
             skips.append((h, channels))
 
-    h = resnet_block(ops, "mid.block_1", h, (channels, *size), channels, 0)
-    h = attention_block(ops, "mid.attn_1", h, (channels, *size))
-    h = resnet_block(ops, "mid.block_2", h, (channels, *size), channels, 0)
+    h = resnet_block(ops, "mid.block_1", h, in_shape=(channels, *size), out_channels=channels, split=0)
+    h = attention_block(ops, "mid.attn_1", h, shape=(channels, *size))
+    h = resnet_block(ops, "mid.block_2", h, in_shape=(channels, *size), out_channels=channels, split=0)
 
     for level in range(last, -1, -1):
         out_channels = model.ch * model.ch_mult[level]
         for i in range(model.num_res_blocks + 1):
             skip, skip_channels = skips.pop()
             h = ops.concat(h, skip)
-            h = resnet_block(ops, f"up.{level}.block.{i}", h, (channels + skip_channels, *size), out_channels, channels)
+            h = resnet_block(
+                ops,
+                f"up.{level}.block.{i}",
+                h,
+                in_shape=(channels + skip_channels, *size),
+                out_channels=out_channels,
+                split=channels,
+            )
             channels = out_channels
             if size[0] in model.attn_resolutions:
-                h = attention_block(ops, f"up.{level}.attn.{i}", h, (channels, *size))
+                h = attention_block(ops, f"up.{level}.attn.{i}", h, shape=(channels, *size))
         if level != 0:
             h = ops.upsample(h)
             size = (2 * size[0], 2 * size[1])
             if model.resamp_with_conv:
-                h = ops.layer(convolution(f"up.{level}.upsample.conv", (channels, *size), channels, 3, upsampled=True), h)
+                h = ops.layer(
+                    convolution(f"up.{level}.upsample.conv", (channels, *size), channels, kernel=3, upsampled=True), h
+                )
 
     h = ops.norm_silu("norm_out", h)
-    return ops.layer(convolution("conv_out", (channels, *size), model.out_ch, 3, role=Role.OUTPUT, normalized=True), h)
+    return ops.layer(convolution("conv_out", (channels, *size), model.out_ch, kernel=3, role=Role.OUTPUT, normalized=True), h)
 
 
 class ShapeOps:
@@ -292,4 +305,12 @@ def traced(config: Config, function: Function) -> Network:
     """Lists a function's network, for inputs and timesteps as `config` has them."""
     ops = ShapeOps(config.model.ch)
     function(ops, config.input_shape)
-    return Network(config, function, tuple(ops.layers), tuple(ops.norms), ops.parameters, ops.time_channels, tuple(ops.blocks))
+    return Network(
+        config,
+        function,
+        tuple(ops.layers),
+        norms=tuple(ops.norms),
+        parameters=ops.parameters,
+        time_channels=ops.time_channels,
+        blocks=tuple(ops.blocks),
+    )

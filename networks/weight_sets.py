@@ -79,7 +79,7 @@ def choose(content: Any, wanted: Weights | None, source: str) -> Chosen:
             f"{source} has {kind} weights without names at {chosen.place}; save them as a state dict"
             + (", or pass --weights raw" if len(sets) > 1 and kind is Weights.EMA else "")
         )
-    return Chosen(without_prefixes(chosen.state), kind, chosen.place, len(sets) > 1)
+    return Chosen(without_prefixes(chosen.state), kind, chosen.place, other=len(sets) > 1)
 
 
 def find_weights(content: Any) -> list[WeightSet]:

@@ -180,12 +180,12 @@ def run_sampling(
         if rank.world > 1 or shards:
             raise InputError("shards, and several processes, cannot write one .npz; pass a folder as --out")
         check_writable(out)
-        parts = [s for _, s in sample_batches(backend, batches, seed, eta, noise)]
-        save_npz(out, np.concatenate(parts), indices, manifest)
+        parts = [s for _, s in sample_batches(backend, batches, seed, eta=eta, noise=noise)]
+        save_npz(out, np.concatenate(parts), indices, manifest=manifest)
         return Sampled(rank, len(indices), len(indices))
     with ShardFolder(out, manifest) if shards else ImageFolder(out, manifest) as folder:
         missing = [len(folder.missing(batch)) for batch in batches]
         wanted = [batch for batch, lacking in zip(batches, missing, strict=True) if lacking]
-        for batch, samples in sample_batches(backend, wanted, seed, eta, noise):
+        for batch, samples in sample_batches(backend, wanted, seed, eta=eta, noise=noise):
             folder.save(batch, samples)
     return Sampled(rank, sum(map(len, batches)), sum(missing))

@@ -67,12 +67,12 @@ def run(out: Path, num_samples: int, seed: int) -> None:
             if not variant.modulate:
                 scales = scales.without_modulation()
         file = out / (variant.name.lower().replace(" ", "-") + ".onnx")
-        save_onnx(file, build_onnx(network, checkpoint, scales, "fp32", digest))
+        save_onnx(file, build_onnx(network, checkpoint, scales, dtype="fp32", scales_sha256=digest))
         model = load_onnx(file, spinning=variant.scales is None)
         native = _native(network, checkpoint, scales) if scales is not None else None
         backend = Backend(native or exported.onnxruntime(model, timesteps), model.config, {})
         begin = time.perf_counter()
-        ((_, samples),) = sample_batches(backend, [list(range(num_samples))], seed, 0.0)
+        ((_, samples),) = sample_batches(backend, [list(range(num_samples))], seed, eta=0.0)
         seconds = (time.perf_counter() - begin) / num_samples
         decibel = psnr(samples, images[0]) if images else math.inf
         images.append(samples)
@@ -97,7 +97,7 @@ def run(out: Path, num_samples: int, seed: int) -> None:
         **provenance(),
     }
     labels = [f"{r['name']}\n{'reference' if r['psnr_db'] is None else str(r['psnr_db']) + ' dB'}" for r in rows]
-    save_grid(out / "demo.png", images, labels, f"Same noise, {len(timesteps)} DDIM steps, on a CPU")
+    save_grid(out / "demo.png", images, labels, title=f"Same noise, {len(timesteps)} DDIM steps, on a CPU")
     write_json(out / "demo.json", figures)
     _print(figures)
     Console().print(f"picture: {out / 'demo.png'}\nfigures: {out / 'demo.json'}", highlight=False, soft_wrap=True)

@@ -48,11 +48,18 @@ def collect(
     chosen, stored = choose_steps(len(sequence), calib_steps)
     empty = np.zeros((len(stored), 0, *config.input_shape), np.float32)
     result = Trajectories(
-        config, checkpoint.sha256, skip_type, sequence, seed, np.asarray(stored, np.int64), np.asarray(chosen, np.int64), empty
+        config,
+        checkpoint.sha256,
+        skip_type,
+        timesteps=sequence,
+        seed=seed,
+        steps=np.asarray(stored, np.int64),
+        chosen=np.asarray(chosen, np.int64),
+        x=empty,
     )
     part = out.with_name(out.name + ".part")
     result = _resume(part, result, num_samples)
-    denoiser = trained.unquantized(network, checkpoint.params, sequence, device)
+    denoiser = trained.unquantized(network, checkpoint.params, sequence, device=device)
     alpha_bar = alphas_cumprod(config.diffusion)
     with progress_bar() as bar:
         task = bar.add_task("collect", total=num_samples * len(sequence), unit="passes")

@@ -51,7 +51,7 @@ def measure(
             return iter(bar.track(items, total=total, description="ranges"))
 
         with full_precision():
-            return measure_ranges(network, params, trajectories, batch_size, steps)
+            return measure_ranges(network, params, trajectories, batch_size=batch_size, progress=steps)
 
 
 def learn_weights(
@@ -100,7 +100,17 @@ def learn_weights(
             return iter(bar.track(items, total=total, description="adaround"))
 
         with full_precision():
-            reconstruct(network, params, grids, _samples(trajectories), options, seed, done, keep, progress=blocks)
+            reconstruct(
+                network,
+                params,
+                grids,
+                samples=_samples(trajectories),
+                options=options,
+                seed=seed,
+                done=done,
+                on_unit=keep,
+                progress=blocks,
+            )
     return replace(scales, layers={n: replace(layer, round_up=packed.get(n)) for n, layer in scales.layers.items()})
 
 
@@ -135,7 +145,7 @@ def refit_residuals(
         nonlocal row
         row = done + 1
 
-    denoiser = trained.simulated(network, checkpoint.params, scales, device, on_layer=watch)
+    denoiser = trained.simulated(network, checkpoint.params, scales, device=device, on_layer=watch)
     start = trajectories.x[0]
     for begin in range(0, len(start), batch_size):
         row, keep = 0, begin == 0
@@ -163,7 +173,7 @@ def residual_scales(
 ) -> dict[str, float]:
     """The residual scales that a recipe would give with another percentile, by layer, in the units of `scales`."""
     recipe = replace(recipe, scale_method=ScaleMethod.PERCENTILE, percentile=percentile)
-    found = make_scales(network, checkpoint, trajectories, ranges, recipe).layers
+    found = make_scales(network, checkpoint, trajectories, ranges=ranges, recipe=recipe).layers
     # Where the skip half has its own grid, the weights of `scales` are folded with its ratio of the halves.
     return {n: found[n].residual_scale * max(1.0, found[n].skip_ratio / scales.layers[n].skip_ratio) for n in scales.modulated}
 
@@ -186,13 +196,13 @@ def improve(
             bar.advance(task)
 
         if candidates:
-            scales = search_scales(trials, scales, candidates, report)
+            scales = search_scales(trials, scales, candidates, report=report)
         if rows:
             scales = search_rows(trials, scales, report)
     if max_loss is not None:
         with progress_bar() as bar:
             task = bar.add_task("modes", total=len(scales.modulated), unit="layers")
-            scales, curve = search_modes(trials, scales, max_loss, console.print, lambda: bar.advance(task))
+            scales, curve = search_modes(trials, scales, max_loss, report=console.print, on_layer=lambda: bar.advance(task))
         table = Table(title="state traffic against PSNR to FP32")
         for heading in ("layers without state", "state traffic, MB an image and pass (fp16)", "PSNR, dB"):
             table.add_column(heading, justify="right")

@@ -92,7 +92,7 @@ class _CaptureOps(TorchOps):
 def _capture(
     network: Network, params: Params, x: Tensor, bias: Mapping[str, Tensor], layer: LayerFn, unit: Unit
 ) -> tuple[Tensor, Tensor]:
-    ops = _CaptureOps(params, bias, layer, unit)
+    ops = _CaptureOps(params, bias, layer, unit=unit)
     with contextlib.suppress(_Done):
         network.function(ops, x)
     assert ops.captured is not None
@@ -104,8 +104,8 @@ def _run_unit(ops: TorchOps, unit: Unit, x: Tensor) -> Tensor:
     if not unit.is_block:
         return ops.layer(first, x)
     if first.role is Role.QKV:
-        return attention_block(ops, unit.name, x, first.in_shape)
-    return resnet_block(ops, unit.name, x, first.in_shape, first.out_shape[0], first.split)
+        return attention_block(ops, unit.name, x, shape=first.in_shape)
+    return resnet_block(ops, unit.name, x, in_shape=first.in_shape, out_channels=first.out_shape[0], split=first.split)
 
 
 def reconstruct(
@@ -133,7 +133,7 @@ def reconstruct(
         if spec.name not in grids:
             return unquantized(spec, x)
         x = divide_skip(spec, x, grids[spec.name].skip_ratio)
-        return convolve(spec, x, rounded.get(spec.name, folded[spec.name]), layer_bias(spec, params))
+        return convolve(spec, x, rounded.get(spec.name, folded[spec.name]), bias=layer_bias(spec, params))
 
     folded = {
         s.name: fold_skip(s, layer_weight(s, params), grids[s.name].skip_ratio) for s in network.layers if s.name in grids
@@ -145,14 +145,25 @@ def reconstruct(
         if not all(spec.name in decisions for spec in trained):
             soft = {s.name: SoftRounding(folded[s.name], grids[s.name].scale, grids[s.name].bits) for s in trained}
             loss = _train_unit(
-                network, params, table, quantized, unquantized, grids, unit, soft, samples, options, seed + index, forward_batch
+                network,
+                params,
+                table,
+                quantized=quantized,
+                unquantized=unquantized,
+                grids=grids,
+                unit=unit,
+                soft=soft,
+                samples=samples,
+                options=options,
+                seed=seed + index,
+                forward_batch=forward_batch,
             )
             found = {name: layer.round_up() for name, layer in soft.items()}
             decisions |= found
             on_unit(unit, found, loss)
         for spec in trained:
             grid, up = grids[spec.name], decisions[spec.name]
-            integers = quantize_weight(folded[spec.name], grid.scale, grid.bits, up)
+            integers = quantize_weight(folded[spec.name], grid.scale, grid.bits, round_up=up)
             rounded[spec.name] = integers * grid.scale.reshape(-1, 1, 1, 1)
     return decisions
 
@@ -183,8 +194,8 @@ def _train_unit(
         for part in torch.split(window, forward_batch):
             x = samples.x[part].to(device)
             bias = _bias(table, samples.t[part])
-            inputs.append(_capture(network, params, x, bias, quantized, unit)[0])
-            targets.append(_capture(network, params, x, bias, unquantized, unit)[1])
+            inputs.append(_capture(network, params, x, bias=bias, layer=quantized, unit=unit)[0])
+            targets.append(_capture(network, params, x, bias=bias, layer=unquantized, unit=unit)[1])
     cached, target, t = torch.cat(inputs), torch.cat(targets), samples.t[window]
     del inputs, targets
 
@@ -192,7 +203,7 @@ def _train_unit(
         if spec.name not in soft:
             return unquantized(spec, x)
         x = divide_skip(spec, x, grids[spec.name].skip_ratio)
-        return convolve(spec, x, soft[spec.name].weight(), layer_bias(spec, params))
+        return convolve(spec, x, soft[spec.name].weight(), bias=layer_bias(spec, params))
 
     def loss(indices: Tensor) -> Tensor:
         ops = TorchOps(params, _bias(table, t[indices]), layer)
@@ -200,7 +211,7 @@ def _train_unit(
         difference = _run_unit(ops, unit, cached[at]) - target[at]
         return difference.square().sum(1).mean()
 
-    return learn_rounding(soft, loss, len(window), options, generator)
+    return learn_rounding(soft, loss, len(window), options=options, generator=generator)
 
 
 def _bias(table: Mapping[str, Tensor], t: Tensor) -> dict[str, Tensor]:

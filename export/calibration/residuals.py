@@ -29,7 +29,7 @@ def refit(scales: Scales, residual_scale: Mapping[str, float]) -> Scales:
     ]
     bits = [scales.layers[n].act_bits for n in names]
     start = Start.EXACT if scales.rows.exact_start else Start.WARMUP
-    rows = modulated_rows(scales.rows.timesteps, np.asarray(full_range), np.asarray(bits), start)
+    rows = modulated_rows(scales.rows.timesteps, np.asarray(full_range), np.asarray(bits), start=start)
     layers = dict(scales.layers)
     for name in names:
         layers[name] = replace(layers[name], residual_scale=residual_scale[name])

@@ -152,7 +152,7 @@ def measure_ranges(
                 bias = {block: rows[t].expand(len(x), -1) for block, rows in table.items()}
                 recorder = _Recorder(params)
                 with torch.no_grad():
-                    run_unet(network, params, x, bias, recorder)
+                    run_unet(network, params, x, bias=bias, layer=recorder)
                 if index == step:
                     for name, value in recorder.inputs.items():
                         if not torch.isfinite(value).all():
@@ -200,7 +200,7 @@ def _grid(ranges: LayerRanges, mode: Mode, recipe: Recipe, bits: int) -> _Grid:
     # In float32, as the file holds it: the weights are folded with it here and when they are quantized.
     ratio = float(np.float32(ratio))
     first = max(ranges.halves[0].activation_max[0], ranges.halves[1].activation_max[0] / ratio)
-    return _Grid(max(main, skip / ratio), max(main_residual, skip_residual / ratio), first, ratio)
+    return _Grid(max(main, skip / ratio), max(main_residual, skip_residual / ratio), first, skip_ratio=ratio)
 
 
 def make_scales(
@@ -226,16 +226,16 @@ def make_scales(
         mode = Mode.MODIFF if recipe.method == Method.MODIFF and shrinks else Mode.INT8
         if spec.intensity < recipe.min_intensity:
             mode = Mode.FLOAT
-        grid = _grid(measured, mode, recipe, act_bits)
+        grid = _grid(measured, mode, recipe, bits=act_bits)
         weight = fold_skip(spec, layer_weight(spec, checkpoint.params), grid.skip_ratio)
         weight_scale = WEIGHT_SCALES[recipe.weight_scale_method](weight, weight_bits)
         layers[spec.name] = LayerScales(
             mode,
             act_bits,
             weight_bits,
-            grid.activation,
-            grid.residual,
-            weight_scale.float().cpu().numpy(),
+            activation_scale=grid.activation,
+            residual_scale=grid.residual,
+            weight_scale=weight_scale.float().cpu().numpy(),
             skip_ratio=grid.skip_ratio,
         )
         if mode == Mode.MODIFF:
@@ -244,7 +244,7 @@ def make_scales(
             bits.append(act_bits)
     rows: RowTable
     if bits:
-        rows = modulated_rows(trajectories.timesteps, np.asarray(full_range), np.asarray(bits), recipe.start)
+        rows = modulated_rows(trajectories.timesteps, np.asarray(full_range), np.asarray(bits), start=recipe.start)
     else:
         rows = plain_rows(trajectories.timesteps)
     names = [spec.name for spec in network.layers]
@@ -253,15 +253,15 @@ def make_scales(
         network.config,
         checkpoint.sha256,
         recipe.method,
-        recipe.scale_method,
-        trajectories.skip_type,
-        layers,
-        rows,
-        trajectories.chosen,
-        np.asarray([ranges[n].activation_max for n in names], np.float32).T.copy(),
-        np.asarray([ranges[n].residual_max for n in names], np.float32).T.copy(),
-        np.stack([shares.float().numpy() for shares, _ in histograms]),
-        np.asarray([top for _, top in histograms], np.float32),
-        recipe.granularity,
-        bool(bits) and recipe.start == Start.WARMUP and recipe.granularity == Granularity.STATIC and recipe.dither,
+        scale_method=recipe.scale_method,
+        skip_type=trajectories.skip_type,
+        layers=layers,
+        rows=rows,
+        range_steps=trajectories.chosen,
+        activation_range=np.asarray([ranges[n].activation_max for n in names], np.float32).T.copy(),
+        residual_range=np.asarray([ranges[n].residual_max for n in names], np.float32).T.copy(),
+        residual_histogram=np.stack([shares.float().numpy() for shares, _ in histograms]),
+        histogram_range=np.asarray([top for _, top in histograms], np.float32),
+        granularity=recipe.granularity,
+        dither=bool(bits) and recipe.start == Start.WARMUP and recipe.granularity == Granularity.STATIC and recipe.dither,
     )

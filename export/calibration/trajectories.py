@@ -62,11 +62,11 @@ def load_trajectories(path: Path, config: Config, checkpoint_sha256: str) -> Tra
             config_from_dict(header["config"], str(path)),
             header["checkpoint_sha256"],
             header["skip_type"],
-            tuple(header["timesteps"]),
-            header["seed"],
-            arrays["steps"],
-            arrays["chosen"],
-            arrays["x"],
+            timesteps=tuple(header["timesteps"]),
+            seed=header["seed"],
+            steps=arrays["steps"],
+            chosen=arrays["chosen"],
+            x=arrays["x"],
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"trajectories file {path} is incomplete ({error}); collect again") from None

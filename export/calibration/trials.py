@@ -55,12 +55,12 @@ class Trials:
         self._alpha_bar = alphas_cumprod(network.config.diffusion)
         self._noise = ImageNoise(seed, range(images), network.config.input_shape).draw()
         self._reference = ddim_sample(
-            trained.unquantized(network, checkpoint.params, timesteps, device), self._alpha_bar, self._noise
+            trained.unquantized(network, checkpoint.params, timesteps, device=device), self._alpha_bar, self._noise
         )
 
     def decibels(self, scales: Scales) -> float:
         """`score` of the simulation of these scales."""
-        return self.score(trained.simulated(self.network, self.checkpoint.params, scales, self._device))
+        return self.score(trained.simulated(self.network, self.checkpoint.params, scales, device=self._device))
 
     def residuals(self, scales: Scales) -> tuple[float, Array]:
         """PSNR, and the largest |x - a_hat| [rows, modulated layers] that each pass had to round."""
@@ -72,7 +72,7 @@ class Trials:
                 passes.append({})
             passes[-1][layer.spec.name] = float((x - state.a_hat).abs().max())
 
-        watched = trained.simulated(self.network, self.checkpoint.params, scales, self._device, on_layer=watch)
+        watched = trained.simulated(self.network, self.checkpoint.params, scales, device=self._device, on_layer=watch)
         score = self.score(watched)
         return score, np.asarray([[found[name] for name in scales.modulated] for found in passes], np.float32)
 
@@ -210,5 +210,5 @@ def with_modes(scales: Scales, modes: dict[str, Mode]) -> Scales:
     if all(layer.mode != Mode.MODIFF for layer in layers.values()):
         return replace(scales, layers=layers, dither=False, rows=plain_rows(scales.rows.timesteps))
     keep = [i for i, name in enumerate(scales.modulated) if name not in modes]
-    rows = RowTable(scales.rows.t, scales.rows.multipliers[:, keep], scales.rows.warmup, scales.rows.exact_start)
+    rows = RowTable(scales.rows.t, scales.rows.multipliers[:, keep], scales.rows.warmup, exact_start=scales.rows.exact_start)
     return replace(scales, layers=layers, rows=rows)

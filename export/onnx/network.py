@@ -49,7 +49,7 @@ def build_onnx(
     constants = _constants(network, checkpoint, scales)
     _check_range(constants, real)
     norms = {k: v.numpy() for k, v in checkpoint.params.items() if v.ndim == 1}
-    ops = OnnxOps(network, constants, norms, modulated, real, dynamic)
+    ops = OnnxOps(network, constants, norms, modulated=modulated, dtype=real, dynamic=dynamic)
     table = {block: rows.numpy() for block, rows in time_table(network, checkpoint.params).items()}
     ops.bind_time("t", table)
     if modulated and not dynamic:
@@ -77,7 +77,7 @@ def build_onnx(
     model = helper.make_model(
         graph, opset_imports=opsets, functions=functions, ir_version=IR_VERSION, producer_name="modiff-trt"
     )
-    manifest = _manifest(network, checkpoint, scales, dtype, scales_sha256, constants)
+    manifest = _manifest(network, checkpoint, scales, dtype=dtype, scales_sha256=scales_sha256, constants=constants)
     manifest[DIGEST] = content_digest(model, manifest)
     helper.set_model_props(model, {MANIFEST_KEY: json.dumps(manifest)})
     return model
@@ -99,7 +99,9 @@ def _constants(network: Network, checkpoint: Checkpoint, scales: Scales | None) 
         bias = layer_bias(spec, checkpoint.params).numpy()
         if scales is None or spec.name not in quantized:
             weight = layer_weight(spec, checkpoint.params).numpy()
-            none = LayerScales(Mode.FLOAT, 8, 8, 1.0, 1.0, np.ones(spec.out_shape[0], np.float32))
+            none = LayerScales(
+                Mode.FLOAT, 8, 8, activation_scale=1.0, residual_scale=1.0, weight_scale=np.ones(spec.out_shape[0], np.float32)
+            )
             constants[spec.name] = LayerConstants(weight, bias, none)
         else:
             constants[spec.name] = LayerConstants(quantized[spec.name].weight.numpy(), bias, scales.layers[spec.name])

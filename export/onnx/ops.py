@@ -158,7 +158,9 @@ class OnnxOps:
             self.constant(f"zeros.{spec.out_shape[0]}", np.zeros(spec.out_shape[0], np.int8)),
         ]
         if constants.scales.mode == Mode.INT8:
-            return self._stateless(spec, x, low, high, [scale, zero], integers, constants.bias, window)
+            return self._stateless(
+                spec, x, low, high=high, grid=[scale, zero], weight=integers, bias=constants.bias, window=window
+            )
         multiplier = f"{name}.multiplier"
         if self._dynamic:
             residual = self.node("Sub", [x.name, f"a_hat.{name}"], f"{name}.residual")

@@ -106,7 +106,7 @@ class DeviceArray:
     def row(self, index: int) -> DeviceArray:
         """A view of one entry of the first axis."""
         step = self.nbytes // self.shape[0]
-        return DeviceArray(self.shape[1:], self.dtype, self, self.pointer + index * step)
+        return DeviceArray(self.shape[1:], self.dtype, self, pointer=self.pointer + index * step)
 
     def zero(self, stream: Stream) -> None:
         """Enqueues the filling with zeros."""

@@ -101,16 +101,16 @@ def conv_tile(geometry: Geometry, may_split: bool = True) -> ConvTile:
     sites, out = geometry.sites, geometry.out_channels
     depth = next(d for d in (128, 64, CHANNELS) if geometry.padded % d == 0)
     if out <= 16:
-        return ConvTile(64, 16, depth, 3, 4, 1)
+        return ConvTile(64, 16, depth, stages=3, warps=4, split=1)
     for rows, columns in ((128, 64), (64, 64)):
         if -(-sites // rows) * -(-out // columns) >= FULL:
-            return ConvTile(rows, columns, depth, 3, 4, 1)
+            return ConvTile(rows, columns, depth, stages=3, warps=4, split=1)
     rows, warps = (64, 4) if sites >= 64 else (16, 2)
     tiles = -(-sites // rows) * -(-out // 32)
     steps = geometry.kernel**2 * geometry.padded // depth
     parts = (9, 3) if may_split else ()
     split = next((s for s in parts if steps % s == 0 and tiles * s <= 1.5 * FULL), 1)
-    return ConvTile(rows, 32, depth, 5, warps, split)
+    return ConvTile(rows, 32, depth, stages=5, warps=warps, split=split)
 
 
 def real_tile(geometry: Geometry, second: int) -> ConvTile:
@@ -119,19 +119,19 @@ def real_tile(geometry: Geometry, second: int) -> ConvTile:
     sites, out = geometry.sites, geometry.out_channels
     depth = next(d for d in (64, CHANNELS, 16) if geometry.channels % d == 0 and second % d == 0)
     if out <= 16:
-        return ConvTile(128, 16, depth, 3, 4, 1)
+        return ConvTile(128, 16, depth, stages=3, warps=4, split=1)
     for rows, columns in ((128, 128), (128, 64)):
         if out >= columns and -(-sites // rows) * -(-out // columns) >= FULL:
-            return ConvTile(rows, columns, depth, 3, 4, 1)
-    return ConvTile(64, 32, depth, 4, 4, 1)
+            return ConvTile(rows, columns, depth, stages=3, warps=4, split=1)
+    return ConvTile(64, 32, depth, stages=4, warps=4, split=1)
 
 
 def residual_variant(real: str) -> Variant:
-    return Variant("residual", real, (), RESIDUAL_TILE)
+    return Variant("residual", real, (), tile=RESIDUAL_TILE)
 
 
 def conv_variant(geometry: Geometry, real: str) -> Variant:
     """Sums in one part: an engine's workspace is not zeroed."""
     tile = conv_tile(geometry, may_split=False)
     numbers = (tile.sites, tile.channels, tile.depth, tile.stages, tile.warps)
-    return Variant("conv", real, tuple(geometry.constants.items()), numbers)
+    return Variant("conv", real, tuple(geometry.constants.items()), tile=numbers)

@@ -29,7 +29,7 @@ class CompiledDenoiser(GraphedDenoiser):
 
         def forward(x: Tensor, row: Tensor) -> Tensor:
             bias = {b: row[None, at : at + network.time_channels[b]].half() for b, at in offsets.items()}
-            return run_unet(network, half, x.half(), bias).float()
+            return run_unet(network, half, x.half(), bias=bias).float()
 
         self._forward = torch.compile(forward, dynamic=False) if compiled else forward
 

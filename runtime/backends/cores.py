@@ -117,4 +117,4 @@ class FreeCores:
         except (OSError, ValueError, IndexError):
             counted = 0  # not known: the number stays as it is
         hertz = os.sysconf("SC_CLK_TCK")
-        return _Counters(time.monotonic(), idle / hertz, counted / hertz, time.process_time())
+        return _Counters(time.monotonic(), idle / hertz, counted / hertz, own=time.process_time())

@@ -68,7 +68,7 @@ def load_onnx(path: Path, device: str = "cpu", threads: int = 0, gpu: int = 0, s
         raise InputError(f"ONNX file {path} cannot be loaded (truncated or altered?): {first}") from None
     try:
         config = config_from_dict(manifest["config"], str(path))
-        model = OnnxModel(path, session, proto, config, manifest, data.sha256, gpu)
+        model = OnnxModel(path, session, proto, config=config, manifest=manifest, sha256=data.sha256, gpu=gpu)
         _ = model.calibrated_rows
     except (ValueError, KeyError, TypeError):
         raise InputError(f"ONNX file {path} has a damaged manifest; export again") from None

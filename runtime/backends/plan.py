@@ -53,7 +53,7 @@ def load_plan(path: Path) -> Plan:
             raise InputError(f"{path} is not the plan that its manifest describes (truncated or altered?); build it again")
         if header["onnx_sha256"] != manifest["onnx_sha256"] or start_sha256 != manifest["start_sha256"]:
             raise InputError(f"the start state beside {path} belongs to another network; build the plan again")
-        plan = Plan(path, data, manifest, start, config)
+        plan = Plan(path, data, manifest, start=start, config=config)
         _ = plan.calibrated_rows, plan.batches
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"the manifest of {path} is damaged; build the plan again") from None

@@ -85,7 +85,7 @@ class TorchDenoiser(_TorchBase):
     @torch.no_grad()
     def __call__(self, x: Tensor, row: int) -> Tensor:
         with full_precision():
-            return run_unet(self._network, self._params, x, self._time_bias(row))
+            return run_unet(self._network, self._params, x, bias=self._time_bias(row))
 
 
 class SimDenoiser(_TorchBase):
@@ -110,7 +110,7 @@ class SimDenoiser(_TorchBase):
         """`compiled` runs a pass through torch.compile (a minute or two to begin with). Calibration watches layers through
         `on_layer`; see `simulate`. `between_passes` is called before every pass but a trajectory's first."""
         super().__init__(network, params, scales.rows if act_quant else plain_rows(scales.rows.timesteps), device, dtype)
-        self.layers: dict[str, QuantizedLayer] = quantize_layers(network, self._params, scales, dtype)
+        self.layers: dict[str, QuantizedLayer] = quantize_layers(network, self._params, scales, dtype=dtype)
         self._modulated = scales.modulated if act_quant else ()
         self._act_quant = act_quant
         self._pass = torch.compile(simulate) if compiled else simulate

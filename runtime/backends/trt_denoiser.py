@@ -42,7 +42,7 @@ class TrtDenoiser:
         if plan.manifest["plugin"]:
             trt_plugin.register(library.trt)
         self._engine, self._keep = _deserialize(library, plan)
-        self._context = _context(library, self._engine, plan, self._keep)
+        self._context = _context(library, self._engine, plan, keep=self._keep)
         self._stream = Stream(stream)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._inputs = {n: self._type(n) for n in names if self._engine.get_tensor_mode(n) == self._trt.TensorIOMode.INPUT}
@@ -176,8 +176,8 @@ def _fill(target: DeviceArray, image: DeviceArray, stream: Stream) -> None:
     done = 1
     while done < batch:
         count = min(done, batch - done)
-        part = DeviceArray((count, *image.shape), image.dtype, target, target.row(done).pointer)
-        part.copy_from(DeviceArray(part.shape, image.dtype, target, target.pointer), stream)
+        part = DeviceArray((count, *image.shape), image.dtype, target, pointer=target.row(done).pointer)
+        part.copy_from(DeviceArray(part.shape, image.dtype, target, pointer=target.pointer), stream)
         done += count
 
 

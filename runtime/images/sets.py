@@ -130,7 +130,7 @@ def _open(path: Path) -> ImageSet:
         return _npz(path)
     if path.name.endswith((".tar.gz", ".tgz")):
         count = sum(len(images) for images, _ in cifar_batches(path, "data_batch"))
-        return ImageSet(path, count, (32, 32), lambda: (images for images, _ in cifar_batches(path, "data_batch")))
+        return ImageSet(path, count, (32, 32), chunks=lambda: (images for images, _ in cifar_batches(path, "data_batch")))
     raise InputError(f"images {path} are of unknown kind; pass a folder of pictures, an .npz or cifar-10-binary.tar.gz")
 
 
@@ -153,7 +153,17 @@ def _pictures(path: Path) -> ImageSet:
         chunks = partial(_decoded, found.files, None)
         ranks = {file: rank for rank, file in enumerate(sorted(map(str, files)))}
         notes += found.notes
-        return ImageSet(path, len(files), found.size, chunks, None, {}, names, tuple(notes), [ranks[str(f)] for f in files])
+        return ImageSet(
+            path,
+            len(files),
+            found.size,
+            chunks=chunks,
+            first=None,
+            manifest={},
+            names=names,
+            notes=tuple(notes),
+            ranks=[ranks[str(f)] for f in files],
+        )
     numbers = [int(f.stem) for f in files if f.stem.isascii() and f.stem.isdecimal() and f.suffix == ".png"]
     if len(numbers) != len(files):
         raise InputError(f"{path} holds pictures that `sample` did not make beside those that it did; move them elsewhere")
@@ -163,7 +173,16 @@ def _pictures(path: Path) -> ImageSet:
     with open_picture(io.BytesIO(read_listed(files[0], sums, "picture")), files[0]) as image:
         shape = (image.height, image.width)
     chunks = partial(_decoded, tuple(files), sums)
-    return ImageSet(path, len(files), shape, chunks, numbers[0], manifest, list(map(str, numbers)), tuple(notes))
+    return ImageSet(
+        path,
+        len(files),
+        shape,
+        chunks=chunks,
+        first=numbers[0],
+        manifest=manifest,
+        names=list(map(str, numbers)),
+        notes=tuple(notes),
+    )
 
 
 def _decoded(files: Sequence[Path], sums: dict[str, str] | None) -> Iterator[Images]:
@@ -210,7 +229,15 @@ def _shards(path: Path) -> ImageSet:
         following = last + 1
     begin, end = shard_range(files[0])[0], shard_range(files[-1])[1] + 1
     chunks = partial(_read_shards, tuple(files), sums)
-    return ImageSet(path, end - begin, (shape[1], shape[2]), chunks, begin, manifest or {}, list(map(str, range(begin, end))))
+    return ImageSet(
+        path,
+        end - begin,
+        (shape[1], shape[2]),
+        chunks=chunks,
+        first=begin,
+        manifest=manifest or {},
+        names=list(map(str, range(begin, end))),
+    )
 
 
 def _read_shards(files: Sequence[Path], sums: dict[str, str] | None) -> Iterator[Images]:
@@ -232,7 +259,7 @@ def _npz(path: Path) -> ImageSet:
                         shape, dtype = npy_header(file, archive.getinfo(f"{key}.npy").file_size)
                     if dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3):
                         chunks = partial(_npz_chunks, path, f"{key}.npy")
-                        return _with_origin(ImageSet(path, shape[0], shape[1:3], chunks))
+                        return _with_origin(ImageSet(path, shape[0], shape[1:3], chunks=chunks))
                     shapes.append(f"{key} is {dtype} {shape}")
     except READ_ERRORS as error:
         raise InputError(f"{path} cannot be read: {one_line(str(error))}") from None
@@ -255,7 +282,15 @@ def _with_origin(images: ImageSet) -> ImageSet:
     expected = manifest.pop(IMAGES_DIGEST, None)
     names = list(map(str, indices.tolist()))
     chunks = partial(_checked, images.chunks, expected, path)
-    return ImageSet(path, images.count, images.shape, chunks, int(indices[0]) if names else None, manifest, names)
+    return ImageSet(
+        path,
+        images.count,
+        images.shape,
+        chunks=chunks,
+        first=int(indices[0]) if names else None,
+        manifest=manifest,
+        names=names,
+    )
 
 
 def _checked(chunks: Callable[[], Iterator[Images]], expected: Any, path: Path) -> Iterator[Images]:

@@ -34,7 +34,7 @@ def ceilings() -> dict[str, float]:
     n = 8192
     a8 = torch.randint(-128, 128, (n, n), dtype=torch.int8, device="cuda")
     a16 = torch.randn(n, n, dtype=torch.float16, device="cuda")
-    spec = ConvSpec(256, 256, 32, 32, 256, 3, 1, (1, 1, 1, 1), residual=False)
+    spec = ConvSpec(256, 256, 32, width=32, out_channels=256, kernel=3, stride=1, padding=(1, 1, 1, 1), residual=False)
     convolution = 2.0 * prod(spec.out_shape) * spec.in_channels * spec.kernel**2 / (Int8Conv(spec).plan.time_us * 1e-6)
     calls: Mapping[str, tuple[float, Any]] = {
         "copy_bytes": (2.0 * source.numel() * source.element_size(), lambda: torch.neg(source, out=target)),

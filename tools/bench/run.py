@@ -57,15 +57,15 @@ def candidates(
 
     known: dict[str, Make] = {
         "torch-fp16-compiled": lambda: trained.compiled_fp16(network, params, steps),
-        "torch-fp32": lambda: trained.unquantized(network, params, steps, device),
-        "torch-bf16": lambda: trained.unquantized(network, params, steps, device, torch.bfloat16),
-        "torch-sim": lambda: trained.simulated(network, params, scales, device),
+        "torch-fp32": lambda: trained.unquantized(network, params, steps, device=device),
+        "torch-bf16": lambda: trained.unquantized(network, params, steps, device=device, dtype=torch.bfloat16),
+        "torch-sim": lambda: trained.simulated(network, params, scales, device=device),
         "native-int8": lambda: native(scales.without_modulation()),
         "native-modiff": lambda: native(scales),
         "native-ltq-modiff": lambda: native(replace(scales, granularity=Granularity.TENSOR)),
-        "onnxruntime-fp32": lambda: _onnxruntime(network, checkpoint, None, steps, device),
-        "onnxruntime-int8": lambda: _onnxruntime(network, checkpoint, scales.without_modulation(), steps, device),
-        "onnxruntime-modiff": lambda: _onnxruntime(network, checkpoint, scales, steps, device),
+        "onnxruntime-fp32": lambda: _onnxruntime(network, checkpoint, None, steps=steps, device=device),
+        "onnxruntime-int8": lambda: _onnxruntime(network, checkpoint, scales.without_modulation(), steps=steps, device=device),
+        "onnxruntime-modiff": lambda: _onnxruntime(network, checkpoint, scales, steps=steps, device=device),
     }
     for plan in plans:
         known[f"tensorrt {plan.stem}"] = partial(engine, plan)
@@ -91,7 +91,7 @@ def _onnxruntime(
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
-        save_onnx(path, build_onnx(network, checkpoint, scales, "fp32", None))
+        save_onnx(path, build_onnx(network, checkpoint, scales, dtype="fp32", scales_sha256=None))
         return exported.onnxruntime(load_onnx(path, device), steps, device)
 
 
@@ -120,7 +120,7 @@ def run_bench(
             before, allocated = _memory(device), _allocated(device)
             try:
                 denoiser = make()
-                _run(denoiser, x, max(warmup, 1), device)
+                _run(denoiser, x, max(warmup, 1), device=device)
             except (InputError, RuntimeError) as error:  # out of memory, or a compiler that fails, is one backend's matter
                 result["not_run"].setdefault(name, {})[str(batch)] = " ".join(str(error).split())[:300]
                 continue
@@ -134,13 +134,13 @@ def run_bench(
         timed = _whole_intervals(passes, [denoiser for denoiser, _ in ready.values()])
         for _ in range(runs):
             for name, (denoiser, _) in ready.items():
-                seconds[name].append(_run(denoiser, x, timed, device))
+                seconds[name].append(_run(denoiser, x, timed, device=device))
         del denoiser
         result["passes"] = max(len(run[0]) for run in seconds.values())  # fewer where a trajectory is shorter
         rows = {}
         for name in list(ready):
             denoiser, memory = ready.pop(name)
-            rows[name] = _row(denoiser, seconds[name], batch, memory, (floors or {}).get(name))
+            rows[name] = _row(denoiser, seconds[name], batch, memory=memory, floor=(floors or {}).get(name))
             del denoiser
         result["batches"][str(batch)] = rows
         write_signed(out, result)

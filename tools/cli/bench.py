@@ -49,8 +49,8 @@ def bench(
     if profile and (device != "cuda" or not {"native-modiff", "all"} & set(backends.split(","))):
         raise InputError("--profile is for --device cuda and the backend native-modiff")
     files = [Path(plan) for plan in plans.split(",") if plan]
-    makes = candidates(network, checkpoint, loaded, check_device(device), backends.split(","), files)
-    reached, floors = native_floors(network, loaded, device, makes)
+    makes = candidates(network, checkpoint, loaded, device=check_device(device), names=backends.split(","), plans=files)
+    reached, floors = native_floors(network, loaded, device, names=makes)
     settings: dict[str, Any] = {"config": config.name, "scales_sha256": loaded.file_sha256, **checkpoint_manifest(checkpoint)}
     settings |= {"ceilings": reached} if reached else {}
     result = run_bench(
@@ -67,4 +67,4 @@ def bench(
     )
     print_bench(result)
     if profile:
-        add_profiles(network, loaded, makes["native-modiff"], sizes, result, out)
+        add_profiles(network, loaded, makes["native-modiff"], batch_sizes=sizes, result=result, out=out)

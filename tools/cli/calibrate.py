@@ -109,16 +109,23 @@ def calibrate(
     stored = load_trajectories(trajectories, network.config, checkpoint.sha256)
     ranges = measure(network, checkpoint, stored, batch_size, check_device(device))
     on_device = replace(checkpoint, params={key: value.to(device) for key, value in checkpoint.params.items()})
-    scales = make_scales(network, on_device, stored, ranges, recipe)
+    scales = make_scales(network, on_device, stored, ranges=ranges, recipe=recipe)
     if rounding == Rounding.ADAROUND:
-        scales = learn_weights(network, checkpoint, stored, scales, AdaRoundOptions(iterations), seed, device, part)
+        scales = learn_weights(
+            network, checkpoint, stored, scales=scales, options=AdaRoundOptions(iterations), seed=seed, device=device, part=part
+        )
     if scales.modulated and (residuals == Residuals.QUANTIZED or scale_method == ScaleMethod.LEARNED):
-        scales = refit_residuals(network, checkpoint, stored, scales, recipe, batch_size, device)
+        scales = refit_residuals(
+            network, checkpoint, stored, scales=scales, recipe=recipe, batch_size=batch_size, device=device
+        )
     if scales.modulated and (search != Search.NONE or auto):
-        trials = Trials(network, checkpoint, scales.rows.timesteps, trial_images, TRIAL_SEED, device)
+        trials = Trials(network, checkpoint, scales.rows.timesteps, images=trial_images, seed=TRIAL_SEED, device=device)
         tried = PERCENTILES if search != Search.NONE else ()
-        candidates = {p: residual_scales(network, on_device, stored, ranges, recipe, scales, p) for p in tried}
-        scales = improve(trials, scales, candidates, search == Search.ROWS, max_loss if auto else None)
+        candidates = {
+            p: residual_scales(network, on_device, stored, ranges=ranges, recipe=recipe, scales=scales, percentile=p)
+            for p in tried
+        }
+        scales = improve(trials, scales, candidates, rows=search == Search.ROWS, max_loss=max_loss if auto else None)
     save_scales(out, scales)
     if rounding == Rounding.ADAROUND:
         part.unlink(missing_ok=True)

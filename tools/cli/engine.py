@@ -38,16 +38,16 @@ def build(
 
     if opt_batch is None:
         opt_batch = min(max(4, min_batch), max_batch)
-    options = BuildOptions(min_batch, opt_batch, max_batch, target, level, version_compatible)
+    options = BuildOptions(min_batch, opt_batch, max_batch, target=target, level=level, version_compatible=version_compatible)
     network = load_network(onnx, plugin)
     library = open_library(runtime)
     check_target_name(library, target)
     place, machine = name or onnx.stem + ("" if plugin else "-noplugin"), target_of(options)
-    check_writable(plan_path(out, place, library, machine))
+    check_writable(plan_path(out, place, library, target=machine))
     if network.manifest["dtype"] == "fp32":
         typer.echo(f"{onnx} is in fp32: for speed, build from `export --dtype fp16`", err=True)
     typer.echo(f"building {onnx.name} for {machine}: half a minute to some minutes", err=True)
-    path, manifest = build_into(out, place, library, network, options)
+    path, manifest = build_into(out, place, library, network=network, options=options)
     print_report(manifest["report"], layers)
     typer.echo(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, {library.name} {library.version}, batch {min_batch} to {max_batch}"

@@ -76,7 +76,7 @@ def evaluate(
     names = [part.strip() for part in features.split(",")] if features != "none" else []
     if repeated := [part for part in names if names.count(part) > 1]:
         raise InputError(f"--features names {repeated[0]} twice")
-    wanted = [open_features(part, inception, device, resize) for part in names]
+    wanted = [open_features(part, inception, device, resize=resize) for part in names]
     if "fd-cifar" in names and images.shape != (32, 32):
         raise InputError(
             f"{samples} holds images of {images.shape}, FD-CIFAR is for 32 x 32; use --features inception, or none"
@@ -104,7 +104,7 @@ def evaluate(
         pairs = {"with": label(exact), "set": exact.path.name, "paired": how, "images_sha256": exact.content_sha256()}
         pairs["manifest_sha256"] = signed(exact.manifest)[CONTENT]
         entry |= {"pairs": {key: _printable(value) for key, value in pairs.items()}}
-        entry |= paired(images, exact, batch_size, device)
+        entry |= paired(images, exact, batch_size, device=device)
         _record(out, place, entry)
     if wanted and images.count < FEW:
         notes.append(

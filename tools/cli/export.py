@@ -28,7 +28,9 @@ def export(
     loaded = load_scales(scales, network, checkpoint.sha256) if scales is not None else None
     if loaded is not None and not modulate:
         loaded = loaded.without_modulation()
-    model = build_onnx(network, checkpoint, loaded, dtype, loaded.file_sha256 if loaded is not None else None)
+    model = build_onnx(
+        network, checkpoint, loaded, dtype=dtype, scales_sha256=loaded.file_sha256 if loaded is not None else None
+    )
     save_onnx(out, model)
     kind = f"{len(loaded.modulated)} modulated layers" if loaded is not None else "float"
     typer.echo(f"{out}: {kind}, {dtype}, {out.stat().st_size / 1e6:.1f} MB")

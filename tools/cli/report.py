@@ -70,11 +70,11 @@ def report(
     shown["plan manifest"] = [plan.with_suffix(".json")] if plan else []
     for what, files in shown.items():
         manifest |= {f"{what}_sha256": [sha256(file) for file in files]} if files else {}
-    comparison = compare(network, checkpoint, loaded, num_samples, seed, device)
+    comparison = compare(network, checkpoint, loaded, images=num_samples, seed=seed, device=device)
     manifest["relative error of eps by step"] = {
         trace.name: [round(float(error), 6) for error in comparison.eps_error(trace)] for trace in comparison.traces[1:]
     }
-    text = page(comparison, loaded, benches, evaluated, built, manifest)
+    text = page(comparison, loaded, benches, evaluation=evaluated, plan=built, manifest=manifest)
     with atomic_path(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, open it in a browser")

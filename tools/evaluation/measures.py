@@ -181,13 +181,13 @@ def open_reference(path: Path) -> Reference:
         if (mean in found) != (covariance in found):
             raise InputError(f"{path} has half of its statistics: one of {mean} and {covariance} is missing")
         if mean in found:
-            gaussians[name] = _gaussian(path, found[mean], found[covariance], size)
+            gaussians[name] = _gaussian(path, found[mean], found[covariance], size=size)
     if gaussians and "pool" not in gaussians:
         raise InputError(f"{path} has statistics for sFID (mu_s, sigma_s) and none for FID (mu, sigma)")
     statistics = Statistics(gaussians, 0) if gaussians else None
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         pictures = any(f"{key}.npy" in archive.namelist() for key in NPZ_KEYS)
-    return Reference(path, open_images(path) if pictures or not gaussians else None, digest_of(data), statistics)
+    return Reference(path, open_images(path) if pictures or not gaussians else None, digest_of(data), statistics=statistics)
 
 
 def _gaussian(path: Path, mean: np.ndarray[Any, Any], covariance: np.ndarray[Any, Any], size: int) -> Gaussian:

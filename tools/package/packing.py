@@ -58,7 +58,7 @@ def package(onnx: Path, out: Path, timesteps: int, skip_type: SkipType, plan: Pa
         raise InputError(f"{plan} was not built from {onnx}; build it again")
     try:
         about = {"onnx_sha256": model.sha256, "timesteps": list(steps), "network": model.manifest}
-        return _write(onnx, engine, out, about)
+        return _write(onnx, engine, out, about=about)
     except OSError as error:
         raise unwritable(out, error) from None
 

@@ -65,9 +65,9 @@ def compare(network: Network, checkpoint: Checkpoint, scales: Scales, images: in
     params, steps = checkpoint.params, scales.rows.timesteps
     plain = scales.without_modulation()
     made: dict[str, Callable[[], Denoiser]] = {
-        "FP32": lambda: trained.unquantized(network, params, steps, device),
-        _name(plain): lambda: trained.simulated(network, params, plain, device),
-        _name(scales): lambda: trained.simulated(network, params, scales, device),
+        "FP32": lambda: trained.unquantized(network, params, steps, device=device),
+        _name(plain): lambda: trained.simulated(network, params, plain, device=device),
+        _name(scales): lambda: trained.simulated(network, params, scales, device=device),
     }
     start = ImageNoise(seed, range(images), network.config.input_shape).draw()
     alpha_bar = alphas_cumprod(network.config.diffusion)
@@ -84,5 +84,5 @@ def compare(network: Network, checkpoint: Checkpoint, scales: Scales, images: in
                     bar.advance(task)
 
             samples = ddim_sample(denoiser, alpha_bar, start, on_pass=keep)
-            traces.append(Trace(name, samples, np.stack([x for x, _ in kept]), np.stack([eps for _, eps in kept])))
+            traces.append(Trace(name, samples, np.stack([x for x, _ in kept]), eps=np.stack([eps for _, eps in kept])))
     return Comparison(steps, tuple(traces))

@@ -108,11 +108,11 @@ def bench_section(data: dict[str, Any]) -> str:
     batches = sorted(data["batches"].items(), key=lambda item: int(item[0]))
     for batch, rows in batches:
         times = {name: row["microseconds_an_image"] for name, row in rows.items()}
-        drawn = bars(times, "microseconds an image and pass", "Latency", "native-modiff")
+        drawn = bars(times, "microseconds an image and pass", "Latency", best="native-modiff")
         parts.append(_figure(f"latency at batch {batch}", drawn))
     memory = {name: row["memory_bytes"] / 1e9 for name, row in batches[-1][1].items() if row["memory_bytes"]}
     if memory:
-        drawn = bars(memory, "GB of GPU memory, weights and state included", "Memory", "native-modiff")
+        drawn = bars(memory, "GB of GPU memory, weights and state included", "Memory", best="native-modiff")
         parts.append(_figure(f"memory at batch {batches[-1][0]}", drawn))
     headings = ["batch", "backend", "us a pass, p50", "p95", "images/s", "ratio", "state, MB an image"]
     floors = any("share_of_floor" in row for _, rows in batches for row in rows.values())

@@ -66,7 +66,7 @@ def offset_between(width: float, every: bool = False) -> BetweenPasses:
         if row > 1 and not every:
             return state
         generator = torch.Generator(next(iter(state.values())).a_hat.device).manual_seed(row)
-        return {name: _moved(layers[name], part, width, generator) for name, part in state.items()}
+        return {name: _moved(layers[name], part, width, generator=generator) for name, part in state.items()}
 
     return change
 
@@ -189,7 +189,7 @@ class Study:
         params = {key: value.to(device) for key, value in self.checkpoint.params.items()}
         self._on_device = replace(self.checkpoint, params=params)
         self.ranges = measure(self.network, self.checkpoint, self.trajectories, 64, device)
-        self._trials = Trials(self.network, self.checkpoint, self.trajectories.timesteps, images, 0, device)
+        self._trials = Trials(self.network, self.checkpoint, self.trajectories.timesteps, images=images, seed=0, device=device)
         self.figures: dict[str, Any] = read_json(out, "study") if out.exists() else {}
         settings = {
             "checkpoint_sha256": self.checkpoint.sha256,
@@ -205,7 +205,7 @@ class Study:
         self.figures |= settings | provenance(device)
 
     def scales(self, **recipe: Any) -> Scales:
-        scales = make_scales(self.network, self._on_device, self.trajectories, self.ranges, Recipe(**recipe))
+        scales = make_scales(self.network, self._on_device, self.trajectories, ranges=self.ranges, recipe=Recipe(**recipe))
         layers = {n: replace(layer, **self._rounding.get(n, {})) for n, layer in scales.layers.items()}
         return replace(scales, layers=layers)
 
@@ -214,7 +214,7 @@ class Study:
         return round(self._trials.score(self._simulated(scales, act_quant=act_quant, between_passes=between)), 2)
 
     def _simulated(self, scales: Scales, **options: Any) -> SimDenoiser:
-        return trained.simulated(self.network, self.checkpoint.params, scales, self.device, **options)
+        return trained.simulated(self.network, self.checkpoint.params, scales, device=self.device, **options)
 
     def record(self, part: str, name: str, measure_one: Callable[[], Any]) -> None:
         """Measures unless the file has it or time is up, and writes the file."""
@@ -247,7 +247,16 @@ class Study:
         scales = self.scales(weight_bits=bits, weight_scale_method=weight_scale_method)
         part = self.out.with_suffix(f".w{bits}.part")
         options = AdaRoundOptions(iterations)
-        scales = learn_weights(self.network, self.checkpoint, self.trajectories, scales, options, 0, self.device, part)
+        scales = learn_weights(
+            self.network,
+            self.checkpoint,
+            self.trajectories,
+            scales=scales,
+            options=options,
+            seed=0,
+            device=self.device,
+            part=part,
+        )
         save_scales(file, scales)
         part.unlink(missing_ok=True)
         return scales
@@ -283,7 +292,9 @@ class Study:
 
     def rows(self, bits: list[int]) -> None:
         """Min-max grids, against static grids and then a grid for every row, found by trial on other noise."""
-        trials = Trials(self.network, self.checkpoint, self.trajectories.timesteps, 16, TRIAL_SEED, self.device)
+        trials = Trials(
+            self.network, self.checkpoint, self.trajectories.timesteps, images=16, seed=TRIAL_SEED, device=self.device
+        )
         for b in bits:
             recipe = Recipe(act_bits=b)
             scales = self.scales(act_bits=b)
@@ -291,7 +302,9 @@ class Study:
             if time.monotonic() > self._ends or f"rows by trial A{b}" in self.figures["rows"]:
                 continue
             parts = (self.network, self._on_device, self.trajectories, self.ranges, recipe)
-            static = search_scales(trials, scales, {p: residual_scales(*parts, scales, p) for p in PERCENTILES}, typer.echo)
+            static = search_scales(
+                trials, scales, {p: residual_scales(*parts, scales, p) for p in PERCENTILES}, report=typer.echo
+            )
             self.record("rows", f"static by trial A{b}", lambda s=static: self.decibels(s))  # type: ignore[misc]
             rows = search_rows(trials, static, typer.echo)
             self.record("rows", f"rows by trial A{b}", lambda s=rows: self.decibels(s))  # type: ignore[misc]
@@ -343,7 +356,17 @@ def main(
 ) -> None:
     """Measures methods, starts and weight rounding against FP32 in simulation."""
     widths = [int(b) for b in bits.split(",")]
-    study = Study(config, ckpt, timesteps, images, calibration_images, device, out, seconds, skip_type)
+    study = Study(
+        config,
+        ckpt,
+        timesteps,
+        images=images,
+        calibration_images=calibration_images,
+        device=device,
+        out=out,
+        deadline=seconds,
+        skip_type=skip_type,
+    )
     if learned is not None:
         study.use_learned(learned)
     for part in parts.split(","):

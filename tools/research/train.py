@@ -147,7 +147,7 @@ def main(
 ) -> None:
     """Trains the UNet of a configuration on an image set."""
     settings = load_config(config)
-    train(settings, load_images(images, settings.data.image_size), out, minutes, seed)
+    train(settings, load_images(images, settings.data.image_size), out, minutes=minutes, seed=seed)
 
 
 if __name__ == "__main__":

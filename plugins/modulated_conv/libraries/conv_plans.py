@@ -63,13 +63,24 @@ class ConvPlans:
         _, height, width = spec.in_shape
         residual = addend.ndim == 3
         key = ConvSpec(
-            len(q), q.shape[2], height, width, out.shape[2], spec.kernel, spec.stride, spec.padding, out.dtype, residual
+            len(q),
+            q.shape[2],
+            height,
+            width=width,
+            out_channels=out.shape[2],
+            kernel=spec.kernel,
+            stride=spec.stride,
+            padding=spec.padding,
+            dtype=out.dtype,
+            residual=residual,
         )
         if steps is None and key not in self._convs:
             self._convs[key] = self._find(key)
         conv = self._convs[key] if steps is None else None
         if conv is None:
-            run_own(key, q, weight, scale, addend, out, self._scratch, self._overlap, steps)
+            run_own(
+                key, q, weight, scale=scale, addend=addend, out=out, scratch=self._scratch, overlap=self._overlap, steps=steps
+            )
             return
         if conv.workspace_size > self._workspaces[-1].numel():
             # Graphs that were captured with a smaller workspace go on using it.
@@ -147,8 +158,8 @@ def run_own(
         q,
         weight.permute(0, 2, 3, 1),
         scale,
-        addend,
-        out,
+        addend=addend,
+        out=out,
         size=(key.height, key.width),
         stride=key.stride,
         padding=key.padding,

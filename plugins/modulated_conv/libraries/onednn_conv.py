@@ -59,8 +59,10 @@ def pairs_saturate() -> bool:
 
 def sums_are_exact(halves: bool) -> bool:
     """Whether the largest 8-bit products add up without saturating."""
-    spec = LayerSpec("probe", ("probe",), (64, 4, 4), (16, 4, 4), 1, 1, (0, 0, 0, 0))
+    spec = LayerSpec("probe", ("probe",), (64, 4, 4), out_shape=(16, 4, 4), kernel=1, stride=1, padding=(0, 0, 0, 0))
     out = torch.zeros(1, 16, 16)
     weight = torch.full((16, 64, 1, 1), 127, dtype=torch.int8)
-    OneDnnConv(spec, weight, halves).add(torch.full((1, 16, 64), 127 + ZERO_POINT, dtype=torch.uint8), 1.0, torch.ones(16), out)
+    OneDnnConv(spec, weight, halves).add(
+        torch.full((1, 16, 64), 127 + ZERO_POINT, dtype=torch.uint8), 1.0, torch.ones(16), out=out
+    )
     return bool((out == 127 * 127 * 64).all())

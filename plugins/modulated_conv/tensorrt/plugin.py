@@ -80,7 +80,7 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             return self
 
         def clone(self) -> Any:
-            copy = ModulatedConv(self.attributes, self.capability, self.codes, self.failures)
+            copy = ModulatedConv(self.attributes, self.capability, self.codes, failures=self.failures)
             copy.__dict__.update(self.__dict__)
             return copy
 
@@ -176,7 +176,16 @@ def _classes(trt: Any) -> tuple[Any, Any]:
         def _geometry(self, x: list[int], o_hat: list[int]) -> Geometry:
             top, left, bottom, right = self.attributes["pads"]
             kernel, stride = self.attributes["kernel_shape"][0], self.attributes["strides"][0]
-            return Geometry(x[0], x[1], x[2], x[3], o_hat[1], kernel, stride, (top, left, bottom, right))
+            return Geometry(
+                x[0],
+                x[1],
+                x[2],
+                width=x[3],
+                out_channels=o_hat[1],
+                kernel=kernel,
+                stride=stride,
+                padding=(top, left, bottom, right),
+            )
 
         def _conv(self, inputs: Any, geometry: Geometry) -> Variant:
             return conv_variant(geometry, reals[inputs[X].type])
@@ -204,6 +213,6 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             attributes = {key: found[key].astype(np.int64).ravel().tolist() for key in FIELDS}
             codes = unpack(found[KERNELS].astype(np.int8).tobytes()) if KERNELS in found and found[KERNELS].size else {}
             capability = self.capability if phase == trt.TensorRTPhase.BUILD else None
-            return ModulatedConv(attributes, capability, codes, self.failures)
+            return ModulatedConv(attributes, capability, codes, failures=self.failures)
 
     return ModulatedConv, Creator

@@ -78,7 +78,7 @@ class CpuKernels:
         fresh = x is not a
         if norm is not None:
             gain, shift, groups, eps = norm
-            x, fresh = _group_norm(x, shape, groups, gain, shift, eps), True
+            x, fresh = _group_norm(x, shape, groups, gain=gain, bias=shift, eps=eps), True
         if silu:
             x, fresh = F.silu(x, inplace=fresh), True
         if layer is not None and layer.factors is not None:
@@ -124,7 +124,7 @@ def _spatial(layer: NativeLayer, x: Tensor) -> Tensor:
     """The unquantized convolution of x [N, H*W, C] with a kernel larger than 1: [N, P*Q, K]."""
     channels, height, width = layer.spec.in_shape
     image = x.view(len(x), height, width, channels).permute(0, 3, 1, 2)
-    return _pixels(convolve(layer.spec, image, layer.weight, layer.bias))
+    return _pixels(convolve(layer.spec, image, layer.weight, bias=layer.bias))
 
 
 def _pointwise(layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:

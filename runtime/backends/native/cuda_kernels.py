@@ -66,7 +66,7 @@ class CudaKernels:
             sources,
             layer.weight.permute(0, 2, 3, 1),
             layer.bias,
-            out,
+            out=out,
             size=spec.in_shape[1:],
             stride=spec.stride,
             padding=spec.padding,

@@ -37,11 +37,11 @@ class NativeDenoiser(GraphedDenoiser):
 
     def __init__(self, network: Network, params: Params, scales: Scales, kernels: Kernels, device: str) -> None:
         self._model = _to_device(build(network, params, scales), device, kernels)
-        super().__init__(network.config, scales.rows, self._model.table, self._model.update_at, device)
+        super().__init__(network.config, scales.rows, self._model.table, update_at=self._model.update_at, device=device)
         self._kernels = kernels
         self._shared = shared_accumulators(self._model.layers)
         self._start = self._starts()
-        self._buffers = Buffers({}, {}, {}, self._row)
+        self._buffers = Buffers({}, {}, {}, row=self._row)
 
     @property
     def refresh_every(self) -> int:
@@ -99,9 +99,11 @@ class NativeDenoiser(GraphedDenoiser):
 
     def _pass_of(self, x: Tensor) -> Tensor:
         model, (n, channels, height, width) = self._model, x.shape
-        ops = NativeOps(self._kernels, model.layers, model.norms, model.time_at, self._buffers.first(n), self._side)
+        ops = NativeOps(
+            self._kernels, model.layers, model.norms, time_at=model.time_at, buffers=self._buffers.first(n), aside=self._side
+        )
         pixels = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)
-        answer = model.network.function(ops, LazyValue(Source(pixels), channels, height, width))
+        answer = model.network.function(ops, LazyValue(Source(pixels), channels, height, width=width))
         out = answer.main.tensor() if answer.is_plain else ops.written(answer)
         return out[:, :, :channels].reshape(n, height, width, channels).permute(0, 3, 1, 2)
 
@@ -135,7 +137,7 @@ class NativeDenoiser(GraphedDenoiser):
                 shape = (size, height * width, layer.weight.shape[1])
                 dtype = self._kernels.real if layer.mode == Mode.FLOAT else self._kernels.integer
                 padded[name] = torch.zeros(shape, dtype=dtype, device=self._device)
-        self._buffers = Buffers(state, o_hat, padded, self._row)
+        self._buffers = Buffers(state, o_hat, padded, row=self._row)
 
 
 def _to_device(model: NativeModel, device: str, kernels: Kernels) -> NativeModel:

@@ -105,7 +105,9 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         if layer is None:
             bias = layer_bias(spec, params).float()
             weight = layer_weight(spec, params).float()
-            layers[spec.name] = NativeLayer(spec, Mode.FLOAT, 8, weight, bias, None, 0.0, 0, 0, None)
+            layers[spec.name] = NativeLayer(
+                spec, Mode.FLOAT, 8, weight=weight, bias=bias, factors=None, unit=0.0, grid_at=0, scale_at=0, byte_scales=None
+            )
             continue
         # The skip half of a split input is divided by the ratio, and may come out larger than it was measured.
         largest = float(scales.activation_range[:, names.index(spec.name)].max()) / min(1.0, layer.skip_ratio)
@@ -125,7 +127,17 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         modulated = layer.mode == Mode.MODIFF
         byte_scales = torch.from_numpy(np.outer((unit, 256 * unit), padded).astype(np.float32)) if modulated else None
         layers[spec.name] = NativeLayer(
-            spec, layer.mode, layer.bits, weight, bias, factors, unit, grid_at, scale_at, byte_scales, dynamic
+            spec,
+            layer.mode,
+            layer.bits,
+            weight=weight,
+            bias=bias,
+            factors=factors,
+            unit=unit,
+            grid_at=grid_at,
+            scale_at=scale_at,
+            byte_scales=byte_scales,
+            dynamic=dynamic,
         )
         if modulated:
             start[spec.name] = _start(layer, unit, len(padded))
@@ -136,7 +148,7 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
     update_at = append(update_coefficients(network.config, scales.rows))
     norms = {key: params[key].float() for name in network.norms for key in (f"{name}.weight", f"{name}.bias")}
     table = torch.from_numpy(np.concatenate(columns, axis=1))
-    return NativeModel(network, scales, layers, norms, table, times, update_at, start)
+    return NativeModel(network, scales, layers, norms=norms, table=table, time_at=times, update_at=update_at, start=start)
 
 
 def _grid(scales: Scales, layer: QuantizedLayer, largest: float) -> tuple[float, np.ndarray]:

@@ -123,7 +123,7 @@ class Buffers:
     def first(self, images: int) -> Buffers:
         """The same buffers for some of the images."""
         state, o_hat, padded = ({k: t[:images] for k, t in part.items()} for part in (self.state, self.o_hat, self.padded))
-        return Buffers(state, o_hat, padded, self.row)
+        return Buffers(state, o_hat, padded, row=self.row)
 
 
 def shared_accumulators(layers: Mapping[str, NativeLayer]) -> dict[str, str]:
@@ -176,28 +176,28 @@ class NativeOps:
             if name in self._begun:
                 assert self._aside is not None
                 torch.cuda.current_stream().wait_stream(self._aside)
-                return LazyValue(Source(self._begun.pop(name)[1]), channels, height, width)
+                return LazyValue(Source(self._begun.pop(name)[1]), channels, height, width=width)
             sources = [self._read(x, layer, None)] if spec.kernel > 1 or x.is_changed else self._sources(x)
-            return LazyValue(Source(self._kernels.real_product(layer, sources)), channels, height, width)
+            return LazyValue(Source(self._kernels.real_product(layer, sources)), channels, height, width=width)
         steps = torch.empty(len(x.main.a), device=row.device) if layer.dynamic else None
-        q = self._read(x, layer, row[layer.grid_at : layer.grid_at + 4], steps)
+        q = self._read(x, layer, row[layer.grid_at : layer.grid_at + 4], steps=steps)
         self._begin_shortcut(name, x)
         scale = row[layer.scale_at : layer.scale_at + layer.out_channels]
         if layer.mode == Mode.MODIFF:
             out = self._buffers.o_hat[name]
-            self._kernels.product(layer, q, scale, out, out, steps)
+            self._kernels.product(layer, q, scale, addend=out, out=out, steps=steps)
         elif name in self._shared:
             # Between the two products is this layer's `quantize`: it waits for the first before it lets the second begin.
             out = self._outputs[self._shared[name]]
-            self._kernels.product(layer, q, scale, out, out, steps)
+            self._kernels.product(layer, q, scale, addend=out, out=out, steps=steps)
         else:
             dtype = output_type(spec, self._kernels)
             out = torch.empty(len(q), height * width, layer.out_channels, dtype=dtype, device=q.device)
-            self._kernels.product(layer, q, scale, layer.bias, out, steps)
+            self._kernels.product(layer, q, scale, addend=layer.bias, out=out, steps=steps)
         if name in self._partners:
             self._outputs[name] = out
         shared = self._shared.get(name, name if name in self._partners else None)
-        return LazyValue(Source(out), channels, height, width, accumulator=shared)
+        return LazyValue(Source(out), channels, height, width=width, accumulator=shared)
 
     def _sources(self, x: LazyValue) -> list[Tensor]:
         streams = [x.main] + ([x.skip] if x.skip is not None else [])
@@ -223,13 +223,13 @@ class NativeOps:
 
     def _written_value(self, x: LazyValue) -> LazyValue:
         factor = 2 if self._whole(x).repeated else 1
-        return LazyValue(Source(self.written(x)), x.channels, factor * x.height, factor * x.width)
+        return LazyValue(Source(self.written(x)), x.channels, factor * x.height, width=factor * x.width)
 
     def _read(self, x: LazyValue, layer: NativeLayer | None, grid: Tensor | None, steps: Tensor | None = None) -> Tensor:
         """The layer's integer input (without `grid` its input in the network's type), and the layer's new state."""
         skip = x.skip.tensor() if x.skip is not None else None
         skip_channels = skip.shape[2] if skip is not None else 0
-        shape = InputShape(x.channels - skip_channels, skip_channels, x.height, x.width, x.repeated)
+        shape = InputShape(x.channels - skip_channels, skip_channels, x.height, width=x.width, upsample=x.repeated)
         a, b = x.main.a, x.main.b
         total = torch.empty_like(a) if b is not None else None
         name = layer.spec.name if layer is not None else ""
@@ -242,7 +242,7 @@ class NativeOps:
             layer,
             shape,
             a,
-            out,
+            out=out,
             b=b,
             total=total,
             skip=skip,

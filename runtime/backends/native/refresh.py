@@ -30,7 +30,7 @@ def refresh(kernels: Kernels, model: NativeModel, buffers: Buffers) -> None:
         layer, out = model.layers[name], buffers.o_hat[name]
         channels, height, width = layer.spec.in_shape
         factor = 2 if layer.spec.upsampled else 1
-        shape = InputShape(channels, 0, height // factor, width // factor, layer.spec.upsampled)
+        shape = InputShape(channels, 0, height // factor, width=width // factor, upsample=layer.spec.upsampled)
         steps = torch.ones(len(state), device=out.device) if layer.dynamic else None
         q = torch.empty(len(state), shape.out_pixels, layer.weight.shape[1], dtype=torch.int8, device=out.device)
         assert layer.byte_scales is not None
@@ -39,5 +39,5 @@ def refresh(kernels: Kernels, model: NativeModel, buffers: Buffers) -> None:
         # (`Int8Conv.run`).
         for high in (False, True):
             write_byte(shape, state, q, high=high)
-            kernels.product(layer, q, layer.byte_scales[int(high)], out, out, steps)
+            kernels.product(layer, q, layer.byte_scales[int(high)], addend=out, out=out, steps=steps)
         del q  # before the next layer's is made

@@ -119,7 +119,7 @@ def _torch_backend(options: SamplingOptions) -> Backend:
         timesteps = _sequence(options, config)
         denoiser: Denoiser
         if options.dtype == "fp32" and not options.compile:
-            denoiser = trained.unquantized(network, checkpoint.params, timesteps, device)
+            denoiser = trained.unquantized(network, checkpoint.params, timesteps, device=device)
         elif options.dtype == "fp16" and device == "cuda":
             denoiser = trained.compiled_fp16(network, checkpoint.params, timesteps, compiled=options.compile)
         else:
@@ -133,13 +133,13 @@ def _torch_backend(options: SamplingOptions) -> Backend:
     if options.scales is None:
         raise InputError(f"--backend {options.backend} needs --scales FILE; make one with `modiff-trt calibrate`")
     scales = load_scales(options.scales, network, checkpoint.sha256)
-    _check_steps(options, config, scales.rows.timesteps, scales.skip_type, options.scales)
+    _check_steps(options, config, scales.rows.timesteps, skip_type=scales.skip_type, source=options.scales)
     if not options.modulate:
         scales = scales.without_modulation()
     if options.backend == "native":
         denoiser = trained.native(network, checkpoint.params, scales, device)
     else:
-        denoiser = trained.simulated(network, checkpoint.params, scales, device, compiled=options.compile)
+        denoiser = trained.simulated(network, checkpoint.params, scales, device=device, compiled=options.compile)
     manifest |= {
         "scales_sha256": scales.file_sha256,
         "modulate": options.modulate,
@@ -168,7 +168,7 @@ def _onnx_backend(options: SamplingOptions) -> Backend:
         timesteps = _sequence(options, model.config)
     else:
         timesteps = rows.timesteps
-        _check_steps(options, model.config, timesteps, SkipType(model.manifest["skip_type"]), options.onnx)
+        _check_steps(options, model.config, timesteps, skip_type=SkipType(model.manifest["skip_type"]), source=options.onnx)
     return onnx_backend(model, timesteps, options.device)
 
 
@@ -193,7 +193,7 @@ def _trt_backend(options: SamplingOptions) -> Backend:
         timesteps = _sequence(options, plan.config)
     else:
         timesteps = rows.timesteps
-        _check_steps(options, plan.config, timesteps, SkipType(network["skip_type"]), options.plan)
+        _check_steps(options, plan.config, timesteps, skip_type=SkipType(network["skip_type"]), source=options.plan)
     return plan_backend(plan, timesteps)
 
 
