@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 MIN_BITS, MAX_BITS = 2, 8
+# No step is smaller, so that a tensor of zeros can be divided by its own.
+SMALLEST_SCALE = 1e-8
 
 
 def grid_max(bits: int) -> int:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.core.grid import MAX_BITS, MIN_BITS
-from modiff_trt.networks.quantizers import MSE_POWER, SMALLEST_SCALE
+from modiff_trt.core.grid import MAX_BITS, MIN_BITS, SMALLEST_SCALE
+from modiff_trt.networks.quantizers import MSE_POWER, Grid, search_ranges
 
 FITS = ("minmax", "mse", "percentile")
-CANDIDATES = 80
 PERCENTILE = 0.999
 # torch.quantile refuses larger inputs; a larger tensor is sampled at a regular stride.
 QUANTILE_LIMIT = 2**22
@@ -92,16 +91,11 @@ def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
 
 
 def _search(rows: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, power: float) -> tuple[Tensor, Tensor]:
-    best_scale, best_zero = _grid(low, high, bits, symmetric=symmetric)
-    best = torch.full_like(best_scale, torch.inf)
-    for i in range(CANDIDATES):
-        shrink = 1 - i / (CANDIDATES * 1.25)
-        scale, zero = _grid(low * shrink, high * shrink, bits, symmetric=symmetric)
-        error = (NativeINT8Quantizer(scale, zero, bits).simulate(rows) - rows).abs_().pow_(power).mean(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+    def error(grid: Grid) -> Tensor:
+        return (NativeINT8Quantizer(grid[0], grid[1], bits).simulate(rows) - rows).abs_().pow_(power).mean(1)
+
+    scale, zero = search_ranges(lambda share: _grid(low * share, high * share, bits, symmetric=symmetric), error)
+    return scale, zero
 
 
 def _percentiles(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from modiff_trt.core.dither import dither_offset
-from modiff_trt.core.grid import grid_max
+from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
 from modiff_trt.core.kinds import Granularity, Mode
 from modiff_trt.core.scales import Scales
-from modiff_trt.networks.quantizers import SMALLEST_SCALE, quantize, quantize_weight, unpack_rounding
+from modiff_trt.networks.quantizers import quantize, quantize_weight, unpack_rounding
 from modiff_trt.networks.split import divide_skip, fold_skip
 from modiff_trt.networks.torch_ops import Params, convolve, float_layer, layer_bias, layer_weight, run_unet
 from modiff_trt.networks.unet import LayerSpec, Network
@@ -100,11 +100,15 @@ def initial_a_hat(layer: QuantizedLayer) -> Tensor:
 def initial_state(layer: QuantizedLayer, batch: int) -> LayerState:
     """The start of a trajectory: a_hat = 0, o_hat = bias; with dither, a_hat = offset and o_hat = W offset + bias."""
     a_hat = initial_a_hat(layer)
-    if layer.dither:
-        o_hat = layer.bias[:, None, None] + integer_product(layer, a_hat)
-    else:
-        o_hat = layer.bias[None, :, None, None].expand(1, *layer.spec.out_shape)
+    o_hat = implied_o_hat(layer, a_hat)
     return LayerState(a_hat.repeat(batch, 1, 1, 1), o_hat.repeat(batch, 1, 1, 1))
+
+
+def implied_o_hat(layer: QuantizedLayer, a_hat: Tensor, unit: float = 1.0) -> Tensor:
+    """The o_hat [N, *out_shape] that belongs to an a_hat of so many units: bias + the layer's product. Every state begins so,
+    and is recomputed so."""
+    sums = convolve(layer.spec, a_hat, layer.weight)
+    return layer.bias[:, None, None] + sums * (unit * layer.weight_scale)[:, None, None]
 
 
 def integer_product(layer: QuantizedLayer, q: Tensor) -> Tensor:

@@ -7,18 +7,21 @@ Only symmetric grids are deployed (TensorRT requires a zero point of 0). A grid 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from modiff_trt.core.grid import grid_max
+from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
 from modiff_trt.core.kinds import ScaleMethod
 
 # Q-Diffusion and its predecessors weigh errors by a power slightly above 2 when they search for a scale.
 MSE_POWER = 2.4
-SMALLEST_SCALE = 1e-8
+# Ranges that a search tries.
+CANDIDATES = 80
+Grid = tuple[Tensor, ...]
 
 
 def quantize(x: Tensor, scale: Tensor | float, bits: int) -> Tensor:
@@ -32,18 +35,28 @@ def minmax_weight_scale(weight: Tensor, bits: int) -> Tensor:
     return (weight.abs().flatten(1).amax(1) / grid_max(bits)).clamp_min(SMALLEST_SCALE)
 
 
-def mse_weight_scale(weight: Tensor, bits: int, candidates: int = 80) -> Tensor:
-    """Per-output-channel scale [C_out] minimizing sum |w - Q(w)|^2.4 over shrunken ranges, all channels at once."""
-    full = minmax_weight_scale(weight, bits)
-    flat = weight.flatten(1)
-    best, best_error = full.clone(), torch.full_like(full, math.inf)
-    for i in range(candidates):
-        scale = full * (1 - i / (candidates * 1.25))
-        error = (flat - quantize_weight(flat, scale, bits) * scale[:, None]).abs().pow_(MSE_POWER).sum(1)
-        better = error < best_error
-        best = torch.where(better, scale, best)
-        best_error = torch.where(better, error, best_error)
+def search_ranges(grid: Callable[[float], Grid], error: Callable[[Grid], Tensor]) -> Grid:
+    """The grid of the smallest error among ranges from the full one (`grid(1.0)`) down to a fifth of it, for each channel by
+    itself: `error` gives [C], and a grid is a tuple of tensors [C]."""
+    best = grid(1.0)
+    least = torch.full_like(best[0], math.inf)
+    for i in range(CANDIDATES):
+        tried = grid(1 - i / (CANDIDATES * 1.25))
+        found = error(tried)
+        better = found < least
+        best = tuple(torch.where(better, new, old) for new, old in zip(tried, best, strict=True))
+        least = torch.where(better, found, least)
     return best
+
+
+def mse_weight_scale(weight: Tensor, bits: int) -> Tensor:
+    """Per-output-channel scale [C_out] minimizing sum |w - Q(w)|^2.4 over shrunken ranges, all channels at once."""
+    full, flat = minmax_weight_scale(weight, bits), weight.flatten(1)
+
+    def error(grid: Grid) -> Tensor:
+        return (flat - quantize_weight(flat, grid[0], bits) * grid[0][:, None]).abs().pow_(MSE_POWER).sum(1)
+
+    return search_ranges(lambda share: (full * share,), error)[0]
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, bits: int, round_up: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from modiff_trt.core.grid import grid_max
+from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.manifest import CONV_ATTRIBUTES, DOMAIN, FUNCTION, PLUGIN_VERSION
 from modiff_trt.core.scales import LayerScales
@@ -164,7 +164,7 @@ class OnnxOps:
         multiplier = f"{name}.multiplier"
         if self._dynamic:
             residual = self.node("Sub", [x.name, f"a_hat.{name}"], f"{name}.residual")
-            multiplier = self._largest(residual, multiplier)
+            multiplier = self._largest(residual, multiplier, q)
         inputs = [x.name, f"a_hat.{name}", f"o_hat.{name}", multiplier, low, high, scale, zero, *integers]
         outputs = [f"o_hat_out.{name}", f"a_hat_out.{name}"]
         self.nodes.append(
@@ -194,7 +194,7 @@ class OnnxOps:
     ) -> Value:
         name, value = spec.name, x.name
         if self._dynamic:
-            largest = self._largest(value, f"{name}.largest")
+            largest = self._largest(value, f"{name}.largest", grid_max(self._constants[name].scales.act_bits))
             value = self.node("Div", [value, largest], f"{name}.unit")
         clipped = self.node("Clip", [value, low, high], f"{name}.clipped")
         q = self.node("QuantizeLinear", [clipped, *grid], f"{name}.q")
@@ -208,11 +208,13 @@ class OnnxOps:
             self.node("Add", [product, self.real(f"{name}.bias", bias.reshape(-1, 1, 1))], f"{name}.out"), spec.out_shape
         )
 
-    def _largest(self, x: str, output: str) -> str:
-        """max |x| of each sample [N, 1, 1, 1], which takes the place of the multiplier on a grid that spans -1..1."""
+    def _largest(self, x: str, output: str, top: int) -> str:
+        """max |x| of each sample [N, 1, 1, 1], which takes the place of the multiplier on a grid that spans -1..1 in `top`
+        steps."""
         axes = self.constant("axes.sample", np.asarray([1, 2, 3], np.int64))
-        top = self.node("ReduceMax", [self.node("Abs", [x], f"{output}.abs"), axes], f"{output}.max", keepdims=1)
-        return self.node("Max", [top, self.real("smallest", max(1e-6, float(np.finfo(self._dtype).tiny)))], output)
+        peak = self.node("ReduceMax", [self.node("Abs", [x], f"{output}.abs"), axes], f"{output}.max", keepdims=1)
+        smallest = max(top * SMALLEST_SCALE, float(np.finfo(self._dtype).tiny))
+        return self.node("Max", [peak, self.real(f"smallest.{top}", smallest)], output)
 
     def norm(self, name: str, x: Value) -> Value:
         """GroupNorm with statistics in float32, over [N, 32, C/32 * H * W]."""

@@ -32,7 +32,7 @@ from modiff_trt.export.calibration.collecting import collect
 from modiff_trt.export.calibration.pipeline import TRIAL_SEED, learn_weights, measure, residual_scales
 from modiff_trt.export.calibration.static import Recipe, make_scales
 from modiff_trt.export.calibration.trials import PERCENTILES, Trials, search_rows, search_scales
-from modiff_trt.networks.modulated import LayerState, QuantizedLayer, State, integer_product
+from modiff_trt.networks.modulated import LayerState, QuantizedLayer, State, implied_o_hat, integer_product
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.backends.registry.options import check_device, load_model
 from modiff_trt.runtime.backends.torch_denoiser import BetweenPasses, SimDenoiser
@@ -85,7 +85,7 @@ def rounded_between(a_hat: torch.dtype, o_hat: torch.dtype, refresh: int = 0) ->
         for name, part in state.items():
             counts, sums = part.a_hat.to(a_hat).to(part.a_hat.dtype), part.o_hat
             if refresh and row % refresh == 0:
-                sums = layers[name].bias[:, None, None] + integer_product(layers[name], counts)
+                sums = implied_o_hat(layers[name], counts)
             changed[name] = LayerState(counts, sums.to(o_hat).to(sums.dtype))
         return changed
 

@@ -20,8 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from modiff_trt.core.grid import grid_max
-from modiff_trt.networks.quantizers import SMALLEST_SCALE
+from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
 from modiff_trt.plugins.modulated_conv.geometry import SMALL
 from modiff_trt.plugins.modulated_conv.kernels.parts import (
     MAGIC,

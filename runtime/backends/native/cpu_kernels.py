@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.core.grid import grid_max
-from modiff_trt.networks.quantizers import SMALLEST_SCALE
+from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
 from modiff_trt.networks.torch_ops import convolve
 from modiff_trt.plugins.modulated_conv.libraries.onednn_conv import ZERO_POINT, OneDnnConv, pairs_saturate, sums_are_exact
 from modiff_trt.plugins.modulated_conv.reference import InputShape

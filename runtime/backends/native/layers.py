@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Granularity, Mode
 from modiff_trt.core.scales import Scales, only_simulated
-from modiff_trt.networks.modulated import QuantizedLayer, initial_a_hat, quantize_layers
+from modiff_trt.networks.modulated import QuantizedLayer, implied_o_hat, initial_a_hat, quantize_layers
 from modiff_trt.networks.split import skip_factors
-from modiff_trt.networks.torch_ops import Params, convolve, layer_bias, layer_weight, time_table
+from modiff_trt.networks.torch_ops import Params, layer_bias, layer_weight, time_table
 from modiff_trt.networks.unet import LayerSpec, Network
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX
@@ -178,8 +178,8 @@ def _start(layer: QuantizedLayer, unit: float, out_channels: int) -> tuple[Tenso
     state = (initial_a_hat(layer) / unit).round()
     # Integers in float64 sum exactly, in any order. In float32 the order, and so the start, is another with another number of
     # threads, which torchrun sets.
-    sums = convolve(layer.spec, state.double(), layer.weight.double())
-    o_hat = layer.bias.double()[:, None, None] + sums * (unit * layer.weight_scale.double())[:, None, None]
+    wide = {name: getattr(layer, name).double() for name in ("weight", "weight_scale", "bias")}
+    o_hat = implied_o_hat(replace(layer, **wide), state.double(), unit)
     padded = torch.zeros(out_channels, o_hat[0, 0].numel())
     padded[: o_hat.shape[1]] = o_hat[0].flatten(1)
     stored = state[0, :, ::2, ::2] if layer.spec.upsampled else state[0]
