@@ -11,7 +11,7 @@ from modiff_trt.core.errors import InputError
 from modiff_trt.core.manifest import MANIFEST_KEY, decode_array
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.networks.checkpoint import Checkpoint
-from modiff_trt.networks.modulated import LayerState, initial_state, integer_product, quantize_layers, simulate
+from modiff_trt.networks.modulated import LayerState, initial_state, integer_product, quantize_layers
 from modiff_trt.networks.split import divide_skip
 from modiff_trt.networks.torch_ops import run_unet, time_bias, time_table
 from modiff_trt.networks.unet import trace
@@ -95,16 +95,31 @@ def test_demo_model_agrees_in_each_of_the_first_three_passes(demo, tmp_path):
 
 @pytest.mark.parametrize("bits", [8, 3])
 def test_stateless_network_equals_the_simulation(tiny, tmp_path, bits):
+    """With the integers that onnxruntime found, which may differ from the simulation's on an edge of a grid alone."""
     scales = tiny.scales(method="qdiff", act_bits=bits)
-    session = session_of(build_onnx(tiny.network, tiny.checkpoint, scales, "fp32", "x"), tmp_path)
+    model = build_onnx(tiny.network, tiny.checkpoint, scales, "fp32", "x")
+    for name in scales.layers:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}.q", onnx.TensorProto.INT8, None))
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     x = torch.randn(3, *tiny.network.config.input_shape, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([5, 300, 999])
-    (eps,) = session.run(None, {"x": x.numpy(), "t": t.numpy()})
+    outputs = dict(
+        zip([o.name for o in session.get_outputs()], session.run(None, {"x": x.numpy(), "t": t.numpy()}), strict=True)
+    )
     layers = quantize_layers(tiny.network, tiny.checkpoint.params, scales)
-    bias = time_bias(tiny.network, tiny.checkpoint.params, t)
-    expected, _ = simulate(tiny.network, tiny.checkpoint.params, layers, {}, x, bias, {})
-    errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(eps, expected.numpy(), strict=True)]
-    assert np.median(errors) < 1e-4, errors  # in one of the images a value may have stood on an edge of its grid
+    moved = []
+
+    def layer(spec, value):
+        quantized, q = layers[spec.name], torch.from_numpy(outputs[f"{spec.name}.q"]).float()
+        top = 2 ** (bits - 1) - 1
+        position = (value / quantized.scale).clamp(-top - 1, top)
+        assert (position - q).abs().max() < 0.5 + 1e-2
+        moved.append(float((q != position.round()).float().mean()))
+        return quantized.bias[:, None, None] + quantized.scale * integer_product(quantized, q)
+
+    expected = run_unet(tiny.network, tiny.checkpoint.params, x, time_bias(tiny.network, tiny.checkpoint.params, t), layer)
+    assert len(moved) == len(scales.layers) and max(moved) < 1e-3
+    assert np.linalg.norm(outputs["eps"] - expected.numpy()) / np.linalg.norm(expected.numpy()) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["modiff", "qdiff"])

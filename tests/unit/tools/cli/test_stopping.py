@@ -17,6 +17,7 @@ from modiff_trt.tools.cli.main import main
 from modiff_trt.tools.stopping import exit_code
 
 MODEL = ["--config", str(ROOT / "configs/demo.yml"), "--ckpt", str(ROOT / "calib_cache/demo/model.safetensors")]
+RUN = "from modiff_trt.tools.cli.entry import main; main()"
 PROGRAM = [sys.executable, "-m", "modiff_trt.tools.cli.entry"]
 
 
@@ -86,13 +87,18 @@ def fail(error):
 @pytest.mark.parametrize("moment", ["importing", "sampling"])
 def test_signals_end_it_with_one_line_and_no_temporary_file(tmp_path, number, moment):
     job = ["sample", *MODEL, "--timesteps", 200, "--num-samples", 400, "--batch-size", 1, "--out", tmp_path / "images"]
-    process = subprocess.Popen([*PROGRAM, *map(str, job)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    begin = time.monotonic()
-    while not (tmp_path / "images/manifest.json").exists() and moment == "sampling" and time.monotonic() - begin < 120:
-        time.sleep(0.05)
-    time.sleep(0.4)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    # A shell's background jobs ignore SIGINT, and so do their children, unless they set a handler.
+    start = [sys.executable, "-c", f"import signal; signal.signal(2, signal.default_int_handler); {RUN}", *map(str, job)]
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        begin = time.monotonic()
+        while not (tmp_path / "images/manifest.json").exists() and moment == "sampling" and time.monotonic() - begin < 120:
+            time.sleep(0.05)
+        time.sleep(0.4)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, said
     assert said.strip() == stopping.GO_ON, said
     assert not list(tmp_path.rglob("*.part"))
