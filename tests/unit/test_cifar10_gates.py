@@ -23,13 +23,13 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def cifar10(full_checkpoint):
     network = trace(load_config(ROOT / "configs/cifar10.yml"))
-    return make_case(network, load_checkpoint(full_checkpoint, network), 50, 6, 12)
+    return make_case(network, load_checkpoint(full_checkpoint, network), 20, 3, 8)
 
 
 @pytest.fixture(scope="module")
 def decibels(cifar10):
     """PSNR to FP32 by (method, bits, start); ("weights", 8, "") quantizes weights alone."""
-    reference = cifar10.sample(cifar10.float_denoiser())
+    reference = cifar10.sample(cifar10.float_denoiser(), images=2)
     found = {}
 
     def measure(method, bits, start="warmup"):
@@ -37,7 +37,7 @@ def decibels(cifar10):
         if key not in found:
             scales = cifar10.scales(method="modiff" if method == "weights" else method, act_bits=bits, start=start)
             denoiser = SimDenoiser(cifar10.network, cifar10.checkpoint.params, scales, act_quant=method != "weights")
-            found[key] = psnr(cifar10.sample(denoiser), reference)
+            found[key] = psnr(cifar10.sample(denoiser, images=2), reference)
             print(f"{method} A{bits} {start}: {found[key]:.2f} dB")  # noqa: T201 (shown with -s)
         return found[key]
 
