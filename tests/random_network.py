@@ -2,8 +2,8 @@
 
 from random import Random
 
-import torch
 from conftest import make_case, tiny_config
+from small_network import random_params
 
 from modiff_trt.export.calibration.trials import with_modes
 from modiff_trt.networks.checkpoint import Checkpoint
@@ -105,14 +105,7 @@ class RandomFunction:
 def random_case(seed, function=None):
     """A random network (or `function`) with random weights, calibrated on three steps of two images."""
     network = traced(tiny_config(SIZE, (1,), ()), function or RandomFunction(seed))
-    generator = torch.Generator().manual_seed(seed)
-    params = {}
-    for name, shape in network.parameters.items():
-        fan = torch.Size(shape[1:]).numel() if len(shape) > 1 else 1
-        noise = torch.randn(shape, generator=generator)
-        gain = 1.0 if any(name == f"{norm}.weight" for norm in network.norms) else 0.0
-        params[name] = noise / fan**0.5 if len(shape) > 1 else gain + 0.2 * noise
-    return make_case(network, Checkpoint(params, f"random-{seed}", ""), 3, 2, 3)
+    return make_case(network, Checkpoint(random_params(network, seed), f"random-{seed}", ""), 3, 2, 3)
 
 
 def random_modes(case, seed):
