@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from small_network import small_case
 
 from modiff_trt.core.scales import load_scales, save_scales
 from modiff_trt.export.calibration import pipeline as calibrating
@@ -85,11 +86,16 @@ def eps_error(case, decisions, grids):
 OPTIONS = AdaRoundOptions(iterations=120, batch_size=16)
 
 
-def test_reconstruction_beats_nearest_and_resumes_to_the_same_result(tiny):
-    params = tiny.checkpoint.params
-    grids = {s.name: WeightGrid(minmax_weight_scale(layer_weight(s, params), 3), 3) for s in tiny.network.layers}
+@pytest.fixture(scope="module")
+def small():
+    return small_case()
+
+
+def test_reconstruction_beats_nearest_and_resumes_to_the_same_result(small):
+    params = small.checkpoint.params
+    grids = {s.name: WeightGrid(minmax_weight_scale(layer_weight(s, params), 3), 3) for s in small.network.layers}
     torch.manual_seed(1)
-    samples = Samples(torch.randn(48, *tiny.network.config.input_shape), torch.randint(0, 1000, (48,)))
+    samples = Samples(torch.randn(48, *small.network.config.input_shape), torch.randint(0, 1000, (48,)))
     kept = {}
 
     def run(done, stop_after=None):
@@ -98,10 +104,10 @@ def test_reconstruction_beats_nearest_and_resumes_to_the_same_result(tiny):
             if stop_after is not None and len(kept) >= stop_after:
                 raise KeyboardInterrupt
 
-        return reconstruct(tiny.network, params, grids, samples, OPTIONS, 0, done, on_unit)
+        return reconstruct(small.network, params, grids, samples, OPTIONS, 0, done, on_unit)
 
     whole = run({})
-    assert eps_error(tiny, whole, grids) < 0.7 * eps_error(tiny, {}, grids)
+    assert eps_error(small, whole, grids) < 0.7 * eps_error(small, {}, grids)
     kept.clear()
     with pytest.raises(KeyboardInterrupt):
         run({}, stop_after=5)

@@ -50,8 +50,8 @@ def assert_near(found, expected, tolerance):
     ],
 )
 def test_it_is_the_sum_of_all_passes(small, recipe, modes, factor):
-    """Among the layers are an upsampled one, one of three channels, and shortcuts that share an accumulator. A hundred times the
-    noise is more than the first layer's state can count."""
+    """Among the layers are an upsampled one, one of three channels, and shortcuts that share an accumulator. A hundred times
+    the noise is more than the first layer's state can count."""
     scales = with_modes(small.scales(**recipe), modes)
     denoiser = native(small, scales, ReferenceKernels())
     denoiser.trajectory(factor * noise(small, 2))

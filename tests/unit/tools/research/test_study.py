@@ -3,16 +3,28 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+import yaml
+from conftest import random_checkpoint, tiny_config
+from safetensors.torch import save_file
 
+from modiff_trt.core.config import config_to_dict
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.tools.research.study import METHODS, SCALE_RECIPES, STARTS, ladder, main, rounded_between
 
 
-def run(out, parts):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Configuration and checkpoint of a network of one level, as files."""
+    folder, config = tmp_path_factory.mktemp("model"), tiny_config(8, (1,), (8,))
+    (folder / "tiny.yml").write_text(yaml.safe_dump(json.loads(json.dumps(config_to_dict(config)))))
+    save_file({k: v.contiguous() for k, v in random_checkpoint(config).params.items()}, folder / "tiny.safetensors")
+    return folder / "tiny.yml", folder / "tiny.safetensors"
+
+
+def run(model, out, parts):
     main(
-        config=ROOT / "configs/demo.yml",
-        ckpt=ROOT / "calib_cache/demo/model.safetensors",
+        config=model[0],
+        ckpt=model[1],
         out=out,
         timesteps=3,
         images=1,
@@ -30,14 +42,14 @@ def run(out, parts):
 
 
 @pytest.mark.slow
-def test_every_part_writes_its_figures_and_a_rerun_keeps_them(tmp_path):
+def test_every_part_writes_its_figures_and_a_rerun_keeps_them(model, tmp_path):
     out = tmp_path / "study.json"
-    figures = run(out, "methods,starts")
+    figures = run(model, out, "methods,starts")
     assert set(figures["methods"]) == {f"{name} A4" for name in METHODS}
     assert set(figures["starts"]) == {f"{name} A4" for name in STARTS}
     figures["methods"]["LTQ A4"] = 123.0
     out.write_text(json.dumps(figures))
-    again = run(out, "methods,rows,scales")
+    again = run(model, out, "methods,rows,scales")
     assert again["methods"]["LTQ A4"] == 123.0 and len(again["rows"]) == 3 and len(again["scales"]) == 2 * len(SCALE_RECIPES)
 
 
