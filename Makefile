@@ -39,7 +39,7 @@ SCALES := $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT).safetensors
 ONNX := $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-$(DTYPE).onnx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo collect calibrate export engine sample fid bench compare verify report sampler results-tables test test-gpu lint clean
+.PHONY: help setup demo collect calibrate export engine sample fid bench compare verify report sampler results-tables check test test-gpu lint clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z -]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -118,6 +118,9 @@ test: setup ## what CI runs, without a GPU
 
 test-gpu: setup ## the tests that need an NVIDIA GPU
 	$(VENV)/bin/pytest -m gpu
+
+check: lint ## the developer's loop: linters and the fast tests
+	$(VENV)/bin/pytest -m "not gpu and not slow"
 
 lint: setup ## ruff, mypy, import-linter
 	$(VENV)/bin/ruff check .

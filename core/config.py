@@ -25,11 +25,21 @@ LONGEST, MOST_BRACKETS = 1 << 20, 1000
 LARGEST = {"ch": 16384, "num_res_blocks": 64, "in_channels": 1024, "out_ch": 1024, "image_size": 16384}
 MOST_LEVELS, LARGEST_MULT = 12, 64
 # Sections of which other forks' keys do not matter here.
-LENIENT = ("data", "training", "sampling", "optim")
+LENIENT = ("data", "training", "optim")
 # Keys that would change the images, wherever they stand; they are options here.
 MEANINGFUL = {
     *("skip_type", "timesteps", "eta", "sample_type", "solver", "sampler", "prediction", "prediction_type", "clip_sample"),
     *("clip_denoised", "guidance", "guidance_scale", "objective"),
+}
+# Keys of DDIM's own files that change nothing here, by section: which images it trains on and how often it saves, its choice of
+# optimizer (this trainer has Adam), its sampling batch (an option), the variance of a sampler that is not DDIM (`var_type`), and
+# whether a checkpoint's EMA is used (`--weights`).
+UNUSED = {
+    "": {"sampling"},
+    "data": {"dataset", "category", "uniform_dequantization", "gaussian_dequantization", "random_flip", "num_workers"},
+    "model": {"var_type", "ema"},
+    "training": {"n_epochs", "n_iters", "snapshot_freq", "validation_freq"},
+    "optim": {"optimizer", "amsgrad"},
 }
 BETA_SCHEDULES = ("linear", "quad", "const", "jsd", "sigmoid")
 
@@ -38,14 +48,8 @@ BETA_SCHEDULES = ("linear", "quad", "const", "jsd", "sigmoid")
 class DataConfig:
     image_size: int
     channels: int
-    dataset: str = ""
-    category: str = ""
     logit_transform: bool = False
-    uniform_dequantization: bool = False
-    gaussian_dequantization: bool = False
-    random_flip: bool = True
     rescaled: bool = True
-    num_workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,7 @@ class ModelConfig:
     resamp_with_conv: bool
     type: str = "simple"
     dropout: float = 0.0
-    var_type: str = "fixedlarge"
     ema_rate: float = 0.9999
-    ema: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,26 +77,13 @@ class DiffusionConfig:
 @dataclass(frozen=True)
 class TrainingConfig:
     batch_size: int = 128
-    n_epochs: int = 10000
-    n_iters: int = 5000000
-    snapshot_freq: int = 5000
-    validation_freq: int = 2000
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    batch_size: int = 64
-    last_only: bool = True
-    ckpt_id: int = 0
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     weight_decay: float = 0.0
-    optimizer: str = "Adam"
     lr: float = 2e-4
     beta1: float = 0.9
-    amsgrad: bool = False
     eps: float = 1e-8
     grad_clip: float = 1.0
 
@@ -107,7 +96,6 @@ class Config:
     model: ModelConfig
     diffusion: DiffusionConfig
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     @property
@@ -157,7 +145,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def model_fingerprint(config: Config) -> str:
     """SHA-256 over what decides the network and its diffusion process (not training options)."""
     parts = {"model": dataclasses.asdict(config.model), "diffusion": dataclasses.asdict(config.diffusion)}
-    for ignored in ("dropout", "ema", "ema_rate", "var_type", "type"):
+    for ignored in ("dropout", "ema_rate", "type"):
         del parts["model"][ignored]
     parts["image_size"] = {"image_size": config.data.image_size}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -176,6 +164,8 @@ def _build(cls: Any, tree: Any, source: str, prefix: str, ignored: list[str] | N
         name = f"{prefix}{shown(key)[1:-1] if isinstance(key, str) else shown(key)}"
         if meant := _meaningful(key, value):
             raise InputError(f"{source}: '{meant}' changes the images; leave it out, and pass it as an option of the command")
+        if isinstance(key, str) and key in UNUSED.get(prefix.rstrip("."), ()):
+            continue
         if ignored is None or (prefix and prefix.rstrip(".") not in LENIENT):
             known = ", ".join(sorted(fields))
             raise InputError(f"{source}: unknown key '{name}'; known keys here: {known}")

@@ -144,7 +144,7 @@ def check(case: KernelCase, device: str, overlap: bool = False) -> None:
             assert ((step >= span * (1 - 1e-4)) & (step < span + grid.unit * 1.01)).all()
     q = (residual(multiple) / step).round().clamp(grid.low, grid.high)
     if steps is None:
-        assert torch.equal(q, reference.quantize_input(x, wide(before), grid)[0])
+        assert torch.equal(q, reference.rounded_input(x, wide(before), grid)[0])
     if shape.upsample:
         found = out.view(n, shape.height, 2, shape.width, 2, -1)
         assert (found == found[:, :, :1, :, :1]).all()  # each value four times

@@ -30,7 +30,7 @@ from modiff_trt.tools.report.picture_grid import save_grid
 
 
 @dataclass(frozen=True)
-class Variant:
+class Candidate:
     """One row of the demo: its name, the shipped scales it uses, and whether they are modulated."""
 
     name: str
@@ -39,17 +39,17 @@ class Variant:
 
 
 MOST_IMAGES = 256
-VARIANTS = (
-    Variant("FP32", None),
-    Variant("Q-Diff W8A8", "modiff-w8a8.safetensors", False),
-    Variant("MoDiff W8A8", "modiff-w8a8.safetensors"),
-    Variant("Q-Diff W8A6", "modiff-w8a6.safetensors", False),
-    Variant("MoDiff W8A6", "modiff-w8a6.safetensors"),
+CANDIDATES = (
+    Candidate("FP32", None),
+    Candidate("Q-Diff W8A8", "modiff-w8a8.safetensors", False),
+    Candidate("MoDiff W8A8", "modiff-w8a8.safetensors"),
+    Candidate("Q-Diff W8A6", "modiff-w8a6.safetensors", False),
+    Candidate("MoDiff W8A6", "modiff-w8a6.safetensors"),
 )
 
 
 def run(out: Path, num_samples: int, seed: int) -> None:
-    """Exports, samples and compares every variant; writes demo.png and demo.json into `out`."""
+    """Exports, samples and compares every candidate; writes demo.png and demo.json into `out`."""
     if not 1 <= num_samples <= MOST_IMAGES:
         raise InputError(f"--num-samples must lie between 1 and {MOST_IMAGES}: every image is in the picture")
     check_seed(seed)
@@ -58,17 +58,17 @@ def run(out: Path, num_samples: int, seed: int) -> None:
     timesteps = load_scales(demo_path("modiff-w8a8.safetensors"), network, checkpoint.sha256).rows.timesteps
     rows: list[dict[str, Any]] = []
     images: list[np.ndarray[Any, Any]] = []
-    for variant in VARIANTS:
+    for candidate in CANDIDATES:
         scales, digest = None, None
-        if variant.scales is not None:
-            path = demo_path(variant.scales)
+        if candidate.scales is not None:
+            path = demo_path(candidate.scales)
             scales = load_scales(path, network, checkpoint.sha256)
             digest = scales.file_sha256
-            if not variant.modulate:
+            if not candidate.modulate:
                 scales = scales.without_modulation()
-        file = out / (variant.name.lower().replace(" ", "-") + ".onnx")
+        file = out / (candidate.name.lower().replace(" ", "-") + ".onnx")
         save_onnx(file, build_onnx(network, checkpoint, scales, dtype="fp32", scales_sha256=digest))
-        model = load_onnx(file, spinning=variant.scales is None)
+        model = load_onnx(file, spinning=candidate.scales is None)
         native = _native(network, checkpoint, scales) if scales is not None else None
         backend = Backend(native or exported.onnxruntime(model, timesteps), model.config, {})
         begin = time.perf_counter()
@@ -78,7 +78,7 @@ def run(out: Path, num_samples: int, seed: int) -> None:
         images.append(samples)
         rows.append(
             {
-                "name": variant.name,
+                "name": candidate.name,
                 "backend": "native INT8" if native is not None else "onnxruntime",
                 "psnr_db": None if math.isinf(decibel) else round(decibel, 2),
                 "seconds_per_image": round(seconds, 3),

@@ -1,6 +1,6 @@
 """What the kernels compute, in plain torch and in any float dtype: the specification they are tested against.
 
-A layer is two launches. `quantize_input` forms the layer's input (sum, concatenation, group normalization, SiLU,
+A layer is two launches. `rounded_input` forms the layer's input (sum, concatenation, group normalization, SiLU,
 upsampling), rounds its difference from `a_hat` to integers and moves `a_hat` by them. `accumulate` adds the integer
 product to `o_hat`. `a_hat` is held as integer multiples of a unit, so that no step ever loses what another one added.
 
@@ -93,7 +93,7 @@ def reachable(x: Tensor, unit: float, multiple: Tensor) -> Tensor:
     return x.clamp(-reach, reach)
 
 
-def quantize_input(x: Tensor, state: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
+def rounded_input(x: Tensor, state: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """(q, new state): q = clip(rint((x - unit * state) / step)) and state + multiple * q, with x as `reachable` gives it;
     without state, rint(x / step)."""
     if state is not None:

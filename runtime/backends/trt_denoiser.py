@@ -38,7 +38,7 @@ class TrtDenoiser:
         check_plan(plan, library)
         self._plan, self._library, self._trt = plan, library, library.trt
         name, capability = use_device(gpu)
-        check_target(plan, name, capability)
+        check_plan_target(plan, name, capability)
         if plan.manifest["plugin"]:
             trt_plugin.register(library.trt)
         self._engine, self._keep = _deserialize(library, plan)
@@ -190,7 +190,7 @@ def check_plan(plan: Plan, library: Library) -> None:
         )
 
 
-def check_target(plan: Plan, name: str, capability: tuple[int, int]) -> None:
+def check_plan_target(plan: Plan, name: str, capability: tuple[int, int]) -> None:
     """Raises InputError unless the plan was built for this GPU's compute capability."""
     here = f"sm{capability[0]}{capability[1]}"
     if plan.manifest["target"] != here:

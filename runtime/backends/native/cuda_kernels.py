@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.plugins.modulated_conv.libraries.conv_plans import ConvPlans
+from modiff_trt.plugins.modulated_conv.libraries.conv_tactics import ConvTactics
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.native.layers import NativeLayer
 
@@ -30,7 +30,7 @@ class CudaKernels:
         """`overlap` lets a launch begin while the one before it ends, where the GPU can do that."""
         check_gpu()
         self._overlap = overlap and torch.cuda.get_device_capability() >= OVERLAPPING
-        self._plans = ConvPlans(self._overlap)
+        self._tactics = ConvTactics(self._overlap)
 
     def busy(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -55,7 +55,7 @@ class CudaKernels:
         )
 
     def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
-        self._plans.run(layer.spec, q, layer.weight, scale, addend, out, steps)
+        self._tactics.run(layer.spec, q, layer.weight, scale, addend, out, steps)
 
     def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
         from modiff_trt.plugins.modulated_conv.kernels.conv import convolve_real

@@ -155,14 +155,14 @@ def test_the_wrong_version_and_the_wrong_gpu_are_named(plan_file):
     from dataclasses import replace
 
     from modiff_trt.plugins.modulated_conv.tensorrt.library import Library, open_library
-    from modiff_trt.runtime.backends.trt_denoiser import check_plan, check_target
+    from modiff_trt.runtime.backends.trt_denoiser import check_plan, check_plan_target
 
     plan = load_plan(plan_file)
     check_plan(plan, open_library("rtx"))
     with pytest.raises(InputError, match="build it again"):
         check_plan(replace(plan, manifest=plan.manifest | {"version": "0.1"}), open_library("rtx"))
     with pytest.raises(InputError, match="built for sm89, and NVIDIA H200 is sm90"):
-        check_target(plan, "NVIDIA H200", (9, 0))
+        check_plan_target(plan, "NVIDIA H200", (9, 0))
     assert isinstance(open_library("rtx"), Library)
 
 

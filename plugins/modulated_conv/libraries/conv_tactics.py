@@ -30,7 +30,7 @@ FEW_SITES = 8192
 OWN_KERNEL = b"conv_kernel"
 
 
-class ConvPlans:
+class ConvTactics:
     """Runs integer convolutions. A shape seen for the first time is tuned (seconds), or read from the cache."""
 
     def __init__(self, overlap: bool) -> None:
@@ -151,7 +151,7 @@ def run_own(
     overlap: bool,
     steps: Tensor | None = None,
 ) -> None:
-    """Our kernel on tensors as `ConvPlans.run` takes them; `weight` is channels_last, which is the order that it reads."""
+    """Our kernel on tensors as `ConvTactics.run` takes them; `weight` is channels_last, which is the order that it reads."""
     from modiff_trt.plugins.modulated_conv.kernels.conv import convolve_int8
 
     convolve_int8(

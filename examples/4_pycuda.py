@@ -1,7 +1,7 @@
 """A TensorRT plan driven from PyCUDA: its arrays and its stream go in, its arrays come out, nothing is copied to the host.
 
     pip install 'modiff-trt[rtx,cuda,pycuda]'
-    python examples/pycuda_guest.py engines/plans/NAME.plan
+    python examples/4_pycuda.py engines/plans/NAME.plan
 
 PyCUDA must share the primary context, which torch and this backend use (`pycuda.autoprimaryctx`); a context of its own is what
 makes PyCUDA clash with other libraries. Not run so far: it needs a GPU that TensorRT supports.

@@ -1,0 +1,38 @@
+"""The numbered examples run as they stand. The fourth needs a GPU that TensorRT supports."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from modiff_trt.export.onnx.network import build_onnx, save_onnx
+
+pytestmark = pytest.mark.slow
+
+
+def run(name, *arguments):
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_loop():
+    found = dict(re.findall(r"(\S+): ([0-9.]+) dB", run("1_loop.py")))
+    assert float(found["MoDiff"]) > float(found["Q-Diffusion"]) + 5
+
+
+def test_own_checkpoint():
+    assert "modulated layers" in run("2_own_checkpoint.py")
+
+
+def test_onnxruntime_alone(tiny, tmp_path):
+    save_onnx(tmp_path / "network.onnx", build_onnx(tiny.network, tiny.checkpoint, tiny.scales(dither=False), "fp32", "x"))
+    assert "an image of (3, 12, 12)" in run("3_onnxruntime_alone.py", tmp_path / "network.onnx")
+
+
+def test_every_example_is_numbered():
+    names = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+    assert [name.split("_")[0] for name in names] == [str(i) for i in range(1, len(names) + 1)]
