@@ -32,7 +32,7 @@ MEANINGFUL = {
     *("clip_denoised", "guidance", "guidance_scale", "objective"),
 }
 # Keys of DDIM's own files that change nothing here, by section: which images it trains on and how often it saves, its choice of
-# optimizer (this trainer has Adam), its sampling batch (an option), the variance of a sampler that is not DDIM (`var_type`), and
+# optimizer (this trainer has Adam), its sampling batch (an option), the variance of another sampler (`var_type`), and
 # whether a checkpoint's EMA is used (`--weights`).
 UNUSED = {
     "": {"sampling"},

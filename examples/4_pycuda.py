@@ -37,7 +37,7 @@ def main(plan_file: str, images: int = 4) -> None:
         answer = gpuarray.GPUArray(eps.shape, eps.dtype, gpudata=eps.pointer, base=eps)
         x = x._axpbyz(np.float32(step.x_coef), answer, np.float32(step.eps_coef), gpuarray.empty_like(x), stream=stream)
     stream.synchronize()
-    print(x.get().mean(axis=(1, 2, 3)))  # noqa: T201
+    print(x.get().mean(axis=(1, 2, 3)))
 
 
 if __name__ == "__main__":
