@@ -137,7 +137,11 @@ class RangeHistogram:
         """The scale by this method; `learned` scales start from min-max (see `export.calibration.residuals`)."""
         if method == ScaleMethod.PERCENTILE:
             return self.percentile_scale(bits, percentile)
-        return self.mse_scale(bits) if method == ScaleMethod.MSE else self.minmax_scale(bits)
+        if method == ScaleMethod.MSE:
+            return self.mse_scale(bits)
+        if method in (ScaleMethod.MINMAX, ScaleMethod.LEARNED):
+            return self.minmax_scale(bits)
+        raise ValueError(f"no search for {method!r}")
 
     def coarse(self, bins: int = 64) -> tuple[Tensor, float]:
         """Shares [bins] of the magnitudes over 0..range, and the range, for plots."""

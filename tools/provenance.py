@@ -14,7 +14,7 @@ PACKAGES = ("modiff-trt", "torch", "onnxruntime", "numpy")
 
 
 def provenance(device: str = "cpu") -> dict[str, Any]:
-    """Command, commit (None outside a checkout), versions and machine."""
+    """Command, commit (None outside a checkout; with `+changes` where tracked files differ from it), versions and machine."""
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
@@ -54,6 +54,8 @@ def _commit() -> str | None:
     try:
         # An installed package may lie inside another project's checkout.
         subprocess.run([*git, "ls-files", "--error-unmatch", here], capture_output=True, check=True)
-        return subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        clean = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False).returncode == 0
+        return head if clean else f"{head}+changes"
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -68,7 +68,7 @@ class Recipe:
             object.__setattr__(self, name, chosen(kind, getattr(self, name), option))
         if self.weight_scale_method not in WEIGHT_SCALES:
             raise InputError(
-                f"--weight-scale-method must be one of {', '.join(WEIGHT_SCALES)}, found {shown(self.weight_scale_method)}"
+                f"--weight-scale-method must be one of {', '.join(WEIGHT_SCALES)}, found {shown(str(self.weight_scale_method))}"
             )
         if not self.min_intensity >= 0:
             raise InputError(f"--min-intensity must not be negative, found {self.min_intensity}")
@@ -76,6 +76,10 @@ class Recipe:
         if refits and (self.method != Method.MODIFF or self.granularity != Granularity.STATIC):
             raise InputError(
                 "--residuals quantized and --scale-method learned are for --method modiff with --granularity static"
+            )
+        if self.granularity != Granularity.STATIC and self.scale_method != ScaleMethod.MINMAX:
+            raise InputError(
+                f"--scale-method {self.scale_method} is for --granularity static: other grids span each image's own values"
             )
         if not 0.5 <= self.percentile <= 1:
             raise InputError(f"--percentile must be a share between 0.5 and 1, found {self.percentile}")

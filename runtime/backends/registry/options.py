@@ -116,6 +116,8 @@ def _torch_backend(options: SamplingOptions) -> Backend:
     }
     if options.backend == "torch":
         _refuse(options.scales, "--scales", "torch")
+        if not options.modulate:
+            raise InputError("--no-modulate is for quantized networks; leave it out with --backend torch")
         timesteps = _sequence(options, config)
         denoiser: Denoiser
         if options.dtype == "fp32" and not options.compile:
@@ -138,8 +140,10 @@ def _torch_backend(options: SamplingOptions) -> Backend:
         scales = scales.without_modulation()
     if options.backend == "native":
         denoiser = trained.native(network, checkpoint.params, scales, device)
-    else:
+    elif options.backend == "torch-sim":
         denoiser = trained.simulated(network, checkpoint.params, scales, device=device, compiled=options.compile)
+    else:
+        raise ValueError(f"no denoiser of a network and its scales is called {options.backend}")
     manifest |= {
         "scales_sha256": scales.file_sha256,
         "modulate": options.modulate,

@@ -199,3 +199,13 @@ def test_trajectory_file_refusals(tiny, demo, tmp_path):
 def test_network_of_a_trace_has_unique_layer_names(tiny):
     names = [spec.name for spec in trace(tiny.network.config).layers]
     assert len(names) == len(set(names))
+
+
+def test_a_method_that_nobody_searches_for_is_no_other(tiny):
+    """An unknown method once gave min-max scales under its own name; of dynamic grids a method is refused, not ignored."""
+    with pytest.raises(ValueError, match="no search for"):
+        tiny.ranges["conv_in"].activation.scale("halved", 8, 0.999)
+    with pytest.raises(InputError, match="--scale-method mse is for --granularity static"):
+        Recipe(granularity="tensor", scale_method="mse")
+    with pytest.raises(InputError, match="--weight-scale-method must be one of minmax, mse, found 'learned'"):
+        Recipe(weight_scale_method="learned")

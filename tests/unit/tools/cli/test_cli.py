@@ -176,6 +176,10 @@ REFUSED = {
         ["calibrate", *MODEL, "--trajectories", "TRAJ", "--method", "qdiff", "--auto", "--out", "OUT"],
         "--auto takes state",
     ),
+    "modulation of a float network": (
+        ["sample", *MODEL, "--no-modulate", "--timesteps", "2", "--out", "OUT"],
+        "--no-modulate is for quantized networks",
+    ),
     "negative seed": (["sample", *MODEL, "--seed", "-1", "--timesteps", "2", "--out", "OUT"], "--seed must lie between"),
     "eta": (["sample", *MODEL, "--eta", "2", "--timesteps", "2", "--out", "OUT"], "--eta must lie between 0 and 1"),
     "timesteps": (["sample", *MODEL, "--timesteps", "0", "--out", "OUT"], "--timesteps must lie between 1 and 1000"),
