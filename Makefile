@@ -12,7 +12,8 @@ CKPT ?= calib_cache/demo/model.safetensors
 NAME ?= my-demo
 DEVICE ?= cpu
 TIMESTEPS ?= 50
-SKIP_TYPE ?= quad
+SOLVER ?= ddim
+SPACING ?= quad
 METHOD ?= modiff
 WEIGHT_BIT ?= 8
 ACT_BIT ?= 8
@@ -33,7 +34,7 @@ RESULTS ?= $(OUT)/evaluation.json
 RUN := $(VENV)/bin/modiff-trt
 MODEL := --config $(CONFIG) --ckpt $(CKPT)
 # File names carry what decides their content; files of another --ckpt or --config are refused when they are read.
-FOLDER := calib_cache/$(NAME)/$(SKIP_TYPE)$(TIMESTEPS)
+FOLDER := calib_cache/$(NAME)/$(if $(filter-out ddim,$(SOLVER)),$(SOLVER)-)$(SPACING)$(TIMESTEPS)
 TRAJECTORIES := $(FOLDER)/trajectories.safetensors
 SCALES := $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT).safetensors
 ONNX := $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-$(DTYPE).onnx
@@ -62,7 +63,7 @@ demo: setup ## FP32, Q-Diff and MoDiff from the same noise, with the shipped mod
 	$(RUN) demo --out out/demo
 
 collect: setup ## full-precision trajectories for calibration
-	$(RUN) collect $(MODEL) --timesteps $(TIMESTEPS) --skip-type $(SKIP_TYPE) --device $(DEVICE) --out $(TRAJECTORIES)
+	$(RUN) collect $(MODEL) --timesteps $(TIMESTEPS) --solver $(SOLVER) --spacing $(SPACING) --device $(DEVICE) --out $(TRAJECTORIES)
 
 $(TRAJECTORIES):
 	$(MAKE) collect

@@ -38,11 +38,37 @@ class Start(StrEnum):
     EXACT = "exact"
 
 
-class SkipType(StrEnum):
-    """How a sequence of timesteps is spaced, as DDIM's code names it."""
+class SolverKind(StrEnum):
+    """What moves the image: DDIM, or DPM-Solver++ of second order in its multistep form."""
 
-    UNIFORM = "uniform"
+    DDIM = "ddim"
+    DPMPP_2M = "dpmpp-2m"
+
+
+class Spacing(StrEnum):
+    """How timesteps are spaced: as in DDIM's code, as in diffusers' schedulers, or by the signal-to-noise ratio."""
+
     QUAD = "quad"
+    UNIFORM = "uniform"
+    LEADING = "leading"
+    TRAILING = "trailing"
+    LINSPACE = "linspace"
+    LOGSNR = "logsnr"
+
+
+class Prediction(StrEnum):
+    """What the network says: the noise, the velocity (arXiv 2202.00512), or the sample."""
+
+    EPSILON = "epsilon"
+    V = "v"
+    SAMPLE = "sample"
+
+
+class FinalAlpha(StrEnum):
+    """Where DDIM's last step arrives: at alpha-bar 1, or at that of the first timestep."""
+
+    ONE = "one"
+    FIRST = "first"
 
 
 class ScaleMethod(StrEnum):

@@ -19,6 +19,7 @@ from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import parse_json
 from modiff_trt.core.grid import MAX_BITS, MIN_BITS
 from modiff_trt.core.kinds import Granularity, Mode
+from modiff_trt.core.solvers import solver_from_dict
 
 # The modulated layer in the graph: its function, by whose name, domain and version TensorRT finds a plugin, and the attributes
 # of its convolution.
@@ -28,10 +29,10 @@ CONV_ATTRIBUTES = ("kernel_shape", "pads", "strides")
 MANIFEST_KEY = "modiff.manifest"
 # The manifest in a folder of images.
 MANIFEST = "manifest.json"
-MANIFEST_SCHEMA = 4
+MANIFEST_SCHEMA = 5
 DIGEST = "content_sha256"
 # The manifest beside a plan, and the arrays that a trajectory begins from.
-PLAN_SCHEMA = 3
+PLAN_SCHEMA = 4
 START_KIND, START_SCHEMA = "start state", 1
 
 
@@ -77,7 +78,7 @@ ENTRIES: dict[str, type | tuple[type, ...]] = {
     "dtype": str,
     "method": str,
     "layers": dict,
-    "skip_type": str,
+    "solver": dict,
     "timesteps": list,
     "warmup": int,
     "modulated": list,
@@ -102,6 +103,7 @@ def check_manifest(manifest: dict[str, Any], source: str) -> None:
         good = steps and all(type(t) is int and 0 <= t < 2**31 for t in steps) and 0 <= warmup <= 64
         if not good or not all(isinstance(name, str) for name in (*manifest["modulated"], *manifest["upsampled"])):
             raise InputError(f"{source}: the timesteps of its manifest are damaged; export again")
+        solver_from_dict(manifest["solver"], f"{source}: its manifest")
 
 
 def check_layers(layers: dict[str, Any], source: str) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 from modiff_trt.core.config import Config, config_from_dict, config_to_dict, model_fingerprint
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import Stored, load_arrays, save_arrays
-from modiff_trt.core.kinds import Granularity, Method, Mode, ScaleMethod, SkipType
+from modiff_trt.core.kinds import Granularity, Method, Mode, ScaleMethod
 from modiff_trt.core.manifest import check_layers
 from modiff_trt.core.rows import RowTable, plain_rows
+from modiff_trt.core.solvers import Solver, solver_from_dict
 
-KIND, SCHEMA = "scales", 4
+KIND, SCHEMA = "scales", 5
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -82,7 +83,7 @@ class Scales:
     checkpoint_sha256: str
     method: Method
     scale_method: ScaleMethod
-    skip_type: SkipType
+    solver: Solver
     layers: dict[str, LayerScales]
     rows: RowTable
     range_steps: np.ndarray[Any, np.dtype[np.int64]]
@@ -134,7 +135,7 @@ def save_scales(path: Path, scales: Scales) -> None:
         "scale_method": scales.scale_method,
         "granularity": scales.granularity,
         "dither": scales.dither,
-        "skip_type": scales.skip_type,
+        "solver": scales.solver.to_dict(),
         "warmup": scales.rows.warmup,
         "exact_start": scales.rows.exact_start,
         "layers": scales.layer_table(),
@@ -185,7 +186,7 @@ def load_scales(path: Path, network: Layered | None = None, checkpoint_sha256: s
             header["checkpoint_sha256"],
             Method(header["method"]),
             scale_method=ScaleMethod(header["scale_method"]),
-            skip_type=SkipType(header["skip_type"]),
+            solver=solver_from_dict(header["solver"], f"scales file {path}"),
             layers=layers,
             rows=rows,
             range_steps=arrays["range.steps"],
@@ -241,7 +242,6 @@ OF_A_LAYER: dict[str, tuple[type, int]] = {"weight_scale": (np.float32, 1), "sca
 WORDS: dict[str, Sequence[str]] = {
     "method": tuple(Method),
     "scale_method": tuple(ScaleMethod),
-    "skip_type": tuple(SkipType),
     "granularity": tuple(Granularity),
 }
 

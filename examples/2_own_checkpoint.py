@@ -9,8 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from modiff_trt.core.kinds import Method, SkipType
+from modiff_trt.core.kinds import Method
 from modiff_trt.core.scales import save_scales
+from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.collecting import collect
 from modiff_trt.export.calibration.pipeline import measure
 from modiff_trt.export.calibration.static import Recipe, make_scales
@@ -26,7 +27,7 @@ def main(config: Path, ckpt: Path, folder: Path) -> None:
         network,
         checkpoint,
         timesteps=10,
-        skip_type=SkipType.QUAD,
+        solver=Solver(),
         num_samples=4,
         calib_steps=10,
         seed=1,

@@ -15,7 +15,7 @@ import pycuda.autoprimaryctx  # noqa: F401
 import pycuda.driver as cuda
 from pycuda import gpuarray
 
-from modiff_trt.core.schedule import alphas_cumprod, ddim_steps
+from modiff_trt.core.solvers import solver_from_dict
 from modiff_trt.runtime.backends.plan import load_plan
 from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser
 from modiff_trt.runtime.images.noise import ImageNoise
@@ -26,16 +26,17 @@ def main(plan_file: str, images: int = 4) -> None:
     plan, stream = load_plan(Path(plan_file)), cuda.Stream()
     denoiser = TrtDenoiser(plan, stream=stream.handle)
     rows = denoiser.rows
-    steps = ddim_steps(alphas_cumprod(plan.config.diffusion), rows.timesteps, 0.0)
+    solver = solver_from_dict(plan.manifest["network"]["solver"], plan_file)
+    updates = solver.updates(plan.config.diffusion, rows.timesteps)
     x = gpuarray.to_gpu_async(ImageNoise(0, range(images), plan.config.input_shape).draw().astype(np.float32), stream=stream)
     denoiser.reset(images)
     for row in range(len(rows)):
         eps = denoiser(x, row)  # x is a guest: any object with __cuda_array_interface__
         if row < rows.warmup:
             continue
-        step = steps[row - rows.warmup]
+        ahead, answered = (np.float32(part[row - rows.warmup]) for part in (updates.x, updates.y))
         answer = gpuarray.GPUArray(eps.shape, eps.dtype, gpudata=eps.pointer, base=eps)
-        x = x._axpbyz(np.float32(step.x_coef), answer, np.float32(step.eps_coef), gpuarray.empty_like(x), stream=stream)
+        x = x._axpbyz(ahead, answer, answered, gpuarray.empty_like(x), stream=stream)
     stream.synchronize()
     print(x.get().mean(axis=(1, 2, 3)))
 

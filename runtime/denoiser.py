@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from modiff_trt.core.rows import RowTable
+from modiff_trt.core.solvers import Updates
 
 OnDone = Callable[[int], None]
 Array = Any  # a numpy array or a torch tensor: whatever the backend computes on
@@ -25,10 +26,13 @@ class StateInfo:
 
 @runtime_checkable
 class WholeTrajectory(Protocol):
-    """A backend that can run all rows of a trajectory without the host in between."""
+    """A backend that can run all rows of a trajectory without the host in between, by the updates that it was made with."""
+
+    @property
+    def updates(self) -> Updates: ...
 
     def trajectory(self, x_start: np.ndarray[Any, Any], on_done: OnDone | None = None) -> np.ndarray[Any, Any]:
-        """x_0 of deterministic DDIM (eta = 0) from x_T, both float32 [N, C, H, W]. `on_done` is called with the number of
+        """x_0 from x_T, both float32 [N, C, H, W]. `on_done` is called with the number of
         passes that have ended since it was called last."""
 
 
@@ -53,4 +57,4 @@ class Denoiser(Protocol):
         """Brings a result back as float32 numpy."""
 
     def __call__(self, x: Array, row: int) -> Array:
-        """Epsilon for x at row `row` of `rows`. Rows of a trajectory must be run in order."""
+        """The network's answer to x at row `row` of `rows`. Rows of a trajectory must be run in order."""

@@ -16,25 +16,30 @@ from modiff_trt.core.files import check_writable
 from modiff_trt.core.kinds import Granularity
 from modiff_trt.core.manifest import quantization
 from modiff_trt.core.progress import progress_bar
-from modiff_trt.core.schedule import alphas_cumprod, ddim_steps
+from modiff_trt.core.solvers import Solver, Updates
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.images.folders import PICTURE_CHANNELS, ImageFolder, ShardFolder, save_npz
 from modiff_trt.runtime.images.noise import ImageNoise, load_noise
-from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.sampler import sample_trajectory
 
 MOST_IMAGES, LAST_IMAGE = 10_000_000, 10**12
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A denoiser, the configuration it runs, and the manifest of what it was made from."""
+    """A denoiser, the configuration it runs, the solver of its rows, and the manifest of what it was made from."""
 
     denoiser: Denoiser
     config: Config
+    solver: Solver
     manifest: dict[str, Any]
 
+    def updates(self, eta: float) -> Updates:
+        """The numbers of the denoiser's steps. Raises InputError for an eta that the solver cannot take."""
+        return self.solver.updates(self.config.diffusion, self.denoiser.rows.timesteps, eta)
 
-def exported(manifest: dict[str, Any], timesteps: tuple[int, ...]) -> dict[str, Any]:
+
+def exported(manifest: dict[str, Any], timesteps: tuple[int, ...], solver: Solver) -> dict[str, Any]:
     """What images say of the exported file that made them, from the file's manifest."""
     granularity = Granularity(manifest.get("granularity", Granularity.STATIC))
     known = {"checkpoint": manifest["checkpoint"]} if manifest["checkpoint"] else {}
@@ -45,6 +50,7 @@ def exported(manifest: dict[str, Any], timesteps: tuple[int, ...]) -> dict[str, 
         "quantization": quantization(manifest["method"], granularity, manifest["layers"]),
         "dtype": manifest["dtype"],
         "timesteps": list(timesteps),
+        "solver": solver.to_dict(),
     }
 
 
@@ -102,8 +108,7 @@ def sample_batches(
 
     `noise` [C, H, W] of an image replaces its x_T; noise of later steps (eta > 0) still comes from the image's own generator.
     """
-    alpha_bar = alphas_cumprod(backend.config.diffusion)
-    denoiser = backend.denoiser
+    updates, denoiser = backend.updates(eta), backend.denoiser
     with progress_bar() as bar:
         task = bar.add_task("sample", total=sum(map(len, batches)) * len(denoiser.rows), unit="passes")
         for batch in batches:
@@ -117,7 +122,7 @@ def sample_batches(
                 bar.advance(task, passes * n)
 
             try:
-                samples = ddim_sample(denoiser, alpha_bar, start, eta=eta, draw_noise=source.draw, on_done=on_done)
+                samples = sample_trajectory(denoiser, updates, start, draw_noise=source.draw, on_done=on_done)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -159,7 +164,7 @@ def run_sampling(
         raise InputError("--batch-size must be at least 1")
     check_seed(seed)
     # What the schedule refuses must not claim the folder.
-    ddim_steps(alphas_cumprod(backend.config.diffusion), backend.denoiser.rows.timesteps, eta)
+    backend.updates(eta)
     channels = backend.config.input_shape[0]
     if out.suffix != ".npz" and channels not in PICTURE_CHANNELS:
         raise InputError(f"the network makes images of {channels} channels, which are no pictures; pass FILE.npz as --out")

@@ -12,7 +12,7 @@ import torch
 
 from modiff_trt.core.config import Config, DataConfig, DiffusionConfig, ModelConfig, load_config
 from modiff_trt.core.scales import Scales
-from modiff_trt.core.schedule import alphas_cumprod, timestep_sequence
+from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.static import LayerRanges, Recipe, make_scales, measure_ranges
 from modiff_trt.export.calibration.trajectories import Trajectories, choose_steps
 from modiff_trt.networks.checkpoint import Checkpoint, load_checkpoint
@@ -21,7 +21,7 @@ from modiff_trt.networks.unet import Network, trace
 from modiff_trt.runtime.backends.cores import usable_cores
 from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
 from modiff_trt.runtime.images.noise import ImageNoise
-from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.sampler import sample_trajectory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,26 +72,32 @@ class Case:
 
     def sample(self, denoiser, images: int = 4, seed: int = 0) -> np.ndarray:
         x = ImageNoise(seed, range(images), self.network.config.input_shape).draw()
-        return ddim_sample(denoiser, alphas_cumprod(self.network.config.diffusion), x)
+        return sample_trajectory(denoiser, self.updates(), x)
+
+    def updates(self, eta: float = 0.0):
+        return self.trajectories.solver.updates(self.network.config.diffusion, self.timesteps, eta)
 
     def float_denoiser(self) -> TorchDenoiser:
         return TorchDenoiser(self.network, self.checkpoint.params, self.timesteps)
 
 
-def make_case(network: Network, checkpoint: Checkpoint, steps: int, images: int, calib_steps: int) -> Case:
+def make_case(
+    network: Network, checkpoint: Checkpoint, steps: int, images: int, calib_steps: int, solver: Solver | None = None
+) -> Case:
     config = network.config
-    timesteps = timestep_sequence(config.diffusion, steps, "quad")
-    chosen, stored = choose_steps(steps, calib_steps)
+    solver = solver or Solver()
+    timesteps = solver.timesteps(config.diffusion, steps)
+    chosen, stored = choose_steps(len(timesteps), calib_steps)
     kept = {}
-    ddim_sample(
+    sample_trajectory(
         TorchDenoiser(network, checkpoint.params, timesteps),
-        alphas_cumprod(config.diffusion),
+        solver.updates(config.diffusion, timesteps),
         ImageNoise(1, range(images), config.input_shape).draw(),
         on_pass=lambda row, x, eps: kept.__setitem__(row, x.numpy().copy()) if row in stored else None,
     )
     x = np.stack([kept[i] for i in stored])
     trajectories = Trajectories(
-        config, checkpoint.sha256, "quad", timesteps, 1, np.asarray(stored, np.int64), np.asarray(chosen, np.int64), x
+        config, checkpoint.sha256, solver, timesteps, 1, np.asarray(stored, np.int64), np.asarray(chosen, np.int64), x
     )
     return Case(network, checkpoint, timesteps, trajectories, measure_ranges(network, checkpoint.params, trajectories, images))
 

@@ -22,13 +22,13 @@ BATCHES, BUSY, REPEATS = (1, 4), (0, 1, 2), 3
 def measure(backend, batch):
     """Seconds an image of a second trajectory, in this process."""
     from modiff_trt.core.scales import load_scales
-    from modiff_trt.core.schedule import alphas_cumprod
+    from modiff_trt.core.solvers import Solver
     from modiff_trt.export.onnx.network import build_onnx, save_onnx
     from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
     from modiff_trt.runtime.backends.registry import exported, trained
     from modiff_trt.runtime.backends.registry.options import load_model
     from modiff_trt.runtime.images.noise import ImageNoise
-    from modiff_trt.runtime.sampler import ddim_sample
+    from modiff_trt.runtime.sampler import sample_trajectory
 
     network, checkpoint = load_model(ROOT / "configs/demo.yml", ROOT / "calib_cache/demo/model.safetensors")
     scales = load_scales(ROOT / "calib_cache/demo/modiff-w8a8.safetensors", network, checkpoint.sha256)
@@ -39,9 +39,10 @@ def measure(backend, batch):
         save_onnx(file, build_onnx(network, checkpoint, None, "fp32", None))
         denoiser = exported.onnxruntime(load_onnx(file), scales.rows.timesteps)
     x = ImageNoise(0, range(batch), network.config.input_shape).draw()
+    updates = Solver().updates(network.config.diffusion, scales.rows.timesteps)
     for _ in range(2):
         begin = time.perf_counter()
-        ddim_sample(denoiser, alphas_cumprod(network.config.diffusion), x)
+        sample_trajectory(denoiser, updates, x)
     return (time.perf_counter() - begin) / batch
 
 

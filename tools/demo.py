@@ -16,6 +16,7 @@ from modiff_trt.core.config import load_config
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import write_json
 from modiff_trt.core.scales import Scales, load_scales
+from modiff_trt.core.solvers import Solver
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.networks.checkpoint import Checkpoint, load_checkpoint
 from modiff_trt.networks.unet import Network, trace
@@ -70,7 +71,7 @@ def run(out: Path, num_samples: int, seed: int) -> None:
         save_onnx(file, build_onnx(network, checkpoint, scales, dtype="fp32", scales_sha256=digest))
         model = load_onnx(file, spinning=candidate.scales is None)
         native = _native(network, checkpoint, scales) if scales is not None else None
-        backend = Backend(native or exported.onnxruntime(model, timesteps), model.config, {})
+        backend = Backend(native or exported.onnxruntime(model, timesteps), model.config, Solver(), {})
         begin = time.perf_counter()
         ((_, samples),) = sample_batches(backend, [list(range(num_samples))], seed, eta=0.0)
         seconds = (time.perf_counter() - begin) / num_samples

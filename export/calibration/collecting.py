@@ -10,15 +10,14 @@ import numpy as np
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import check_writable
-from modiff_trt.core.kinds import SkipType
 from modiff_trt.core.progress import progress_bar
-from modiff_trt.core.schedule import alphas_cumprod, requested_sequence
+from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.trajectories import Trajectories, choose_steps, load_trajectories, save_trajectories
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.unet import Network
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.images.noise import ImageNoise
-from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.sampler import sample_trajectory
 from modiff_trt.runtime.sampling import check_seed
 
 
@@ -27,7 +26,7 @@ def collect(
     checkpoint: Checkpoint,
     *,
     timesteps: int,
-    skip_type: SkipType,
+    solver: Solver,
     num_samples: int,
     calib_steps: int,
     seed: int,
@@ -35,7 +34,7 @@ def collect(
     device: str,
     out: Path,
 ) -> Trajectories:
-    """Runs DDIM (eta 0) on `num_samples` images and writes x_t at `calib_steps` steps and the step before each.
+    """Runs the solver on `num_samples` images and writes x_t at `calib_steps` steps and the step before each.
 
     What is finished stands in `<out>.part` until all of it is; a second call goes on from there.
     """
@@ -44,13 +43,13 @@ def collect(
     check_seed(seed)
     check_writable(out)
     config = network.config
-    sequence = requested_sequence(config.diffusion, timesteps, skip_type)
+    sequence = solver.requested(config.diffusion, timesteps)
     chosen, stored = choose_steps(len(sequence), calib_steps)
     empty = np.zeros((len(stored), 0, *config.input_shape), np.float32)
     result = Trajectories(
         config,
         checkpoint.sha256,
-        skip_type,
+        solver,
         timesteps=sequence,
         seed=seed,
         steps=np.asarray(stored, np.int64),
@@ -60,7 +59,7 @@ def collect(
     part = out.with_name(out.name + ".part")
     result = _resume(part, result, num_samples)
     denoiser = trained.unquantized(network, checkpoint.params, sequence, device=device)
-    alpha_bar = alphas_cumprod(config.diffusion)
+    updates = solver.updates(config.diffusion, sequence)
     with progress_bar() as bar:
         task = bar.add_task("collect", total=num_samples * len(sequence), unit="passes")
         while (done := result.x.shape[1]) < num_samples:
@@ -73,7 +72,7 @@ def collect(
                     kept[row] = denoiser.to_host(x).copy()
                 bar.advance(task, n)
 
-            ddim_sample(denoiser, alpha_bar, ImageNoise(seed, indices, config.input_shape).draw(), on_pass=keep)
+            sample_trajectory(denoiser, updates, ImageNoise(seed, indices, config.input_shape).draw(), on_pass=keep)
             x = np.concatenate([result.x, np.stack([kept[step] for step in stored])], axis=1)
             result = replace(result, x=x)
             save_trajectories(part, result)
@@ -90,7 +89,8 @@ def _resume(part: Path, fresh: Trajectories, num_samples: int) -> Trajectories:
         old = load_trajectories(part, fresh.config, fresh.checkpoint_sha256)
     except InputError:
         return fresh
-    same = (old.timesteps, old.seed, old.steps.tolist(), old.chosen.tolist()) == (
+    same = (old.solver, old.timesteps, old.seed, old.steps.tolist(), old.chosen.tolist()) == (
+        fresh.solver,
         fresh.timesteps,
         fresh.seed,
         fresh.steps.tolist(),

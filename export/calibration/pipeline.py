@@ -19,7 +19,6 @@ from modiff_trt.core.files import load_arrays, save_arrays
 from modiff_trt.core.kinds import Mode, ScaleMethod
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.core.scales import Scales
-from modiff_trt.core.schedule import alphas_cumprod
 from modiff_trt.export.calibration.adaround import AdaRoundOptions
 from modiff_trt.export.calibration.reconstruct import Samples, Unit, WeightGrid, reconstruct
 from modiff_trt.export.calibration.residuals import learn_residual_scale, refit
@@ -33,7 +32,7 @@ from modiff_trt.networks.torch_ops import layer_weight
 from modiff_trt.networks.unet import Network
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.backends.torch_denoiser import full_precision
-from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.sampler import sample_trajectory
 
 ROUNDING_KIND, ROUNDING_SCHEMA = "rounding", 1
 # Trials run on noise that neither calibration (seed 1) nor the default sampling (seed 0) uses.
@@ -146,11 +145,12 @@ def refit_residuals(
         row = done + 1
 
     denoiser = trained.simulated(network, checkpoint.params, scales, device=device, on_layer=watch)
+    updates = scales.solver.updates(network.config.diffusion, scales.rows.timesteps)
     start = trajectories.x[0]
     for begin in range(0, len(start), batch_size):
         row, keep = 0, begin == 0
         x_start = start[begin : begin + batch_size]
-        ddim_sample(denoiser, alphas_cumprod(network.config.diffusion), x_start, on_pass=on_pass)
+        sample_trajectory(denoiser, updates, x_start, on_pass=on_pass)
     found = {name: h.scale(method, scales.layers[name].act_bits, recipe.percentile) for name, h in histograms.items()}
     if method == ScaleMethod.LEARNED:
         with progress_bar() as bar:

@@ -258,7 +258,7 @@ def make_scales(
         checkpoint.sha256,
         recipe.method,
         scale_method=recipe.scale_method,
-        skip_type=trajectories.skip_type,
+        solver=trajectories.solver,
         layers=layers,
         rows=rows,
         range_steps=trajectories.chosen,

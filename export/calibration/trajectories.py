@@ -14,19 +14,19 @@ import numpy as np
 from modiff_trt.core.config import Config, config_from_dict, config_to_dict, model_fingerprint
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import load_arrays, save_arrays
-from modiff_trt.core.kinds import SkipType
+from modiff_trt.core.solvers import Solver, solver_from_dict
 
-KIND, SCHEMA = "trajectories", 1
+KIND, SCHEMA = "trajectories", 2
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """`x` [S, N, C, H, W] float32 at the DDIM steps `steps` [S] (ascending indices into `timesteps`); `chosen` is the
+    """`x` [S, N, C, H, W] float32 at the steps `steps` [S] (ascending indices into `timesteps`); `chosen` is the
     subset that calibration looks at, each of which except step 0 has its predecessor in `steps`."""
 
     config: Config
     checkpoint_sha256: str
-    skip_type: SkipType
+    solver: Solver
     timesteps: tuple[int, ...]
     seed: int
     steps: np.ndarray[Any, np.dtype[np.int64]]
@@ -47,7 +47,7 @@ def save_trajectories(path: Path, trajectories: Trajectories) -> None:
         "schema": SCHEMA,
         "config": config_to_dict(trajectories.config),
         "checkpoint_sha256": trajectories.checkpoint_sha256,
-        "skip_type": trajectories.skip_type,
+        "solver": trajectories.solver.to_dict(),
         "timesteps": list(trajectories.timesteps),
         "seed": trajectories.seed,
     }
@@ -61,7 +61,7 @@ def load_trajectories(path: Path, config: Config, checkpoint_sha256: str) -> Tra
         result = Trajectories(
             config_from_dict(header["config"], str(path)),
             header["checkpoint_sha256"],
-            header["skip_type"],
+            solver_from_dict(header["solver"], f"trajectories file {path}"),
             timesteps=tuple(header["timesteps"]),
             seed=header["seed"],
             steps=arrays["steps"],
@@ -90,7 +90,7 @@ def _is_sound(found: Trajectories) -> bool:
     """Whether types, shapes and numbers are those of a trajectory file."""
     total, count = found.config.diffusion.num_diffusion_timesteps, len(found.timesteps)
     steps, chosen = found.steps, found.chosen
-    if not isinstance(found.skip_type, str) or type(found.seed) is not int:
+    if type(found.seed) is not int:
         return False
     if not count or not all(type(t) is int and 0 <= t < total for t in found.timesteps):
         return False

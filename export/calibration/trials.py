@@ -20,7 +20,7 @@ from modiff_trt.core.grid import grid_max
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.scales import Scales
-from modiff_trt.core.schedule import alphas_cumprod
+from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.residuals import refit
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import LayerState, QuantizedLayer
@@ -30,7 +30,7 @@ from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.images.noise import ImageNoise
-from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.sampler import sample_trajectory
 
 Report = Callable[[str], None]
 Array = np.ndarray[Any, Any]
@@ -49,13 +49,21 @@ class Trials:
     """Runs scales from fixed calibration noise and scores them by PSNR to FP32."""
 
     def __init__(
-        self, network: Network, checkpoint: Checkpoint, timesteps: tuple[int, ...], images: int, seed: int, device: str
+        self,
+        network: Network,
+        checkpoint: Checkpoint,
+        timesteps: tuple[int, ...],
+        solver: Solver,
+        *,
+        images: int,
+        seed: int,
+        device: str,
     ) -> None:
         self.network, self.checkpoint, self._device = network, checkpoint, device
-        self._alpha_bar = alphas_cumprod(network.config.diffusion)
+        self._updates = solver.updates(network.config.diffusion, timesteps)
         self._noise = ImageNoise(seed, range(images), network.config.input_shape).draw()
-        self._reference = ddim_sample(
-            trained.unquantized(network, checkpoint.params, timesteps, device=device), self._alpha_bar, self._noise
+        self._reference = sample_trajectory(
+            trained.unquantized(network, checkpoint.params, timesteps, device=device), self._updates, self._noise
         )
 
     def decibels(self, scales: Scales) -> float:
@@ -85,7 +93,7 @@ class Trials:
 
     def sample(self, denoiser: SimDenoiser) -> Array:
         """The final images, float32 [N, C, H, W]. Raises InputError where they are not finite."""
-        return ddim_sample(denoiser, self._alpha_bar, self._noise)
+        return sample_trajectory(denoiser, self._updates, self._noise)
 
     def against(self, samples: Array) -> float:
         """PSNR in dB of final images to FP32's."""

@@ -138,7 +138,7 @@ def _manifest(
     }
     if scales is not None:
         manifest |= {
-            "skip_type": scales.skip_type,
+            "solver": scales.solver.to_dict(),
             "timesteps": list(scales.rows.timesteps),
             "warmup": scales.rows.warmup,
             "modulated": list(scales.modulated),

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from modiff_trt.core.rows import plain_rows
+from modiff_trt.core.solvers import Solver
 from modiff_trt.networks.torch_ops import Params, run_unet, time_table
 from modiff_trt.networks.unet import Network
-from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser, update_coefficients
+from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
 from modiff_trt.runtime.denoiser import StateInfo
 
 
 class CompiledDenoiser(GraphedDenoiser):
     """FP16 on CUDA. The time biases come from the folded table, as in every backend here."""
 
-    def __init__(self, network: Network, params: Params, timesteps: tuple[int, ...], compiled: bool = True) -> None:
-        rows = plain_rows(timesteps)
+    def __init__(
+        self, network: Network, params: Params, timesteps: tuple[int, ...], solver: Solver, compiled: bool = True
+    ) -> None:
+        rows, updates = plain_rows(timesteps), solver.updates(network.config.diffusion, timesteps)
         table = time_table(network, {k: v.cuda() for k, v in params.items()})
         biases = torch.cat([values[torch.from_numpy(rows.t)] for values in table.values()], dim=1)
-        updates = torch.from_numpy(update_coefficients(network.config, rows).astype(np.float32)).cuda()
-        super().__init__(network.config, rows, torch.cat([biases, updates], dim=1), biases.shape[1], "cuda")
+        super().__init__(network.config, rows, biases, updates=updates, device="cuda")
         half = {k: _half(v) for k, v in params.items()}
         offsets, at = {}, 0
         for block, channels in network.time_channels.items():

@@ -1,4 +1,4 @@
-"""What device backends share: x on the device, a row counter, and a CUDA graph that is a whole DDIM step."""
+"""What device backends share: x on the device, a row counter, and a CUDA graph that is a whole step."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from torch import Tensor
 
 from modiff_trt.core.config import Config
 from modiff_trt.core.rows import RowTable
-from modiff_trt.core.schedule import alphas_cumprod, ddim_steps
+from modiff_trt.core.solvers import Updates
 from modiff_trt.runtime.denoiser import OnDone
 
+COLUMNS = ("x", "y", "b1", "p", "r", "b0")
 
-def update_coefficients(config: Config, rows: RowTable) -> np.ndarray[Any, Any]:
-    """float64 [rows, 2]: what x and eps are multiplied by in each pass's deterministic DDIM update; 1 and 0 in a warm-up."""
-    steps = ddim_steps(alphas_cumprod(config.diffusion), rows.timesteps, 0.0)
-    return np.asarray([(1.0, 0.0)] * rows.warmup + [(s.x_coef, s.eps_coef) for s in steps], np.float64)
+
+def update_columns(updates: Updates, warmup: int) -> Tensor:
+    """float32 [rows, 6]: the numbers of each row's update (COLUMNS, see `core.solvers`); a warm-up row leaves x alone."""
+    steps = np.stack([getattr(updates, name) for name in COLUMNS], axis=1)
+    idle = np.tile([1.0, 0, 0, 0, 0, 0], (warmup, 1))
+    return torch.from_numpy(np.concatenate([idle, steps]).astype(np.float32))
 
 
 class GraphedDenoiser(ABC):
     """A denoiser whose step runs without the host. `table` float32 [rows, W] has one vector for each pass, which a pass
-    finds in `self._row`; the coefficients of the update stand at `update_at`."""
+    finds at the start of `self._row`; behind it are the numbers of the row's update."""
 
-    def __init__(self, config: Config, rows: RowTable, table: Tensor, update_at: int, device: str) -> None:
-        self._config, self._rows, self._device = config, rows, torch.device(device)
-        self._table, self._update_at = table.to(self._device), update_at
-        self._row = torch.empty(table.shape[1], device=self._device)
+    def __init__(self, config: Config, rows: RowTable, table: Tensor, updates: Updates, device: str) -> None:
+        self._config, self._rows, self._updates, self._device = config, rows, updates, torch.device(device)
+        self._update_at = table.shape[1]
+        self._table = torch.cat([table.to(self._device), update_columns(updates, rows.warmup).to(self._device)], dim=1)
+        self._row = torch.empty(self._table.shape[1], device=self._device)
         self._counter = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._x = self._eps = torch.empty(0)
+        self._x = self._eps = self._before = torch.empty(0)
         self._batch = self._size = self._done = 0
         # By batch size.
         self._steps: dict[int, torch.cuda.CUDAGraph] = {}
@@ -40,6 +44,11 @@ class GraphedDenoiser(ABC):
     @property
     def rows(self) -> RowTable:
         return self._rows
+
+    @property
+    def updates(self) -> Updates:
+        """The numbers by which it moves x."""
+        return self._updates
 
     @property
     def refresh_every(self) -> int:
@@ -73,15 +82,17 @@ class GraphedDenoiser(ABC):
             # What fails here must not leave the old buffers behind with a new size.
             self._steps.clear()
             self._refreshes.clear()
-            self._x = self._eps = torch.empty(0)
+            self._x = self._eps = self._before = torch.empty(0)
             self._allocate(size)
             shape = (size, *self._config.input_shape)
             self._eps = torch.zeros(shape, device=self._device).contiguous(memory_format=torch.channels_last)
             self._x = torch.zeros_like(self._eps)
+            self._before = torch.zeros_like(self._eps) if self._updates.looks_back else self._before
         if self._device.type == "cuda" and size not in self._steps:
             self._capture(size)  # here, because the passes that this takes may then leave anything in the state
         self._batch, self._size, self._done = batch, size, 0
         self._x[:size].zero_()  # padding must not go on from where the last trajectory left it: it would grow without end
+        self._before[:size].zero_()
         self._begin(size)
         self._counter.zero_()
 
@@ -101,7 +112,7 @@ class GraphedDenoiser(ABC):
 
     @torch.no_grad()
     def trajectory(self, x_start: np.ndarray[Any, Any], on_done: OnDone | None = None) -> np.ndarray[Any, Any]:
-        """x_0 of deterministic DDIM (eta = 0) from x_T, float32 [N, C, H, W]: the passes of all rows, without host work. On
+        """x_0 from x_T, float32 [N, C, H, W]: the passes of all rows, without host work. On
         CUDA they are queued at once, so that `on_done` hears of them together."""
         self.begin(x_start)
         at_once = self._device.type == "cpu"
@@ -122,7 +133,7 @@ class GraphedDenoiser(ABC):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One pass and its DDIM update for the row that the counter names; the counter moves on. On CUDA a graph's replay, and
+        """One pass and the update of x for the row that the counter names; the counter moves on. On CUDA a graph's replay, and
         another's where a refresh is due."""
         self._done += 1
         due = self.refresh_every > 0 and self._done % self.refresh_every == 0 and self._done < len(self.rows)
@@ -143,8 +154,24 @@ class GraphedDenoiser(ABC):
         self._counter.add_(1)
         x, eps = self._x[:size], self._eps[:size]
         eps.copy_(self._predict(x))
-        update = self._row[self._update_at :]
-        x.mul_(update[0]).addcmul_(eps, update[1])
+        self._move(x, eps, self._before[:size])
+
+    def _move(self, x: Tensor, eps: Tensor, before: Tensor) -> None:
+        """x' in place (see `core.solvers`): one pass over x where x0 is neither clipped nor needed again."""
+        ahead, answer, back, p, r, b0 = self._row[self._update_at :]
+        clip = self._updates.clip
+        if clip is None and not self._updates.looks_back:
+            x.mul_(ahead).addcmul_(eps, answer)
+            return
+        x0 = torch.addcmul(x * p, eps, r)
+        x.mul_(ahead).addcmul_(eps, answer)
+        if clip is not None:
+            clipped = x0.clamp(-clip, clip)
+            x.addcmul_(clipped - x0, b0)
+            x0 = clipped
+        if self._updates.looks_back:
+            x.addcmul_(before, back)
+            before.copy_(x0)
 
     def _capture(self, size: int) -> None:
         """Runs the step, and the refresh if there is one, once to compile and tune, and captures them. Leaves state, x and the

@@ -3,19 +3,18 @@
 import numpy as np
 import pytest
 
-from modiff_trt.core.schedule import alphas_cumprod
 from modiff_trt.export.calibration.static import measure_ranges
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser, full_precision
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.images.noise import ImageNoise
-from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.sampler import sample_trajectory
 
 pytestmark = pytest.mark.gpu
 
 
 def sample(case, denoiser):
     x = ImageNoise(0, range(4), case.network.config.input_shape).draw()
-    return ddim_sample(denoiser, alphas_cumprod(case.network.config.diffusion), x)
+    return sample_trajectory(denoiser, case.updates(), x)
 
 
 def test_full_precision_agrees(demo):

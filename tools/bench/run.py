@@ -56,7 +56,7 @@ def candidates(
         return exported.tensorrt(plan, steps)
 
     known: dict[str, Make] = {
-        "torch-fp16-compiled": lambda: trained.compiled_fp16(network, params, steps),
+        "torch-fp16-compiled": lambda: trained.compiled_fp16(network, params, steps, scales.solver),
         "torch-fp32": lambda: trained.unquantized(network, params, steps, device=device),
         "torch-bf16": lambda: trained.unquantized(network, params, steps, device=device, dtype=torch.bfloat16),
         "torch-sim": lambda: trained.simulated(network, params, scales, device=device),

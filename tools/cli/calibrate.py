@@ -119,7 +119,15 @@ def calibrate(
             network, checkpoint, stored, scales=scales, recipe=recipe, batch_size=batch_size, device=device
         )
     if scales.modulated and (search != Search.NONE or auto):
-        trials = Trials(network, checkpoint, scales.rows.timesteps, images=trial_images, seed=TRIAL_SEED, device=device)
+        trials = Trials(
+            network,
+            checkpoint,
+            scales.rows.timesteps,
+            solver=scales.solver,
+            images=trial_images,
+            seed=TRIAL_SEED,
+            device=device,
+        )
         tried = PERCENTILES if search != Search.NONE else ()
         candidates = {
             p: residual_scales(network, on_device, stored, ranges=ranges, recipe=recipe, scales=scales, percentile=p)

@@ -7,16 +7,33 @@ from typing import Annotated
 
 import typer
 
-from modiff_trt.core.kinds import SkipType
-from modiff_trt.tools.cli.options import BatchSize, Ckpt, Config, Device, Seed, Weights
+from modiff_trt.tools.cli.options import (
+    BatchSize,
+    Ckpt,
+    ClipSample,
+    Config,
+    Device,
+    FinalAlphaName,
+    PredictionName,
+    Seed,
+    SolverName,
+    SpacingName,
+    StepsOffset,
+    Weights,
+)
 
 
 def collect(
     config: Config,
     ckpt: Ckpt,
     out: Annotated[Path, typer.Option(help="trajectory file to write (.safetensors)")],
-    timesteps: Annotated[int, typer.Option(help="DDIM steps")] = 100,
-    skip_type: Annotated[SkipType, typer.Option(help="spacing of the timesteps")] = SkipType.QUAD,
+    timesteps: Annotated[int, typer.Option(help="steps of the solver")] = 100,
+    solver: SolverName = None,
+    spacing: SpacingName = None,
+    prediction: PredictionName = None,
+    clip_sample: ClipSample = None,
+    steps_offset: StepsOffset = None,
+    final_alpha: FinalAlphaName = None,
     num_samples: Annotated[int, typer.Option(help="calibration images")] = 16,
     calib_steps: Annotated[int, typer.Option(help="steps to keep, spread evenly; each with the step before it")] = 20,
     seed: Seed = 1,
@@ -24,9 +41,10 @@ def collect(
     weights: Weights = None,
     device: Device = "cpu",
 ) -> None:
-    """Run full-precision DDIM and store the trajectories that calibration needs."""
+    """Sample in full precision and store the trajectories that calibration needs."""
+    from modiff_trt.core.solvers import Solver
     from modiff_trt.export.calibration.collecting import collect as run
-    from modiff_trt.runtime.backends.registry.options import check_device, load_model
+    from modiff_trt.runtime.backends.registry.options import SolverOptions, check_device, load_model
 
     network, checkpoint = load_model(config, ckpt, weights)
     if checkpoint.description:
@@ -35,7 +53,9 @@ def collect(
         network,
         checkpoint,
         timesteps=timesteps,
-        skip_type=skip_type,
+        solver=SolverOptions(
+            solver, spacing, prediction, clip_sample=clip_sample, steps_offset=steps_offset, final_alpha=final_alpha
+        ).over(Solver()),
         num_samples=num_samples,
         calib_steps=calib_steps,
         seed=seed,

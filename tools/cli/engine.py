@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.core.kinds import SkipType
-from modiff_trt.tools.cli.options import Seed
+from modiff_trt.tools.cli.options import ClipSample, FinalAlphaName, PredictionName, Seed, SolverName, SpacingName, StepsOffset
 
 
 def build(
@@ -94,14 +93,29 @@ def package(
     onnx: Annotated[Path, typer.Option(help="file written by `export`")],
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="new folder for the sampler")],
     plan: Annotated[Path | None, typer.Option(help="plan built from it, for `modiff-sampler --device cuda`")] = None,
-    timesteps: Annotated[int, typer.Option(help="DDIM steps, for float networks; quantized ones carry theirs")] = 100,
-    skip_type: Annotated[SkipType, typer.Option(help="spacing of the timesteps, for float networks")] = SkipType.QUAD,
+    timesteps: Annotated[int, typer.Option(help="steps, for float networks; quantized ones carry theirs")] = 100,
+    solver: SolverName = None,
+    spacing: SpacingName = None,
+    prediction: PredictionName = None,
+    clip_sample: ClipSample = None,
+    steps_offset: StepsOffset = None,
+    final_alpha: FinalAlphaName = None,
 ) -> None:
     """Write a folder that samples by itself: the network, and a launcher that needs neither torch nor this project."""
+    from modiff_trt.core.solvers import Solver
+    from modiff_trt.runtime.backends.registry.options import SolverOptions
     from modiff_trt.tools.package.packing import LAUNCHER, REQUIREMENTS
     from modiff_trt.tools.package.packing import package as pack
 
-    written = pack(onnx, out, timesteps, skip_type, plan)
+    written = pack(
+        onnx,
+        out,
+        timesteps,
+        solver=SolverOptions(
+            solver, spacing, prediction, clip_sample=clip_sample, steps_offset=steps_offset, final_alpha=final_alpha
+        ).over(Solver()),
+        plan=plan,
+    )
     size = sum(path.stat().st_size for path in written) / 1e6
     typer.echo(f"{out}: {size:.1f} MB; pip install -r {out}/requirements.txt ({len(REQUIREMENTS)} packages), then")
     typer.echo(f"  {out}/{LAUNCHER} -n 64 --seed 0 -o images/")

@@ -8,8 +8,18 @@ from typing import Annotated
 import typer
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.core.kinds import SkipType
-from modiff_trt.tools.cli.options import BatchSize, Device, Seed, Weights
+from modiff_trt.tools.cli.options import (
+    BatchSize,
+    ClipSample,
+    Device,
+    FinalAlphaName,
+    PredictionName,
+    Seed,
+    SolverName,
+    SpacingName,
+    StepsOffset,
+    Weights,
+)
 
 
 def sample(
@@ -20,8 +30,13 @@ def sample(
     scales: Annotated[Path | None, typer.Option(help="scales file, for torch-sim and native")] = None,
     onnx: Annotated[Path | None, typer.Option(help="exported file, for onnx")] = None,
     plan: Annotated[Path | None, typer.Option(help="built plan, for trt")] = None,
-    timesteps: Annotated[int | None, typer.Option(help="DDIM steps (100, or what the scales were made for)")] = None,
-    skip_type: Annotated[SkipType | None, typer.Option(help="spacing of the timesteps (quad)")] = None,
+    timesteps: Annotated[int | None, typer.Option(help="steps (100, or what the scales were made for)")] = None,
+    solver: SolverName = None,
+    spacing: SpacingName = None,
+    prediction: PredictionName = None,
+    clip_sample: ClipSample = None,
+    steps_offset: StepsOffset = None,
+    final_alpha: FinalAlphaName = None,
     eta: Annotated[float, typer.Option(help="0: deterministic, 1: as noisy as DDPM")] = 0.0,
     modulate: Annotated[bool, typer.Option(help="keep MoDiff state; off: plain Q-Diffusion")] = True,
     num_samples: Annotated[int | None, typer.Option(help="number of images (16)")] = None,
@@ -39,8 +54,8 @@ def sample(
     batch_size: BatchSize = 8,
     device: Device = "cpu",
 ) -> None:
-    """Sample images with DDIM."""
-    from modiff_trt.runtime.backends.registry.options import SamplingOptions, load_backend
+    """Sample images."""
+    from modiff_trt.runtime.backends.registry.options import SamplingOptions, SolverOptions, load_backend
     from modiff_trt.runtime.sampling import image_range, run_sampling
 
     if num_samples is not None and seeds is not None:
@@ -53,7 +68,9 @@ def sample(
         scales=scales,
         onnx=onnx,
         timesteps=timesteps,
-        skip_type=skip_type,
+        solver=SolverOptions(
+            solver, spacing, prediction, clip_sample=clip_sample, steps_offset=steps_offset, final_alpha=final_alpha
+        ),
         modulate=modulate,
         device=device,
         dtype=dtype,

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from modiff_trt.core.errors import InputError, one_line
 from modiff_trt.core.files import read_signed
+from modiff_trt.core.solvers import solver_from_dict
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
 from modiff_trt.runtime.backends.plan import load_plan
 from modiff_trt.runtime.backends.registry.exported import onnx_backend, plan_backend
@@ -29,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Samples, and returns the exit code: 2 for bad input, with one line that says what is wrong."""
-    parser = _Parser(prog="modiff-sampler", description="Sample images with DDIM from a deployed INT8 network.")
+    parser = _Parser(prog="modiff-sampler", description="Sample images from a deployed INT8 network.")
     parser.add_argument("-n", "--num-samples", type=int, default=16, help="number of images (16)")
     parser.add_argument("--seeds", help="a-b: images a to b of the series of --seed, instead of the first ones")
     parser.add_argument("-o", "--out", "--output-dir", type=Path, required=True, help="FILE.npz, or a folder for PNG files")
@@ -71,13 +72,13 @@ def _backend(folder: Path, device: str) -> Backend:
         raise InputError(f"{network} is not the network of this sampler; deploy it again")
     if not all(0 <= step < model.config.diffusion.num_diffusion_timesteps for step in steps):
         raise InputError(f"{folder / ABOUT} names timesteps that the network does not have; deploy it again")
-    rows = model.calibrated_rows
+    rows, solver = model.calibrated_rows, solver_from_dict(about.get("solver"), str(folder / ABOUT))
     timesteps = rows.timesteps if rows is not None else tuple(steps)
-    return onnx_backend(model, timesteps, device)
+    return onnx_backend(model, timesteps, solver, device=device)
 
 
 def _engine(file: Path, about: dict[str, Any]) -> Backend:
     plan = load_plan(file)
     if plan.manifest["onnx_sha256"] != about["onnx_sha256"]:
         raise InputError(f"{file} is not the plan of this sampler; deploy it again")
-    return plan_backend(plan, tuple(about["timesteps"]))
+    return plan_backend(plan, tuple(about["timesteps"]), solver_from_dict(about.get("solver"), str(file.parent / ABOUT)))

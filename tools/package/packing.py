@@ -13,8 +13,7 @@ from typing import Any
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import sha256, unwritable, write_signed
-from modiff_trt.core.kinds import SkipType
-from modiff_trt.core.schedule import requested_sequence
+from modiff_trt.core.solvers import Solver, solver_from_dict
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
 from modiff_trt.runtime.backends.plan import Plan, load_plan
 from modiff_trt.tools.package.deployed import ABOUT, NETWORK, PLAN
@@ -42,22 +41,24 @@ sys.exit(main())
 """
 
 
-def package(onnx: Path, out: Path, timesteps: int, skip_type: SkipType, plan: Path | None = None) -> list[Path]:
+def package(onnx: Path, out: Path, timesteps: int, solver: Solver, plan: Path | None = None) -> list[Path]:
     """Writes the folder `out` and returns its files; with `plan`, one built from `onnx`, it samples with TensorRT too.
 
-    `timesteps` and `skip_type` are for float networks: quantized ones carry theirs. Raises InputError for a file that was not
+    `timesteps` and `solver` are for float networks: quantized ones carry theirs. Raises InputError for a file that was not
     exported by this program, or a folder that is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not an empty folder; choose a new one")
     model = load_onnx(onnx)
     rows = model.calibrated_rows
-    steps = rows.timesteps if rows is not None else requested_sequence(model.config.diffusion, timesteps, skip_type)
+    steps = rows.timesteps if rows is not None else solver.requested(model.config.diffusion, timesteps)
+    if rows is not None:
+        solver = solver_from_dict(model.manifest["solver"], str(onnx))
     engine = load_plan(plan) if plan is not None else None
     if engine is not None and engine.manifest["onnx_sha256"] != model.sha256:
         raise InputError(f"{plan} was not built from {onnx}; build it again")
     try:
-        about = {"onnx_sha256": model.sha256, "timesteps": list(steps), "network": model.manifest}
+        about = {"onnx_sha256": model.sha256, "timesteps": list(steps), "solver": solver.to_dict(), "network": model.manifest}
         return _write(onnx, engine, out, about=about)
     except OSError as error:
         raise unwritable(out, error) from None

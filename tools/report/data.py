@@ -11,13 +11,12 @@ import numpy as np
 from modiff_trt.core.manifest import quantization
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.core.scales import Scales
-from modiff_trt.core.schedule import alphas_cumprod
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.unet import Network
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.images.noise import ImageNoise
-from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.sampler import sample_trajectory
 from modiff_trt.tools.evaluation.measures import method_name
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
@@ -70,7 +69,7 @@ def compare(network: Network, checkpoint: Checkpoint, scales: Scales, images: in
         _name(scales): lambda: trained.simulated(network, params, scales, device=device),
     }
     start = ImageNoise(seed, range(images), network.config.input_shape).draw()
-    alpha_bar = alphas_cumprod(network.config.diffusion)
+    updates = scales.solver.updates(network.config.diffusion, steps)
     traces = []
     with progress_bar() as bar:
         task = bar.add_task("trace", total=len(made) * len(steps), unit="steps")
@@ -83,6 +82,6 @@ def compare(network: Network, checkpoint: Checkpoint, scales: Scales, images: in
                     to.append((of.to_host(x), of.to_host(eps)))
                     bar.advance(task)
 
-            samples = ddim_sample(denoiser, alpha_bar, start, on_pass=keep)
+            samples = sample_trajectory(denoiser, updates, start, on_pass=keep)
             traces.append(Trace(name, samples, np.stack([x for x, _ in kept]), eps=np.stack([eps for _, eps in kept])))
     return Comparison(steps, tuple(traces))

@@ -21,7 +21,7 @@ def print_table(scales: Scales, network: Network) -> None:
     grids = {Granularity.STATIC: "static", Granularity.TENSOR: "LTQ", Granularity.CHANNEL: "LCQ"}[scales.granularity]
     recipe = f"{scales.method}, {grids} grids ({scales.scale_method}){', dither' if scales.dither else ''}"
     split = ", skip halves apart" if any(layer.skip_ratio != 1 for layer in scales.layers.values()) else ""
-    steps = f"{len(scales.rows.timesteps)} {scales.skip_type} steps, {len(scales.rows)} passes"
+    steps = f"{len(scales.rows.timesteps)} {scales.solver.kind} {scales.solver.spacing} steps, {len(scales.rows)} passes"
     table = Table(title=f"{recipe}{split}; {steps}; checkpoint {scales.checkpoint_sha256[:8]}, file {scales.file_sha256[:8]}")
     for heading in (
         "layer",

@@ -12,7 +12,7 @@ goes on from there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,21 +24,22 @@ import typer
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import read_json, write_json
 from modiff_trt.core.grid import grid_max
-from modiff_trt.core.kinds import Method, Mode, SkipType
+from modiff_trt.core.kinds import Method, Mode, Spacing
 from modiff_trt.core.rows import rows_after
 from modiff_trt.core.scales import Scales, load_scales, save_scales
+from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.adaround import AdaRoundOptions
 from modiff_trt.export.calibration.collecting import collect
 from modiff_trt.export.calibration.pipeline import TRIAL_SEED, learn_weights, measure, residual_scales
 from modiff_trt.export.calibration.static import Recipe, make_scales
 from modiff_trt.export.calibration.trials import PERCENTILES, Trials, search_rows, search_scales
-from modiff_trt.networks.modulated import LayerState, QuantizedLayer, State, implied_o_hat, integer_product
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.backends.registry.options import check_device, load_model
-from modiff_trt.runtime.backends.torch_denoiser import BetweenPasses, SimDenoiser
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.tools.provenance import provenance
 from modiff_trt.tools.research.refusals import refuses_bad_input
+from modiff_trt.tools.research.states import offset_between, rounded_between
 
 PARTS = "methods,scales,rows,starts,weights"
 METHODS = {
@@ -56,40 +57,6 @@ SCALE_RECIPES: dict[str, dict[str, Any]] = {
     "MSE": {"scale_method": "mse", "weight_scale_method": "mse"},
     **{f"percentile {100 * p:g}": {"scale_method": "percentile", "percentile": p} for p in PERCENTILES},
 }
-
-
-def offset_between(width: float, every: bool = False) -> BetweenPasses:
-    """Adds a seeded uniform offset of +-`width` grid steps to a_hat, and its image under the layer to o_hat: after the first
-    pass only, or with `every` before each later pass too."""
-
-    def change(row: int, layers: Mapping[str, QuantizedLayer], state: State) -> State:
-        if row > 1 and not every:
-            return state
-        generator = torch.Generator(next(iter(state.values())).a_hat.device).manual_seed(row)
-        return {name: _moved(layers[name], part, width, generator=generator) for name, part in state.items()}
-
-    return change
-
-
-def _moved(layer: QuantizedLayer, state: LayerState, width: float, generator: torch.Generator) -> LayerState:
-    uniform = torch.rand(state.a_hat.shape, generator=generator, device=generator.device) * 2 - 1
-    offset = uniform * width * layer.scale
-    return LayerState(state.a_hat + offset, state.o_hat + integer_product(layer, offset))
-
-
-def rounded_between(a_hat: torch.dtype, o_hat: torch.dtype, refresh: int = 0) -> BetweenPasses:
-    """Keeps the state between passes in narrower types, and every `refresh` passes recomputes o_hat from a_hat."""
-
-    def change(row: int, layers: Mapping[str, QuantizedLayer], state: State) -> State:
-        changed = {}
-        for name, part in state.items():
-            counts, sums = part.a_hat.to(a_hat).to(part.a_hat.dtype), part.o_hat
-            if refresh and row % refresh == 0:
-                sums = implied_o_hat(layers[name], counts)
-            changed[name] = LayerState(counts, sums.to(o_hat).to(sums.dtype))
-        return changed
-
-    return change
 
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -167,7 +134,7 @@ class Study:
         device: str,
         out: Path,
         deadline: float,
-        skip_type: SkipType = SkipType.QUAD,
+        skip_type: Spacing = Spacing.QUAD,
     ) -> None:
         self.network, self.checkpoint = load_model(config, ckpt)
         self.device, self.out = check_device(device), out
@@ -177,7 +144,7 @@ class Study:
             self.network,
             self.checkpoint,
             timesteps=timesteps,
-            skip_type=skip_type,
+            solver=Solver(spacing=skip_type),
             num_samples=calibration_images,
             calib_steps=20,
             seed=1,
@@ -189,7 +156,15 @@ class Study:
         params = {key: value.to(device) for key, value in self.checkpoint.params.items()}
         self._on_device = replace(self.checkpoint, params=params)
         self.ranges = measure(self.network, self.checkpoint, self.trajectories, 64, device)
-        self._trials = Trials(self.network, self.checkpoint, self.trajectories.timesteps, images=images, seed=0, device=device)
+        self._trials = Trials(
+            self.network,
+            self.checkpoint,
+            self.trajectories.timesteps,
+            solver=self.trajectories.solver,
+            images=images,
+            seed=0,
+            device=device,
+        )
         self.figures: dict[str, Any] = read_json(out, "study") if out.exists() else {}
         settings = {
             "checkpoint_sha256": self.checkpoint.sha256,
@@ -293,7 +268,13 @@ class Study:
     def rows(self, bits: list[int]) -> None:
         """Min-max grids, against static grids and then a grid for every row, found by trial on other noise."""
         trials = Trials(
-            self.network, self.checkpoint, self.trajectories.timesteps, images=16, seed=TRIAL_SEED, device=self.device
+            self.network,
+            self.checkpoint,
+            self.trajectories.timesteps,
+            solver=self.trajectories.solver,
+            images=16,
+            seed=TRIAL_SEED,
+            device=self.device,
         )
         for b in bits:
             recipe = Recipe(act_bits=b)
@@ -342,7 +323,7 @@ def main(
     ckpt: Annotated[Path, typer.Option(help="trained weights")],
     out: Annotated[Path, typer.Option(help="JSON file to write")],
     timesteps: Annotated[int, typer.Option(help="DDIM steps")] = 50,
-    skip_type: Annotated[SkipType, typer.Option(help="spacing of the timesteps")] = SkipType.QUAD,
+    skip_type: Annotated[Spacing, typer.Option(help="spacing of the timesteps")] = Spacing.QUAD,
     images: Annotated[int, typer.Option(help="images compared")] = 16,
     calibration_images: Annotated[int, typer.Option(help="images calibrated on")] = 16,
     parts: Annotated[str, typer.Option(help="comma-separated, of methods, scales, rows, starts, state, weights")] = PARTS,

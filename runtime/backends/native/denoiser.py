@@ -37,7 +37,8 @@ class NativeDenoiser(GraphedDenoiser):
 
     def __init__(self, network: Network, params: Params, scales: Scales, kernels: Kernels, device: str) -> None:
         self._model = _to_device(build(network, params, scales), device, kernels)
-        super().__init__(network.config, scales.rows, self._model.table, update_at=self._model.update_at, device=device)
+        updates = scales.solver.updates(network.config.diffusion, scales.rows.timesteps)
+        super().__init__(network.config, scales.rows, self._model.table, updates=updates, device=device)
         self._kernels = kernels
         self._shared = shared_accumulators(self._model.layers)
         self._start = self._starts()

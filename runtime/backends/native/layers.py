@@ -18,7 +18,6 @@ from modiff_trt.networks.torch_ops import Params, layer_bias, layer_weight, time
 from modiff_trt.networks.unet import LayerSpec, Network
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX
-from modiff_trt.runtime.backends.graphed_denoiser import update_coefficients
 
 # Tensor cores read and write channels in groups of 16; our own convolution, which alone knows a step for each image, reads 32.
 ALIGN, ALIGN_DYNAMIC = 16, CHANNELS
@@ -65,8 +64,7 @@ class NativeModel:
     """A network ready for the native kernels.
 
     `table` float32 [rows, W] has one vector for each pass: grids and epilogue scales of all layers, the time biases of all
-    blocks (offsets in `time_at`), and at `update_at` the two DDIM coefficients (1 and 0 in a warm-up row). `start` has
-    (state int16 [H*W, C], of an upsampled input at the
+    blocks (offsets in `time_at`). `start` has (state int16 [H*W, C], of an upsampled input at the
     source's size, and o_hat float32 [P*Q, K']) for each modulated layer.
     """
 
@@ -76,7 +74,6 @@ class NativeModel:
     norms: Mapping[str, Tensor]
     table: Tensor
     time_at: Mapping[str, int]
-    update_at: int
     start: Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -145,10 +142,9 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         block: append(values[torch.from_numpy(scales.rows.t)].double().numpy())
         for block, values in time_table(network, params).items()
     }
-    update_at = append(update_coefficients(network.config, scales.rows))
     norms = {key: params[key].float() for name in network.norms for key in (f"{name}.weight", f"{name}.bias")}
-    table = torch.from_numpy(np.concatenate(columns, axis=1))
-    return NativeModel(network, scales, layers, norms=norms, table=table, time_at=times, update_at=update_at, start=start)
+    table = torch.from_numpy(np.concatenate([np.zeros((rows, 0), np.float32), *columns], axis=1))
+    return NativeModel(network, scales, layers, norms=norms, table=table, time_at=times, start=start)
 
 
 def _grid(scales: Scales, layer: QuantizedLayer, largest: float) -> tuple[float, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from modiff_trt.core.solvers import Solver
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, OnnxModel
 from modiff_trt.runtime.backends.plan import Plan
 from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser
@@ -18,14 +19,14 @@ def tensorrt(plan: Plan, timesteps: tuple[int, ...], gpu: int = 0) -> TrtDenoise
     return TrtDenoiser(plan, timesteps, gpu=gpu)
 
 
-def onnx_backend(model: OnnxModel, timesteps: tuple[int, ...], device: str) -> Backend:
+def onnx_backend(model: OnnxModel, timesteps: tuple[int, ...], solver: Solver, device: str) -> Backend:
     """onnxruntime on an exported file; `timesteps` are those of its rows, or of the trajectory for a float network."""
-    manifest = {"backend": "onnx", "onnx_sha256": model.sha256, **exported(model.manifest, timesteps)}
-    return Backend(onnxruntime(model, timesteps, device), model.config, manifest)
+    manifest = {"backend": "onnx", "onnx_sha256": model.sha256, **exported(model.manifest, timesteps, solver)}
+    return Backend(onnxruntime(model, timesteps, device), model.config, solver, manifest)
 
 
-def plan_backend(plan: Plan, timesteps: tuple[int, ...]) -> Backend:
+def plan_backend(plan: Plan, timesteps: tuple[int, ...], solver: Solver) -> Backend:
     """TensorRT on a plan, on this process' GPU. Raises InputError for a plan that this machine cannot run."""
     manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"]}
-    manifest |= exported(plan.manifest["network"], timesteps)
-    return Backend(tensorrt(plan, timesteps, gpu=Rank.of_environment().local), plan.config, manifest)
+    manifest |= exported(plan.manifest["network"], timesteps, solver)
+    return Backend(tensorrt(plan, timesteps, gpu=Rank.of_environment().local), plan.config, solver, manifest)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from modiff_trt.core.config import Config, load_config, model_fingerprint
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import sha256
-from modiff_trt.core.kinds import UNQUANTIZED, Granularity, Method, SkipType
+from modiff_trt.core.kinds import UNQUANTIZED, FinalAlpha, Granularity, Method, Prediction, SolverKind, Spacing
 from modiff_trt.core.manifest import quantization
+from modiff_trt.core.rows import RowTable
 from modiff_trt.core.scales import load_scales
-from modiff_trt.core.schedule import requested_sequence, timestep_sequence
+from modiff_trt.core.solvers import Solver, solver_from_dict
 from modiff_trt.networks.checkpoint import RAW_SUFFIX, Checkpoint, load_checkpoint
 from modiff_trt.networks.unet import Network, trace
 from modiff_trt.runtime.denoiser import Denoiser
@@ -24,7 +25,26 @@ log = logging.getLogger(__name__)
 TORCH_BACKENDS = ("torch", "torch-sim", "native")
 BACKENDS = ("torch", "torch-sim", "onnx", "native", "trt")
 DEFAULT_TIMESTEPS = 100
-DEFAULT_SKIP_TYPE = SkipType.QUAD
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """The options that decide a solver; None is 'not given'."""
+
+    kind: SolverKind | None = None
+    spacing: Spacing | None = None
+    prediction: Prediction | None = None
+    clip_sample: float | None = None
+    steps_offset: int | None = None
+    final_alpha: FinalAlpha | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def over(self, solver: Solver) -> Solver:
+        """The solver with what was given in place of its own."""
+        return replace(solver, **self.given)
 
 
 @dataclass(frozen=True)
@@ -37,7 +57,7 @@ class SamplingOptions:
     scales: Path | None = None
     onnx: Path | None = None
     timesteps: int | None = None
-    skip_type: SkipType | None = None
+    solver: SolverOptions = field(default_factory=SolverOptions)
     modulate: bool = True
     device: str = "cpu"
     dtype: str = "fp32"
@@ -118,24 +138,26 @@ def _torch_backend(options: SamplingOptions) -> Backend:
         _refuse(options.scales, "--scales", "torch")
         if not options.modulate:
             raise InputError("--no-modulate is for quantized networks; leave it out with --backend torch")
-        timesteps = _sequence(options, config)
+        solver = options.solver.over(Solver())
+        timesteps = _sequence(options, config, solver)
         denoiser: Denoiser
         if options.dtype == "fp32" and not options.compile:
             denoiser = trained.unquantized(network, checkpoint.params, timesteps, device=device)
         elif options.dtype == "fp16" and device == "cuda":
-            denoiser = trained.compiled_fp16(network, checkpoint.params, timesteps, compiled=options.compile)
+            denoiser = trained.compiled_fp16(network, checkpoint.params, timesteps, solver=solver, compiled=options.compile)
         else:
             raise InputError("--compile goes with --dtype fp16, and both with --device cuda")
         made = {
             "quantization": quantization(UNQUANTIZED, Granularity.STATIC, {}),
             "dtype": options.dtype,
             "timesteps": list(timesteps),
+            "solver": solver.to_dict(),
         }
-        return Backend(denoiser, config, manifest | made)
+        return Backend(denoiser, config, solver, manifest | made)
     if options.scales is None:
         raise InputError(f"--backend {options.backend} needs --scales FILE; make one with `modiff-trt calibrate`")
     scales = load_scales(options.scales, network, checkpoint.sha256)
-    _check_steps(options, config, scales.rows.timesteps, skip_type=scales.skip_type, source=options.scales)
+    _check_steps(options, config, scales.rows.timesteps, solver=scales.solver, source=options.scales)
     if not options.modulate:
         scales = scales.without_modulation()
     if options.backend == "native":
@@ -149,8 +171,9 @@ def _torch_backend(options: SamplingOptions) -> Backend:
         "modulate": options.modulate,
         "quantization": quantization(scales.method, scales.granularity, scales.layer_table()),
         "timesteps": list(scales.rows.timesteps),
+        "solver": scales.solver.to_dict(),
     }
-    return Backend(denoiser, config, manifest)
+    return Backend(denoiser, config, scales.solver, manifest)
 
 
 def _onnx_backend(options: SamplingOptions) -> Backend:
@@ -167,13 +190,10 @@ def _onnx_backend(options: SamplingOptions) -> Backend:
         raise InputError(f"{options.onnx} was exported from another checkpoint than --ckpt; leave --ckpt out")
     if not options.modulate and model.manifest["method"] == Method.MODIFF:
         raise InputError("--no-modulate is decided at export; run `modiff-trt export --no-modulate` and sample from that file")
-    rows = model.calibrated_rows
-    if rows is None:
-        timesteps = _sequence(options, model.config)
-    else:
-        timesteps = rows.timesteps
-        _check_steps(options, model.config, timesteps, skip_type=SkipType(model.manifest["skip_type"]), source=options.onnx)
-    return onnx_backend(model, timesteps, options.device)
+    timesteps, solver = _exported_sequence(
+        options, model.config, model.manifest, rows=model.calibrated_rows, source=options.onnx
+    )
+    return onnx_backend(model, timesteps, solver, device=options.device)
 
 
 def _trt_backend(options: SamplingOptions) -> Backend:
@@ -190,15 +210,23 @@ def _trt_backend(options: SamplingOptions) -> Backend:
     ):
         _refuse(value, option, "trt, whose plan carries it")
     plan = load_plan(options.plan)
-    network, rows = plan.manifest["network"], plan.calibrated_rows
+    network = plan.manifest["network"]
     if not options.modulate and network["method"] == Method.MODIFF:
         raise InputError("--no-modulate is decided at export; run `modiff-trt export --no-modulate` and build from that file")
+    timesteps, solver = _exported_sequence(options, plan.config, network, rows=plan.calibrated_rows, source=options.plan)
+    return plan_backend(plan, timesteps, solver)
+
+
+def _exported_sequence(
+    options: SamplingOptions, config: Config, manifest: dict[str, Any], rows: RowTable | None, source: Path
+) -> tuple[tuple[int, ...], Solver]:
+    """Timesteps and solver of an exported network: its own, or for one in float those that the options ask for."""
     if rows is None:
-        timesteps = _sequence(options, plan.config)
-    else:
-        timesteps = rows.timesteps
-        _check_steps(options, plan.config, timesteps, skip_type=SkipType(network["skip_type"]), source=options.plan)
-    return plan_backend(plan, timesteps)
+        solver = options.solver.over(Solver())
+        return _sequence(options, config, solver), solver
+    solver = solver_from_dict(manifest["solver"], str(source))
+    _check_steps(options, config, rows.timesteps, solver=solver, source=source)
+    return rows.timesteps, solver
 
 
 def _refuse(value: Path | None, option: str, backend: str) -> None:
@@ -206,22 +234,18 @@ def _refuse(value: Path | None, option: str, backend: str) -> None:
         raise InputError(f"{option} does not go with --backend {backend}; leave it out")
 
 
-def _sequence(options: SamplingOptions, config: Config) -> tuple[int, ...]:
-    steps = options.timesteps if options.timesteps is not None else DEFAULT_TIMESTEPS
-    return requested_sequence(config.diffusion, steps, options.skip_type or DEFAULT_SKIP_TYPE)
+def _sequence(options: SamplingOptions, config: Config, solver: Solver) -> tuple[int, ...]:
+    return solver.requested(config.diffusion, options.timesteps if options.timesteps is not None else DEFAULT_TIMESTEPS)
 
 
-def _check_steps(
-    options: SamplingOptions, config: Config, calibrated: tuple[int, ...], skip_type: SkipType, source: Path
-) -> None:
+def _check_steps(options: SamplingOptions, config: Config, calibrated: tuple[int, ...], solver: Solver, source: Path) -> None:
     """Scales hold for the steps that they were calibrated on: a residual depends on how far apart two steps are."""
-    if options.timesteps is None and options.skip_type is None:
+    wanted = options.solver.over(solver)
+    if wanted == solver and options.timesteps is None:
         return
     steps = options.timesteps if options.timesteps is not None else len(calibrated)
-    if options.timesteps is None and options.skip_type == skip_type:
-        return
-    if timestep_sequence(config.diffusion, steps, options.skip_type or skip_type) != calibrated:
+    if wanted != solver or solver.timesteps(config.diffusion, steps) != calibrated:
         raise InputError(
-            f"{source} was calibrated for {len(calibrated)} {skip_type} steps; leave --timesteps and --skip-type out, "
-            "or calibrate for the steps you want"
+            f"{source} was calibrated for {solver.describe(len(calibrated))}; leave these options out, or calibrate for "
+            f"others: `modiff-trt collect {wanted.describe(steps)} ...`, then `calibrate`"
         )

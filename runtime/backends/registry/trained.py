@@ -8,6 +8,7 @@ import torch
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.scales import Scales
+from modiff_trt.core.solvers import Solver
 from modiff_trt.networks.torch_ops import Params
 from modiff_trt.networks.unet import Network
 
@@ -31,13 +32,15 @@ def unquantized(
     return TorchDenoiser(network, params, timesteps, device=device, dtype=dtype)
 
 
-def compiled_fp16(network: Network, params: Params, timesteps: tuple[int, ...], *, compiled: bool = True) -> CompiledDenoiser:
+def compiled_fp16(
+    network: Network, params: Params, timesteps: tuple[int, ...], solver: Solver, *, compiled: bool = True
+) -> CompiledDenoiser:
     """The network as trained, in FP16 on CUDA: the baseline of speed."""
     from modiff_trt.runtime.backends.compiled_denoiser import CompiledDenoiser
 
     if not torch.cuda.is_available():
         raise InputError("FP16 through torch.compile is for --device cuda")
-    return CompiledDenoiser(network, params, timesteps, compiled=compiled)
+    return CompiledDenoiser(network, params, timesteps, solver=solver, compiled=compiled)
 
 
 def simulated(network: Network, params: Params, scales: Scales, device: str = "cpu", **options: Any) -> SimDenoiser:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from modiff_trt.core.schedule import alphas_cumprod
 from modiff_trt.networks.modulated import (
     LayerState,
     dynamic_quantize,
@@ -15,7 +14,7 @@ from modiff_trt.networks.modulated import (
 )
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.noise import ImageNoise
-from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.sampler import sample_trajectory
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
@@ -55,7 +54,7 @@ def test_modulated_pass_keeps_o_hat_the_layer_of_a_hat(tiny, granularity):
 @pytest.mark.parametrize("method", ["modiff", "qdiff"])
 def test_batch_size_never_changes_an_image(tiny, granularity, method):
     denoiser = SimDenoiser(tiny.network, tiny.checkpoint.params, tiny.scales(granularity=granularity, method=method))
-    alpha_bar, shape = alphas_cumprod(tiny.network.config.diffusion), tiny.network.config.input_shape
-    together = ddim_sample(denoiser, alpha_bar, ImageNoise(5, range(3), shape).draw())
-    alone = np.concatenate([ddim_sample(denoiser, alpha_bar, ImageNoise(5, [i], shape).draw()) for i in range(3)])
+    updates, shape = tiny.updates(), tiny.network.config.input_shape
+    together = sample_trajectory(denoiser, updates, ImageNoise(5, range(3), shape).draw())
+    alone = np.concatenate([sample_trajectory(denoiser, updates, ImageNoise(5, [i], shape).draw()) for i in range(3)])
     assert np.abs(together - alone).max() <= 2e-2 * np.abs(alone).max()

@@ -8,7 +8,7 @@ from modiff_trt.tools.report.inspecting import print_table, save_plots, state_el
 
 @pytest.fixture(scope="module")
 def trials(tiny):
-    return Trials(tiny.network, tiny.checkpoint, tiny.timesteps, 3, 2, "cpu")
+    return Trials(tiny.network, tiny.checkpoint, tiny.timesteps, tiny.trajectories.solver, images=3, seed=2, device="cpu")
 
 
 def test_searched_rows_are_never_worse_on_the_trials(trials, tiny):

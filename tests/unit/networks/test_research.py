@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from modiff_trt.core.schedule import alphas_cumprod, ddim_steps
 from modiff_trt.networks.research import QuantModel
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.noise import ImageNoise
@@ -11,10 +10,11 @@ from modiff_trt.runtime.images.noise import ImageNoise
 def loop(model, case, reset_inside=False):
     x = torch.from_numpy(ImageNoise(0, range(4), case.network.config.input_shape).draw())
     model.reset_cache()
-    for step in ddim_steps(alphas_cumprod(case.network.config.diffusion), case.timesteps, 0.0):
+    updates = case.updates()
+    for i, t in enumerate(case.timesteps):
         if reset_inside:
             model.reset_cache()
-        x = step.x_coef * x + step.eps_coef * model(x, torch.full((4,), step.t))
+        x = float(updates.x[i]) * x + float(updates.y[i]) * model(x, torch.full((4,), t))
     return x.numpy()
 
 

@@ -13,6 +13,7 @@ from conftest import random_checkpoint, tiny_config
 from PIL import Image
 
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.solvers import Solver
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.networks.unet import trace
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
@@ -114,7 +115,7 @@ def test_images_of_channels_that_are_no_picture_go_to_an_npz(tmp_path):
     config = tiny_config()
     config = replace(config, data=replace(config.data, channels=4), model=replace(config.model, in_channels=4, out_ch=4))
     network, checkpoint = trace(config), random_checkpoint(config)
-    backend = Backend(TorchDenoiser(network, checkpoint.params, (500, 0)), config, {})
+    backend = Backend(TorchDenoiser(network, checkpoint.params, (500, 0)), config, Solver(), {})
     job = {"indices": range(2), "seed": 0, "batch_size": 2, "eta": 0.0, "noise_file": None}
     for shards in (False, True):
         with pytest.raises(InputError, match="4 channels"):

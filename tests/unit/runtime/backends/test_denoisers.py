@@ -6,14 +6,15 @@ import torch
 from conftest import ROOT, random_checkpoint, tiny_config
 from reference import ReferenceUNet, linear_alpha_bar, reference_ddim
 
-from modiff_trt.core.schedule import alphas_cumprod, timestep_sequence
+from modiff_trt.core.kinds import Spacing
+from modiff_trt.core.solvers import Solver
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.networks.unet import trace
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.images.noise import ImageNoise
-from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.sampler import sample_trajectory
 
 
 def onnx_denoiser(case, tmp_path, scales, timesteps=None, dtype="fp32"):
@@ -120,11 +121,11 @@ def test_batch_size_never_changes_an_image(tiny, tmp_path, kind):
         denoiser = onnx_denoiser(tiny, tmp_path, None if kind == "onnx-float" else scales, tiny.timesteps)
     else:
         denoiser = SimDenoiser(tiny.network, tiny.checkpoint.params, scales)
-    alpha_bar, shape = alphas_cumprod(tiny.network.config.diffusion), tiny.network.config.input_shape
+    updates, shape = tiny.updates(), tiny.network.config.input_shape
     runs = {}
     for batch in (1, 3, 8):
         parts = [range(i, min(i + batch, 8)) for i in range(0, 8, batch)]
-        runs[batch] = np.concatenate([ddim_sample(denoiser, alpha_bar, ImageNoise(5, p, shape).draw()) for p in parts])
+        runs[batch] = np.concatenate([sample_trajectory(denoiser, updates, ImageNoise(5, p, shape).draw()) for p in parts])
     # Libraries choose a convolution algorithm by batch size, so FP32 sums may be rounded differently. Where values are
     # also rounded to a grid, such a difference can move one of them by a whole grid step.
     tolerance = 1e-5 if kind in ("torch", "onnx-float") else 2e-2
@@ -192,11 +193,11 @@ def test_fp16_file_samples(tiny, tmp_path):
 
 
 def test_eta_draws_fresh_noise_for_each_image(tiny):
-    alpha_bar, shape = alphas_cumprod(tiny.network.config.diffusion), tiny.network.config.input_shape
+    shape = tiny.network.config.input_shape
 
     def run(indices, eta):
         noise = ImageNoise(0, indices, shape)
-        return ddim_sample(tiny.float_denoiser(), alpha_bar, noise.draw(), eta=eta, draw_noise=noise.draw)
+        return sample_trajectory(tiny.float_denoiser(), tiny.updates(eta), noise.draw(), draw_noise=noise.draw)
 
     np.testing.assert_allclose(run([0, 1], 1.0)[1], run([1], 1.0)[0], rtol=1e-3, atol=1e-3)
     assert np.abs(run([0], 1.0) - run([0], 0.0)).max() > 0.01
@@ -205,11 +206,12 @@ def test_eta_draws_fresh_noise_for_each_image(tiny):
 def test_float64_simulation_is_close_to_float32():
     config = tiny_config(8, (1,), ())
     network, checkpoint = trace(config), random_checkpoint(config)
-    timesteps = timestep_sequence(config.diffusion, 5, "uniform")
+    solver = Solver(spacing=Spacing.UNIFORM)
+    timesteps = solver.timesteps(config.diffusion, 5)
     x = ImageNoise(0, range(2), config.input_shape).draw()
-    alpha_bar = alphas_cumprod(config.diffusion)
+    updates = solver.updates(config.diffusion, timesteps)
     single, double = (
-        ddim_sample(TorchDenoiser(network, checkpoint.params, timesteps, dtype=dtype), alpha_bar, x)
+        sample_trajectory(TorchDenoiser(network, checkpoint.params, timesteps, dtype=dtype), updates, x)
         for dtype in (torch.float32, torch.float64)
     )
     np.testing.assert_allclose(single, double, rtol=1e-3, atol=1e-4)

@@ -79,10 +79,9 @@ def test_layers_in_float_and_stateless_pairs(small):
 def test_a_whole_trajectory_is_the_sampler_s(small):
     denoiser = native(small, small.scales())
     x = np.random.default_rng(0).standard_normal((1, *small.network.config.input_shape), np.float32)
-    from modiff_trt.core.schedule import alphas_cumprod
-    from modiff_trt.runtime.sampler import ddim_sample
+    from modiff_trt.runtime.sampler import sample_trajectory
 
-    stepwise = ddim_sample(denoiser, alphas_cumprod(small.network.config.diffusion), x, on_pass=lambda *_: None)
+    stepwise = sample_trajectory(denoiser, small.updates(), x, on_pass=lambda *_: None)
     np.testing.assert_allclose(denoiser.trajectory(x), stepwise, rtol=1e-4, atol=1e-4)
 
 

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_case, tiny_config
+from small_network import SIZE, random_params, small_function
 
+from modiff_trt.core.kinds import SolverKind, Spacing
+from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.trials import with_modes
-from modiff_trt.networks.unet import LayerSpec
+from modiff_trt.networks.checkpoint import Checkpoint
+from modiff_trt.networks.unet import LayerSpec, traced
 from modiff_trt.plugins.modulated_conv.libraries.onednn_conv import OneDnnConv
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels, _group_norm
@@ -16,6 +21,7 @@ from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 from modiff_trt.runtime.backends.native.layers import build
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr
+from modiff_trt.runtime.sampler import sample_trajectory
 
 
 @pytest.mark.parametrize(
@@ -116,3 +122,21 @@ def test_the_start_does_not_depend_on_the_number_of_threads(demo):
     assert torch.equal(one.table, three.table)
     for name, start in one.start.items():
         assert all(map(torch.equal, start, three.start[name])), name
+
+
+@pytest.mark.parametrize("clip", [None, 0.8])
+@pytest.mark.parametrize("kind", SolverKind)
+def test_the_device_s_update_is_the_sampler_s(kind, clip):
+    """Every solver, clipped or not: what the row's numbers do inside the step, and outside of it. The second trajectory shows
+    that nothing of the first is left."""
+    solver = Solver(kind, Spacing.LOGSNR, clip_sample=clip)
+    network = traced(tiny_config(SIZE, (1,), ()), small_function)
+    case = make_case(network, Checkpoint(random_params(network), "random-0", ""), 4, 2, 4, solver)
+    denoiser = native(case, case.scales())
+    x = torch.randn(2, 3, SIZE, SIZE).numpy()
+    stepwise = sample_trajectory(denoiser, case.updates(), x, on_pass=lambda *_: None)
+    for _ in range(2):
+        np.testing.assert_allclose(sample_trajectory(denoiser, case.updates(), x), stepwise, rtol=1e-4, atol=1e-4)
+    other = Solver(kind, Spacing.LOGSNR, clip_sample=0.1).updates(network.config.diffusion, case.timesteps)
+    elsewhere = sample_trajectory(denoiser, other, x)  # not those of its graph: it runs step by step
+    assert np.abs(elsewhere - stepwise).max() > 1e-2

@@ -124,7 +124,7 @@ def test_collect_goes_on_after_an_interruption(tmp_path, monkeypatch):
     from modiff_trt.export.calibration import collecting
 
     job = ["collect", *MODEL, "--timesteps", 3, "--num-samples", 3, "--batch-size", 1, "--out", tmp_path / "t.safetensors"]
-    calls, real = [], collecting.ddim_sample
+    calls, real = [], collecting.sample_trajectory
 
     def interrupted(*arguments, **options):
         calls.append(1)
@@ -132,13 +132,13 @@ def test_collect_goes_on_after_an_interruption(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(collecting, "ddim_sample", interrupted)
+    monkeypatch.setattr(collecting, "sample_trajectory", interrupted)
     assert run(*job) == 130
     assert not (tmp_path / "t.safetensors").exists()
     assert run(*job) == 0
     assert len(calls) == 4  # two images were kept
     assert run(*job[:-1], tmp_path / "whole.safetensors") == 0
-    pieces, whole = (load_arrays(tmp_path / f"{n}.safetensors", "trajectories", 1)[1] for n in ("t", "whole"))
+    pieces, whole = (load_arrays(tmp_path / f"{n}.safetensors", "trajectories", 2)[1] for n in ("t", "whole"))
     np.testing.assert_array_equal(pieces["x"], whole["x"])
     assert sorted(f.name for f in tmp_path.iterdir()) == ["t.safetensors", "whole.safetensors"]
 
@@ -155,7 +155,7 @@ REFUSED = {
     "not an onnx": (["sample", "--backend", "onnx", "--onnx", CKPT, "--out", "OUT"], "cannot be loaded"),
     "other steps": (
         ["sample", "--backend", "onnx", "--onnx", "ONNX", "--timesteps", "9", "--out", "OUT"],
-        "calibrated for 8 quad",
+        "calibrated for --solver ddim --timesteps 8 --spacing quad",
     ),
     "onnx unmodulated": (
         ["sample", "--backend", "onnx", "--onnx", "ONNX", "--no-modulate", "--out", "OUT"],
@@ -185,7 +185,7 @@ REFUSED = {
     "timesteps": (["sample", *MODEL, "--timesteps", "0", "--out", "OUT"], "--timesteps must lie between 1 and 1000"),
     "skip type": (
         ["sample", *MODEL, "--skip-type", "cubic", "--out", "OUT"],
-        "'--skip-type': 'cubic' is not one of 'uniform', 'quad'; see --help",
+        "'--skip-type': 'cubic' is not one of 'quad', 'uniform', 'leading', 'trailing'",
     ),
     "noise missing": (["sample", *MODEL, "--noise", "none.npy", "--timesteps", "2", "--out", "OUT"], "none.npy does not exist"),
     "noise of wrong shape": (["sample", *MODEL, "--noise", "NOISE", "--timesteps", "2", "--out", "OUT"], "must be float32"),
@@ -302,7 +302,7 @@ def test_an_altered_manifest_is_refused(files, tmp_path, capsys):
 
 
 def test_nan_in_trajectories_and_scales(files, tmp_path, capsys):
-    header, arrays, _ = load_arrays(files["traj.safetensors"], "trajectories", 1)
+    header, arrays, _ = load_arrays(files["traj.safetensors"], "trajectories", 2)
     arrays["x"][0, 0, 0, 0, 0] = np.nan
     save_arrays(tmp_path / "t.safetensors", header, arrays)
     text = refusal(capsys, "calibrate", *MODEL, "--trajectories", tmp_path / "t.safetensors", "--out", tmp_path / "o")
@@ -384,7 +384,7 @@ def test_interruption_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(collecting, "ddim_sample", interrupted)
+    monkeypatch.setattr(collecting, "sample_trajectory", interrupted)
     assert run("collect", *MODEL, "--timesteps", 3, "--out", tmp_path / "t") == 130
     assert "go on" in capsys.readouterr().err
 

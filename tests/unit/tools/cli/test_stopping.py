@@ -41,7 +41,7 @@ def test_a_full_memory_names_the_batch_and_leaves_nothing(tmp_path, capsys, monk
     def full(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(sampling, "ddim_sample", full)
+    monkeypatch.setattr(sampling, "sample_trajectory", full)
     for out in (tmp_path / "x/images", tmp_path / "x/o.npz"):
         job = ["sample", *MODEL, "--timesteps", 2, "--num-samples", 6, "--batch-size", 6, "--out", out]
         assert run(*job) == 2
@@ -151,14 +151,15 @@ def test_another_number_of_steps_is_said_before_sampling(tmp_path, capsys, caplo
     """The right numbers are those of DDIM's code: every 1000 // 53 = 18th timestep are 56, every 1000 // 600 = 1st are 1000."""
     assert len(range(0, 1000, 1000 // 53)) == 56 and len(range(0, 1000, 1000 // 600)) == 1000
     from modiff_trt.core.config import load_config
-    from modiff_trt.core.schedule import requested_sequence
+    from modiff_trt.core.kinds import Spacing
+    from modiff_trt.core.solvers import Solver
 
     config = load_config(ROOT / "configs/demo.yml").diffusion
     with caplog.at_level("INFO"):
-        requested_sequence(config, 53, "uniform")
-        requested_sequence(config, 600, "uniform")
-        requested_sequence(config, 50, "uniform")
-        requested_sequence(config, 53, "quad")
+        Solver(spacing=Spacing.UNIFORM).requested(config, 53)
+        Solver(spacing=Spacing.UNIFORM).requested(config, 600)
+        Solver(spacing=Spacing.UNIFORM).requested(config, 50)
+        Solver(spacing=Spacing.QUAD).requested(config, 53)
     assert ["become 56" in caplog.messages[0], "become 1000" in caplog.messages[1], len(caplog.messages)] == [True, True, 2]
     out = tmp_path / "o.npz"
     assert (

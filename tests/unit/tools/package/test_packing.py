@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.core.schedule import alphas_cumprod
+from modiff_trt.core.solvers import Solver
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.runtime.images.noise import ImageNoise
-from modiff_trt.runtime.sampler import ddim_sample
+from modiff_trt.runtime.sampler import sample_trajectory
 from modiff_trt.tools.package.packing import LAUNCHER, package
 
 
@@ -22,7 +22,7 @@ from modiff_trt.tools.package.packing import LAUNCHER, package
 def folder(tiny, tmp_path_factory):
     base = tmp_path_factory.mktemp("sampler")
     save_onnx(base / "m.onnx", build_onnx(tiny.network, tiny.checkpoint, tiny.scales(act_bits=6), "fp32", "x"))
-    package(base / "m.onnx", base / "deployed", 10, "quad")
+    package(base / "m.onnx", base / "deployed", 10, Solver())
     return base / "deployed"
 
 
@@ -42,7 +42,8 @@ def test_mistakes_are_one_line(folder, tmp_path):
 def expected(folder, count):
     model = load_onnx(folder / "network.onnx")
     noise = ImageNoise(0, range(count), model.config.input_shape).draw()
-    return ddim_sample(OnnxDenoiser(model), alphas_cumprod(model.config.diffusion), noise)
+    denoiser = OnnxDenoiser(model)
+    return sample_trajectory(denoiser, Solver().updates(model.config.diffusion, denoiser.rows.timesteps), noise)
 
 
 @pytest.mark.slow
@@ -80,7 +81,7 @@ def test_it_refuses_in_one_line(folder, tmp_path):
 
 def test_an_existing_folder_is_not_overwritten(folder, tmp_path):
     with pytest.raises(InputError, match="not an empty folder"):
-        package(folder / "network.onnx", folder, 10, "quad")
+        package(folder / "network.onnx", folder, 10, Solver())
     with pytest.raises(InputError, match="does not exist"):
-        package(tmp_path / "none.onnx", tmp_path / "out", 10, "quad")
+        package(tmp_path / "none.onnx", tmp_path / "out", 10, Solver())
     assert not (tmp_path / "out").exists()

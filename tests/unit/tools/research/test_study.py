@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from modiff_trt.core.config import config_to_dict
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
-from modiff_trt.tools.research.study import METHODS, SCALE_RECIPES, STARTS, ladder, main, rounded_between
+from modiff_trt.tools.research.states import rounded_between
+from modiff_trt.tools.research.study import METHODS, SCALE_RECIPES, STARTS, ladder, main
 
 
 @pytest.fixture(scope="module")
