@@ -10,8 +10,9 @@ import base64
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -36,7 +37,65 @@ PLAN_SCHEMA = 4
 START_KIND, START_SCHEMA = "start state", 1
 
 
-def content_digest(model: Any, manifest: dict[str, Any]) -> str:
+class LayerEntry(TypedDict):
+    """A layer in the layer table of a file."""
+
+    mode: Mode
+    act_bits: int
+    weight_bits: int
+
+
+class NetworkManifest(TypedDict):
+    """What an exported file says of its network. Those in float have only what is required."""
+
+    schema: int
+    config: dict[str, Any]
+    checkpoint_sha256: str
+    checkpoint_weights: str
+    checkpoint: str
+    scales_sha256: str | None
+    dtype: str
+    method: str
+    layers: dict[str, LayerEntry]
+    content_sha256: NotRequired[str]
+    solver: NotRequired[dict[str, Any]]
+    timesteps: NotRequired[list[int]]
+    warmup: NotRequired[int]
+    modulated: NotRequired[list[str]]
+    multipliers: NotRequired[str]
+    dither: NotRequired[bool]
+    upsampled: NotRequired[list[str]]
+    o_hat_start: NotRequired[dict[str, str]]
+    granularity: NotRequired[str]
+
+
+class PlanManifest(TypedDict):
+    """What stands beside a plan: what it was built from, by what and for what, and what became of its layers."""
+
+    schema: int
+    plan_sha256: str
+    onnx_sha256: str
+    start_sha256: NotRequired[str]
+    runtime: str
+    version: str
+    target: str
+    plugin: bool
+    options: dict[str, Any]
+    network: NetworkManifest
+    report: dict[str, Any]
+
+
+class Quantization(TypedDict):
+    """What a set of images says of the network that made it."""
+
+    method: str
+    granularity: str
+    weight_bits: int
+    act_bits: int
+    layers: dict[str, int]
+
+
+def content_digest(model: Any, manifest: NetworkManifest) -> str:
     """SHA-256 over an ONNX model's graph and functions, and its manifest but for the digest itself, which stands there."""
     digest = hashlib.sha256()
     graph = model.graph
@@ -50,7 +109,7 @@ def content_digest(model: Any, manifest: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def read_manifest(path: Path, model: Any) -> dict[str, Any]:
+def read_manifest(path: Path, model: Any) -> NetworkManifest:
     """The manifest of an ONNX model that was read from `path`. Raises InputError unless this program wrote the file, in this
     version's schema, and it has not been altered since."""
     text = {entry.key: entry.value for entry in model.metadata_props}.get(MANIFEST_KEY)
@@ -63,10 +122,10 @@ def read_manifest(path: Path, model: Any) -> dict[str, Any]:
         raise InputError(
             f"ONNX file {path} has manifest schema {shown(manifest['schema'])}, not {MANIFEST_SCHEMA}; export again"
         )
-    if content_digest(model, manifest) != manifest.get(DIGEST):
+    if content_digest(model, cast(NetworkManifest, manifest)) != manifest.get(DIGEST):
         raise InputError(f"ONNX file {path} was altered after it was written; export again")
     check_manifest(manifest, f"ONNX file {path}")
-    return manifest
+    return cast(NetworkManifest, manifest)
 
 
 # What a manifest's entries must be; those after the first seven are of quantized networks.
@@ -90,7 +149,7 @@ ENTRIES: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def check_manifest(manifest: dict[str, Any], source: str) -> None:
+def check_manifest(manifest: Mapping[str, Any], source: str) -> None:
     """Raises InputError unless the entries of an exported network's manifest are of the types that its readers expect."""
     quantized = "timesteps" in manifest
     for name, kind in list(ENTRIES.items())[: None if quantized else 7]:
@@ -106,7 +165,7 @@ def check_manifest(manifest: dict[str, Any], source: str) -> None:
         solver_from_dict(manifest["solver"], f"{source}: its manifest")
 
 
-def check_layers(layers: dict[str, Any], source: str) -> None:
+def check_layers(layers: Mapping[str, Any], source: str) -> None:
     """Raises InputError unless `layers` is a layer table: mode and bits by name."""
     for name, entry in layers.items():
         bits = [entry.get(key) for key in ("act_bits", "weight_bits")] if isinstance(entry, dict) else [None]
@@ -114,13 +173,19 @@ def check_layers(layers: dict[str, Any], source: str) -> None:
             raise InputError(f"{source} says of layer '{shown(name)[1:-1]}' what no layer can be: {shown(entry)}")
 
 
-def quantization(method: str, granularity: Granularity, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def quantization(method: str, granularity: Granularity, layers: Mapping[str, LayerEntry]) -> Quantization:
     """What a set of images says of the network that made it: method, grids, bits of most layers, and how many have which mode.
     `layers` is a layer table, as files carry it."""
     modes = Counter(entry["mode"] for entry in layers.values())
     bits = Counter((entry["weight_bits"], entry["act_bits"]) for entry in layers.values() if entry["mode"] != Mode.FLOAT)
     weight, act = bits.most_common(1)[0][0] if bits else (32, 32)
-    return {"method": method, "granularity": granularity, "weight_bits": weight, "act_bits": act, "layers": dict(modes)}
+    return {
+        "method": method,
+        "granularity": granularity,
+        "weight_bits": weight,
+        "act_bits": act,
+        "layers": {str(mode): count for mode, count in modes.items()},
+    }
 
 
 def encode_array(array: np.ndarray[Any, Any]) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 
 from modiff_trt.core.errors import InputError, one_line
 from modiff_trt.core.files import digest_of, read_file
-from modiff_trt.core.manifest import read_manifest
+from modiff_trt.core.manifest import NetworkManifest, read_manifest
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class OnnxFile:
 
     content: bytes
     proto: onnx.ModelProto
-    manifest: dict[str, Any]
+    manifest: NetworkManifest
     sha256: str
 
 

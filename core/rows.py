@@ -13,7 +13,7 @@ import numpy as np
 
 from modiff_trt.core.grid import grid_max
 from modiff_trt.core.kinds import Start, chosen
-from modiff_trt.core.manifest import decode_array
+from modiff_trt.core.manifest import NetworkManifest, decode_array
 
 LONGEST_WARMUP = 4
 
@@ -36,7 +36,7 @@ class RowTable:
         return len(self.t)
 
 
-def rows_of_manifest(manifest: dict[str, Any]) -> RowTable | None:
+def rows_of_manifest(manifest: NetworkManifest) -> RowTable | None:
     """The row table that an exported network was calibrated with; None for a float network, which takes any timesteps."""
     if "timesteps" not in manifest:
         return None

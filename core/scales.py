@@ -17,7 +17,7 @@ from modiff_trt.core.config import Config, config_from_dict, config_to_dict, mod
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import Stored, load_arrays, save_arrays
 from modiff_trt.core.kinds import Granularity, Method, Mode, ScaleMethod
-from modiff_trt.core.manifest import check_layers
+from modiff_trt.core.manifest import LayerEntry, check_layers
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.solvers import Solver, solver_from_dict
 
@@ -101,7 +101,7 @@ class Scales:
         """Names of the layers in mode `modiff`, in execution order: the columns of the row table."""
         return tuple(name for name, layer in self.layers.items() if layer.mode == Mode.MODIFF)
 
-    def layer_table(self) -> dict[str, dict[str, str | int]]:
+    def layer_table(self) -> dict[str, LayerEntry]:
         """Mode and bits of every layer, as the headers of files carry them."""
         return {n: {"mode": v.mode, "act_bits": v.act_bits, "weight_bits": v.weight_bits} for n, v in self.layers.items()}
 

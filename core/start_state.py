@@ -10,12 +10,12 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from modiff_trt.core.dither import dither_offset
-from modiff_trt.core.manifest import CONV_ATTRIBUTES, FUNCTION, decode_array
+from modiff_trt.core.manifest import CONV_ATTRIBUTES, FUNCTION, NetworkManifest, decode_array
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
-def start_state(model: onnx.ModelProto, manifest: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+def start_state(model: onnx.ModelProto, manifest: NetworkManifest, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
     """`a_hat.<layer>` and `o_hat.<layer>` [C, H, W] float32 by name, of the shapes of the file's inputs.
 
     Without dither a_hat is zero and o_hat the bias. With it, a_hat is the offset, and o_hat the bias plus the layer's

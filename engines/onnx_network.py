@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.grid import grid_max
-from modiff_trt.core.manifest import FUNCTION
+from modiff_trt.core.manifest import FUNCTION, NetworkManifest
 from modiff_trt.core.onnx_file import read_onnx
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 
@@ -25,7 +25,7 @@ class OnnxNetwork:
 
     exported: onnx.ModelProto
     data: bytes
-    manifest: dict[str, Any]
+    manifest: NetworkManifest
     sha256: str
     inputs: dict[str, tuple[int, ...]]
     plugin: bool
@@ -61,7 +61,7 @@ def _name_convolutions(model: onnx.ModelProto, modulated: list[str], layers: lis
         node.name = layer
 
 
-def _to_plugins(exported: onnx.ModelProto, path: Path, manifest: dict[str, Any]) -> onnx.ModelProto:
+def _to_plugins(exported: onnx.ModelProto, path: Path, manifest: NetworkManifest) -> onnx.ModelProto:
     """A copy in which each modulated layer is the plugin's node: the grid's ends become attributes, and the weight stands as
     the plugin reads it, [K, R, R, C'] with C' = C padded to CHANNELS."""
     if all(value.name != "row_scale" for value in exported.graph.input):

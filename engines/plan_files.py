@@ -6,13 +6,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from modiff_trt.core.files import atomic_path, save_arrays, sha256, unwritable, write_signed
 from modiff_trt.core.kinds import Mode
-from modiff_trt.core.manifest import PLAN_SCHEMA, START_KIND, START_SCHEMA
+from modiff_trt.core.manifest import PLAN_SCHEMA, START_KIND, START_SCHEMA, PlanManifest
 from modiff_trt.core.start_state import start_state
 from modiff_trt.engines.build import BuildOptions, build_plan, target_of
 from modiff_trt.engines.onnx_network import OnnxNetwork
@@ -29,7 +28,7 @@ def plan_path(folder: Path, name: str, library: Library, target: str) -> Path:
 
 def build_into(
     folder: Path, name: str, library: Library, network: OnnxNetwork, options: BuildOptions
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, PlanManifest]:
     """Builds a plan and writes it with its manifest; returns its path and the manifest. Nothing is left half-written."""
     target = target_of(options)
     path = plan_path(folder, name, library, target=target)
@@ -39,7 +38,7 @@ def build_into(
         raise unwritable(folder, error) from None
     built = build_plan(library, network, options, timing_cache=path.with_suffix(".timing"))
     quantized = [layer for layer, entry in network.manifest["layers"].items() if entry["mode"] in QUANTIZED]
-    manifest = {
+    manifest: PlanManifest = {
         "schema": PLAN_SCHEMA,
         "plan_sha256": hashlib.sha256(built.plan).hexdigest(),
         "onnx_sha256": network.sha256,

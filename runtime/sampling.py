@@ -14,7 +14,7 @@ from modiff_trt.core.config import Config
 from modiff_trt.core.errors import InputError, is_out_of_memory, out_of_memory, shown
 from modiff_trt.core.files import check_writable
 from modiff_trt.core.kinds import Granularity
-from modiff_trt.core.manifest import quantization
+from modiff_trt.core.manifest import NetworkManifest, quantization
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.core.solvers import Solver, Updates
 from modiff_trt.runtime.denoiser import Denoiser
@@ -39,7 +39,7 @@ class Backend:
         return self.solver.updates(self.config.diffusion, self.denoiser.rows.timesteps, eta)
 
 
-def exported(manifest: dict[str, Any], timesteps: tuple[int, ...], solver: Solver) -> dict[str, Any]:
+def exported(manifest: NetworkManifest, timesteps: tuple[int, ...], solver: Solver) -> dict[str, Any]:
     """What images say of the exported file that made them, from the file's manifest."""
     granularity = Granularity(manifest.get("granularity", Granularity.STATIC))
     known = {"checkpoint": manifest["checkpoint"]} if manifest["checkpoint"] else {}

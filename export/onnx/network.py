@@ -19,7 +19,14 @@ from modiff_trt.core.config import config_to_dict
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path
 from modiff_trt.core.kinds import UNQUANTIZED, Granularity, Mode
-from modiff_trt.core.manifest import DIGEST, DOMAIN, MANIFEST_KEY, MANIFEST_SCHEMA, content_digest, encode_array
+from modiff_trt.core.manifest import (
+    DOMAIN,
+    MANIFEST_KEY,
+    MANIFEST_SCHEMA,
+    NetworkManifest,
+    content_digest,
+    encode_array,
+)
 from modiff_trt.core.scales import LayerScales, Scales, only_simulated
 from modiff_trt.export.onnx.ops import IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
 from modiff_trt.networks.checkpoint import Checkpoint
@@ -78,7 +85,7 @@ def build_onnx(
         graph, opset_imports=opsets, functions=functions, ir_version=IR_VERSION, producer_name="modiff-trt"
     )
     manifest = _manifest(network, checkpoint, scales, dtype=dtype, scales_sha256=scales_sha256, constants=constants)
-    manifest[DIGEST] = content_digest(model, manifest)
+    manifest["content_sha256"] = content_digest(model, manifest)
     helper.set_model_props(model, {MANIFEST_KEY: json.dumps(manifest)})
     return model
 
@@ -124,8 +131,8 @@ def _manifest(
     dtype: str,
     scales_sha256: str | None,
     constants: dict[str, LayerConstants],
-) -> dict[str, Any]:
-    manifest: dict[str, Any] = {
+) -> NetworkManifest:
+    manifest: NetworkManifest = {
         "schema": MANIFEST_SCHEMA,
         "config": config_to_dict(network.config),
         "checkpoint_sha256": checkpoint.sha256,

@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from modiff_trt.core.config import Config, config_from_dict
 from modiff_trt.core.errors import InputError, is_out_of_memory
+from modiff_trt.core.manifest import NetworkManifest
 from modiff_trt.core.onnx_file import read_onnx
 from modiff_trt.core.rows import RowTable, plain_rows, rows_of_manifest
 from modiff_trt.core.start_state import start_state
@@ -30,7 +31,7 @@ class OnnxModel:
     session: ort.InferenceSession
     proto: onnx.ModelProto
     config: Config
-    manifest: dict[str, Any]
+    manifest: NetworkManifest
     sha256: str
     gpu: int = 0
 

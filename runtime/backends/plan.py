@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from modiff_trt.core.config import Config, config_from_dict
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import digest_of, load_arrays, read_file, read_signed
-from modiff_trt.core.manifest import PLAN_SCHEMA, START_KIND, START_SCHEMA, check_manifest
+from modiff_trt.core.manifest import PLAN_SCHEMA, START_KIND, START_SCHEMA, PlanManifest, check_manifest
 from modiff_trt.core.rows import RowTable, rows_of_manifest
 
 
@@ -21,7 +21,7 @@ class Plan:
 
     path: Path
     data: bytes
-    manifest: dict[str, Any]
+    manifest: PlanManifest
     start: dict[str, np.ndarray[Any, Any]]
     config: Config
 
@@ -53,7 +53,7 @@ def load_plan(path: Path) -> Plan:
             raise InputError(f"{path} is not the plan that its manifest describes (truncated or altered?); build it again")
         if header["onnx_sha256"] != manifest["onnx_sha256"] or start_sha256 != manifest["start_sha256"]:
             raise InputError(f"the start state beside {path} belongs to another network; build the plan again")
-        plan = Plan(path, data, manifest, start=start, config=config)
+        plan = Plan(path, data, cast(PlanManifest, manifest), start=start, config=config)
         _ = plan.calibrated_rows, plan.batches
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"the manifest of {path} is damaged; build the plan again") from None

@@ -20,6 +20,7 @@ import numpy as np
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import cache_folder, digest_of, load_arrays, save_arrays
 from modiff_trt.core.kinds import UNQUANTIZED, Granularity, Method
+from modiff_trt.core.manifest import Quantization
 from modiff_trt.core.npy import read_npz
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.runtime.images.folders import decibels
@@ -259,10 +260,10 @@ def paired(images: ImageSet, exact: ImageSet, batch_size: int, device: str = "cp
     }
 
 
-GRIDS = {Granularity.STATIC: "Q-Diff", Granularity.TENSOR: "LTQ", Granularity.CHANNEL: "LCQ"}
+GRIDS: dict[str, str] = {Granularity.STATIC: "Q-Diff", Granularity.TENSOR: "LTQ", Granularity.CHANNEL: "LCQ"}
 
 
-def method_name(quantization: dict[str, Any]) -> str:
+def method_name(quantization: Quantization) -> str:
     """The row of the paper's table that a network belongs to."""
     if quantization["method"] == UNQUANTIZED:
         return FULL

@@ -11,7 +11,7 @@ from modiff_trt.core.config import Config, load_config, model_fingerprint
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import sha256
 from modiff_trt.core.kinds import UNQUANTIZED, FinalAlpha, Granularity, Method, Prediction, SolverKind, Spacing
-from modiff_trt.core.manifest import quantization
+from modiff_trt.core.manifest import NetworkManifest, quantization
 from modiff_trt.core.rows import RowTable
 from modiff_trt.core.scales import load_scales
 from modiff_trt.core.solvers import Solver, solver_from_dict
@@ -218,7 +218,7 @@ def _trt_backend(options: SamplingOptions) -> Backend:
 
 
 def _exported_sequence(
-    options: SamplingOptions, config: Config, manifest: dict[str, Any], rows: RowTable | None, source: Path
+    options: SamplingOptions, config: Config, manifest: NetworkManifest, rows: RowTable | None, source: Path
 ) -> tuple[tuple[int, ...], Solver]:
     """Timesteps and solver of an exported network: its own, or for one in float those that the options ask for."""
     if rows is None:
