@@ -120,8 +120,13 @@ test: setup ## what CI runs, without a GPU
 test-gpu: setup ## the tests that need an NVIDIA GPU
 	$(VENV)/bin/pytest -m gpu
 
+# Of every folder what takes a second or less: a minute in all.
+FAST := $(addprefix tests/unit/,core networks runtime/images runtime/backends/test_native_values.py runtime/backends/test_shortcuts_beside.py \
+	plugins/test_conv_kernel.py plugins/test_product_kernel.py export/test_calibrate.py export/test_onnx_export.py tools/report \
+	tools/bench test_house.py)
+
 check: lint ## the developer's loop: linters and the fast tests
-	$(VENV)/bin/pytest -m "not gpu and not slow"
+	$(VENV)/bin/pytest -m "not gpu and not slow" $(FAST)
 
 lint: setup ## ruff, mypy, import-linter
 	$(VENV)/bin/ruff check .
