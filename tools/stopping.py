@@ -13,6 +13,8 @@ from types import FrameType
 from modiff_trt.core.errors import InputError, is_out_of_memory, one_line, out_of_memory
 
 BAD_INPUT, INTERRUPTED = 2, 130
+# A wider terminal than this there is none; Python refuses numbers of thousands of digits.
+MOST_DIGITS = 5
 GO_ON = "interrupted; run the same command again to go on"
 
 
@@ -39,12 +41,18 @@ def termination_as_interruption() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def drop_odd_sizes() -> None:
+    """Takes a terminal's size out of the environment where it is no number. The table library believes it."""
+    for name in ("COLUMNS", "LINES"):
+        given = os.environ.get(name, "1")
+        if not (given.isascii() and given.isdecimal() and len(given) <= MOST_DIGITS):
+            del os.environ[name]
+
+
 def exit_code(run: Callable[[], int], say: Callable[[str], None]) -> int:
     """Runs a program and returns its exit code; `say` gets the line for anything that the user can mend. What is a fault of
     this program is raised."""
-    for name in ("COLUMNS", "LINES"):  # which the table library takes for numbers if they look like some
-        if not (os.environ.get(name, "1").isascii() and os.environ.get(name, "1").isdecimal()):
-            del os.environ[name]
+    drop_odd_sizes()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # file names may hold bytes that are no text
             stream.reconfigure(errors="backslashreplace")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from modiff_trt.tools.stopping import interrupted, termination_as_interruption
+from modiff_trt.tools.stopping import drop_odd_sizes, interrupted, termination_as_interruption
 
 
 def main() -> None:
+    drop_odd_sizes()
     try:
         with termination_as_interruption():
             from modiff_trt.tools.cli.main import main as run

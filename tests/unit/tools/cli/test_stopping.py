@@ -115,6 +115,14 @@ sys.exit(exit_code(lambda: exec("raise KeyboardInterrupt"), print))
     assert (result.returncode, result.stdout.strip()) == (130, stopping.GO_ON), result.stderr
 
 
+@pytest.mark.parametrize("value", ["wide", "", "-1", "\u00b2", "9" * 5000])
+def test_odd_widths_of_a_terminal_do_not_matter(value):
+    environment = os.environ | {"COLUMNS": value, "LINES": value}
+    for arguments, code in ((["--help"], 0), (["sample", "--out", "x", "--timesteps", "many"], 2)):
+        result = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, env=environment, check=False)
+        assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
+
+
 def test_output_under_dev_shm_is_an_ordinary_file():
     out = f"/dev/shm/modiff-test-{os.getpid()}.safetensors"
     job = ["collect", *MODEL, "--timesteps", 2, "--num-samples", 2, "--batch-size", 1, "--out", out]
