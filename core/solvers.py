@@ -89,10 +89,15 @@ class Solver:
         """The timesteps visited, noisiest first. There may be more or fewer than `steps`: see `spaced`. Raises InputError for a
         sequence that this solver cannot take."""
         found = self.spaced(config, steps)
-        if not all(0 <= t < config.num_diffusion_timesteps for t in found):
+        if found[0] >= config.num_diffusion_timesteps:
             raise InputError(
                 f"{steps} steps with --steps-offset {self.steps_offset} begin at timestep {found[0]}, and the last of this "
                 f"schedule is {config.num_diffusion_timesteps - 1}; use fewer steps, or a smaller offset"
+            )
+        if found[-1] < 0:
+            raise InputError(
+                f"{steps} steps with --spacing {self.spacing} end at timestep {found[-1]}: diffusers' rule makes one too many "
+                "of this number; use another"
             )
         repeated = [a for a, b in pairwise(found) if a == b]
         if repeated and self.kind != SolverKind.DDIM:
@@ -235,7 +240,7 @@ def solver_from_dict(found: Any, source: str) -> Solver:
     """A solver as files carry it. Raises InputError if it is damaged."""
     try:
         clip, offset, order = found["clip_sample"], found["steps_offset"], found["order"]
-        if not (clip is None or type(clip) is float) or type(offset) is not int or type(order) is not int:
+        if not (clip is None or type(clip) in (float, int)) or type(offset) is not int or type(order) is not int:
             raise TypeError("type")
         return Solver(
             SolverKind(found["kind"]),

@@ -197,6 +197,7 @@ def test_logsnr_is_distinct_and_evenly_spaced():
         (lambda: Solver(SolverKind.DPMPP_2M).updates(CONFIG, (9, 3), 0.5), "--eta is for --solver ddim"),
         (lambda: Solver(steps_offset=1), "--steps-offset is for --spacing leading"),
         (lambda: Solver(spacing=Spacing.LEADING, steps_offset=1).timesteps(CONFIG, 1000), "begin at timestep 1000"),
+        (lambda: Solver(spacing=Spacing.TRAILING).timesteps(CONFIG, 61), "61 steps with --spacing trailing end at timestep -1"),
         (lambda: Solver(clip_sample=-1.0), "--clip-sample must be positive"),
         (lambda: Solver(clip_sample=float("nan")), "--clip-sample must be positive"),
         (lambda: Solver().timesteps(CONFIG, 0), "--timesteps must lie between 1 and 1000"),
@@ -217,6 +218,7 @@ def test_files_carry_every_setting():
     )
     import json
 
-    assert solver_from_dict(json.loads(json.dumps(solver.to_dict())), "f") == solver
+    for made in (solver, Solver(clip_sample=1)):  # a whole number, as Python code would write it
+        assert solver_from_dict(json.loads(json.dumps(made.to_dict())), "f") == made
     said = "--solver ddim --timesteps 9 --spacing leading --prediction v --clip-sample 2.5 --steps-offset 1 --final-alpha first"
     assert solver.describe(9) == said

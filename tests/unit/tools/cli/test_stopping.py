@@ -104,14 +104,16 @@ def test_signals_end_it_with_one_line_and_no_temporary_file(tmp_path, number, mo
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_an_interruption_inside_executed_text_ends_with_the_code_too():
-    """Python would end the process by SIGINT itself: -2, where 130 was asked for."""
+def test_an_interruption_inside_executed_text_ends_with_the_code_too(tmp_path):
+    """Python would end a module's process by SIGINT itself: -2, where 130 was asked for."""
     program = """
 import sys
 from modiff_trt.tools.stopping import exit_code
 sys.exit(exit_code(lambda: exec("raise KeyboardInterrupt"), print))
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    (tmp_path / "interrupted_module.py").write_text(program)
+    command = [sys.executable, "-m", "interrupted_module"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout.strip()) == (130, stopping.GO_ON), result.stderr
 
 
