@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,6 @@ class CompiledDenoiser(GraphedDenoiser):
     def __init__(
         self, network: Network, params: Params, timesteps: tuple[int, ...], solver: Solver, compiled: bool = True
     ) -> None:
-        rows, updates = plain_rows(timesteps), solver.updates(network.config.diffusion, timesteps)
-        table = time_table(network, {k: v.cuda() for k, v in params.items()})
-        biases = torch.cat([values[torch.from_numpy(rows.t)] for values in table.values()], dim=1)
-        super().__init__(network.config, rows, biases, updates=updates, device="cuda")
         half = {k: _half(v) for k, v in params.items()}
         offsets, at = {}, 0
         for block, channels in network.time_channels.items():
@@ -32,7 +30,20 @@ class CompiledDenoiser(GraphedDenoiser):
             bias = {b: row[None, at : at + network.time_channels[b]].half() for b, at in offsets.items()}
             return run_unet(network, half, x.half(), bias=bias).float()
 
+        self._network = network
+        self._times = torch.cat(list(time_table(network, {k: v.cuda() for k, v in params.items()}).values()), dim=1)
         self._forward = torch.compile(forward, dynamic=False) if compiled else forward
+        self._follow(timesteps, solver)
+
+    def _follow(self, timesteps: tuple[int, ...], solver: Solver) -> None:
+        rows, updates = plain_rows(timesteps), solver.updates(self._network.config.diffusion, timesteps)
+        super().__init__(self._network.config, rows, self._times[torch.from_numpy(rows.t)], updates=updates, device="cuda")
+
+    def along(self, timesteps: tuple[int, ...], solver: Solver) -> CompiledDenoiser:
+        """The same compiled network on another solver's steps: compiling takes most of a minute."""
+        other = copy(self)
+        other._follow(timesteps, solver)
+        return other
 
     @property
     def state_info(self) -> tuple[StateInfo, ...]:

@@ -29,7 +29,7 @@ from modiff_trt.runtime.images.pictures import Images
 from modiff_trt.runtime.images.sets import NPZ_KEYS, ImageSet, open_images
 from modiff_trt.tools.evaluation.frechet import Gaussian, InceptionScore, Moments, frechet_distance
 
-KIND, SCHEMA = "feature statistics", 1
+KIND, SCHEMA = "feature statistics", 2
 FULL = "full precision"
 
 
@@ -148,20 +148,36 @@ def reference_statistics(images: ImageSet, features: Features, batch_size: int) 
     key = hashlib.sha256(f"{features.name} {features.digest} {images.content_sha256()}".encode()).hexdigest()
     cached = cache_folder() / f"{features.name}-{key[:32]}.safetensors"
     # A cache that is damaged, or cannot be written, costs time and nothing else.
-    with contextlib.suppress(InputError, KeyError):
-        _, arrays, _ = load_arrays(cached, KIND, SCHEMA)
-        names = list(measures_of(features).distances)
-        gaussians = {n: Gaussian(arrays[f"{n}.mean"], arrays[f"{n}.covariance"], images.count) for n in names}
-        if all(_is_sound(g) for g in gaussians.values()):
-            return Statistics(gaussians, images.count)
+    with contextlib.suppress(InputError):
+        return load_statistics(cached, features)
     found = measure(images, features, batch_size, score=False)
+    with contextlib.suppress(InputError):
+        save_statistics(cached, found, features, of=os.fsencode(images.path).decode("utf-8", "replace"))
+    return found
+
+
+def save_statistics(path: Path, found: Statistics, features: Features, of: str) -> None:
+    """Writes the Gaussians of these features; `of` says of which images."""
     arrays = {f"{n}.mean": g.mean for n, g in found.gaussians.items()}
     arrays |= {f"{n}.covariance": g.covariance for n, g in found.gaussians.items()}
-    of = os.fsencode(images.path).decode("utf-8", "replace")
-    header = {"kind": KIND, "schema": SCHEMA, "of": of}
-    with contextlib.suppress(InputError):
-        save_arrays(cached, header, arrays)
-    return found
+    header = {"kind": KIND, "schema": SCHEMA, "of": of, "features": features.digest, "count": found.count}
+    save_arrays(path, header, arrays)
+
+
+def load_statistics(path: Path, features: Features) -> Statistics:
+    """What `save_statistics` wrote. Raises InputError if it is damaged, or of other features."""
+    header, arrays, _ = load_arrays(path, KIND, SCHEMA)
+    names = measures_of(features).distances
+    if header.get("features") != features.digest or type(header.get("count")) is not int:
+        raise InputError(f"{path} holds statistics of other features than {features.name}; measure the images again")
+    try:
+        count = header["count"]
+        gaussians = {n: Gaussian(arrays[f"{n}.mean"], arrays[f"{n}.covariance"], count) for n in names}
+    except KeyError as error:
+        raise InputError(f"{path} lacks {error}; measure the images again") from None
+    if not all(_is_sound(g) for g in gaussians.values()):
+        raise InputError(f"{path} holds no covariance of finite numbers; measure the images again")
+    return Statistics(gaussians, count)
 
 
 def _is_sound(found: Gaussian) -> bool:

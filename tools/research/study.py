@@ -22,7 +22,6 @@ import torch
 import typer
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.core.files import read_json, write_json
 from modiff_trt.core.grid import grid_max
 from modiff_trt.core.kinds import Method, Mode, Spacing
 from modiff_trt.core.rows import rows_after
@@ -38,6 +37,7 @@ from modiff_trt.runtime.backends.registry.options import check_device, load_mode
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.tools.provenance import provenance
+from modiff_trt.tools.research.figures import Figures
 from modiff_trt.tools.research.refusals import refuses_bad_input
 from modiff_trt.tools.research.states import offset_between, rounded_between
 
@@ -138,7 +138,6 @@ class Study:
     ) -> None:
         self.network, self.checkpoint = load_model(config, ckpt)
         self.device, self.out = check_device(device), out
-        self._ends = time.monotonic() + deadline
         work = out.with_suffix(".trajectories.safetensors")
         self.trajectories = collect(
             self.network,
@@ -165,7 +164,6 @@ class Study:
             seed=0,
             device=device,
         )
-        self.figures: dict[str, Any] = read_json(out, "study") if out.exists() else {}
         settings = {
             "checkpoint_sha256": self.checkpoint.sha256,
             "timesteps": timesteps,
@@ -174,10 +172,8 @@ class Study:
             "calibration_images": calibration_images,
             "unit": "dB, PSNR of all images together to FP32 from the same noise",
         }
-        differing = [name for name, value in settings.items() if self.figures.get(name, value) != value]
-        if differing:
-            raise InputError(f"{out} holds figures of another {', '.join(differing)}; choose another --out")
-        self.figures |= settings | provenance(device)
+        self._kept = Figures(out, settings, provenance(device), deadline=deadline)
+        self.figures, self.record = self._kept.data, self._kept.record
 
     def scales(self, **recipe: Any) -> Scales:
         scales = make_scales(self.network, self._on_device, self.trajectories, ranges=self.ranges, recipe=Recipe(**recipe))
@@ -191,22 +187,12 @@ class Study:
     def _simulated(self, scales: Scales, **options: Any) -> SimDenoiser:
         return trained.simulated(self.network, self.checkpoint.params, scales, device=self.device, **options)
 
-    def record(self, part: str, name: str, measure_one: Callable[[], Any]) -> None:
-        """Measures unless the file has it or time is up, and writes the file."""
-        table = self.figures.setdefault(part, {})
-        if name in table or time.monotonic() > self._ends:
-            return
-        value = measure_one()
-        table[name] = None if value == float("-inf") else value
-        write_json(self.out, self.figures)
-        typer.echo(f"{part}: {name}: {value}")
-
     def weights(self, bits: int, iterations: int) -> None:
         """Nearest rounding and AdaRound, activations in float."""
         for method in ("minmax", "mse"):
             scales = self.scales(weight_bits=bits, weight_scale_method=method)
             self.record("weights", f"W{bits} nearest, {method}", lambda s=scales: self.decibels(s, act_quant=False))  # type: ignore[misc]
-        if time.monotonic() > self._ends:
+        if self._kept.time_is_up:
             return
         begin = time.monotonic()
         best = max(("minmax", "mse"), key=lambda m: self.figures["weights"][f"W{bits} nearest, {m}"] or 0.0)
@@ -280,7 +266,7 @@ class Study:
             recipe = Recipe(act_bits=b)
             scales = self.scales(act_bits=b)
             self.record("rows", f"min-max A{b}", lambda s=scales: self.decibels(s))  # type: ignore[misc]
-            if time.monotonic() > self._ends or f"rows by trial A{b}" in self.figures["rows"]:
+            if self._kept.time_is_up or f"rows by trial A{b}" in self.figures["rows"]:
                 continue
             parts = (self.network, self._on_device, self.trajectories, self.ranges, recipe)
             static = search_scales(
@@ -314,7 +300,7 @@ class Study:
                 label = f"{name} A{b}"
                 self.record("starts", label, lambda s=scales, o=offset: self.decibels(s, **o))  # type: ignore[misc]
                 self.figures.setdefault("warm-up rows", {})[label] = scales.rows.warmup
-        write_json(self.out, self.figures)
+        self._kept.write()
 
 
 @refuses_bad_input

@@ -1,0 +1,353 @@
+"""How many passes an image needs, by solver and spacing, and what quantization leaves of it.
+
+    python -m modiff_trt.tools.research.solver_study --config configs/cifar10.yml --ckpt FILE --reference IMAGES \\
+        --device cuda --out results/solver_study.json
+
+Parts: `nearness` (PSNR to 1000 DDIM steps of the same noise, in FP32), `quality` (FD-CIFAR to the reference, and the time of an
+image: DDIM and the best solver in floating point, then MoDiff and Q-Diff in true INT8), `bits` (simulated MoDiff and Q-Diff
+by activation bits, PSNR to the same solver in FP32), `native` (true INT8 against the simulation, and batch sizes against each
+other) and `whole` (one long run of DDIM and one of the best solver in INT8). The file is written after every figure; the same
+command goes on from there. `solver_figure` draws the part `quality`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.kinds import SolverKind, Spacing
+from modiff_trt.core.scales import Scales
+from modiff_trt.core.solvers import Solver
+from modiff_trt.export.calibration.collecting import collect
+from modiff_trt.export.calibration.pipeline import TRIAL_SEED, measure, residual_scales
+from modiff_trt.export.calibration.static import Recipe, make_scales
+from modiff_trt.export.calibration.trials import PERCENTILES, Trials, search_rows, search_scales
+from modiff_trt.runtime.backends.registry import trained
+from modiff_trt.runtime.backends.registry.options import check_device, load_model
+from modiff_trt.runtime.denoiser import Denoiser
+from modiff_trt.runtime.images.folders import psnr, to_uint8
+from modiff_trt.runtime.images.noise import ImageNoise
+from modiff_trt.runtime.images.sets import open_images
+from modiff_trt.runtime.sampler import sample_trajectory
+from modiff_trt.tools.assets import classifier_path
+from modiff_trt.tools.evaluation.cifar_features import SHIPPED_SHA256, CifarFeatures
+from modiff_trt.tools.evaluation.frechet import Moments, frechet_distance
+from modiff_trt.tools.evaluation.measures import load_statistics, reference_statistics
+from modiff_trt.tools.provenance import provenance
+from modiff_trt.tools.research.figures import Figures
+from modiff_trt.tools.research.refusals import refuses_bad_input
+
+PARTS = "nearness,bits,native,quality,whole"
+PASSES = "10,12,15,20,25,33,50,100"
+TRUTH = Solver(spacing=Spacing.UNIFORM)
+BASELINE = Solver()
+BEST = Solver(SolverKind.DPMPP_2M, Spacing.LOGSNR)
+FLOAT = "floating point"
+# What calibrates here: convolutions that mostly move data stay in float.
+INTENSITY = 200.0
+
+Array = np.ndarray[Any, Any]
+
+
+def name_of(solver: Solver) -> str:
+    return f"{solver.kind} {solver.spacing}"
+
+
+def decibels(images: Array, reference: Array) -> float | None:
+    """PSNR; None for equal images."""
+    found = psnr(images, reference)
+    return round(found, 3) if np.isfinite(found) else None
+
+
+class SolverStudy:
+    """One network, and everything measured of it."""
+
+    def __init__(
+        self,
+        config: Path,
+        ckpt: Path,
+        *,
+        images: int,
+        fd_images: int,
+        whole_images: int,
+        truth_steps: int,
+        batch_size: int,
+        device: str,
+        out: Path,
+        deadline: float,
+    ) -> None:
+        self.network, self.checkpoint = load_model(config, ckpt)
+        self.device, self._batch, self._out = check_device(device), batch_size, out
+        params = {key: value.to(device) for key, value in self.checkpoint.params.items()}
+        self._on_device = replace(self.checkpoint, params=params)
+        settings = {
+            "checkpoint_sha256": self.checkpoint.sha256,
+            "images": images,
+            "fd_images": fd_images,
+            "whole_images": whole_images,
+            "truth_steps": truth_steps,
+        }
+        self._kept = Figures(out, settings, provenance(device), deadline=deadline)
+        self.figures, self._record = self._kept.data, self._kept.record
+        self._images, self._fd_images, self._whole_images, self._truth_steps = images, fd_images, whole_images, truth_steps
+        self._calibrated: dict[tuple[Solver, int], Any] = {}
+        self._compiled: Any = None
+
+    def steps(self, solver: Solver, passes: int) -> tuple[int, ...]:
+        return solver.timesteps(self.network.config.diffusion, passes)
+
+    def floating(self, solver: Solver, passes: int) -> Denoiser:
+        """The fastest floating-point network of the device: FP16 compiled on a GPU, FP32 on a CPU."""
+        steps, params = self.steps(solver, passes), self.checkpoint.params
+        if self.device == "cpu":
+            return trained.unquantized(self.network, params, steps)
+        if self._compiled is None:
+            self._compiled = trained.compiled_fp16(self.network, params, steps, solver)
+        return self._compiled.along(steps, solver)  # type: ignore[no-any-return]
+
+    def exact(self, solver: Solver, passes: int, indices: range) -> Array:
+        """Final images of FP32."""
+        steps = self.steps(solver, passes)
+        denoiser = trained.unquantized(self.network, self._on_device.params, steps, device=self.device)
+        return self.images(denoiser, solver, indices)[0]
+
+    def images(self, denoiser: Denoiser, solver: Solver, indices: range, size: int | None = None) -> tuple[Array, float]:
+        """Final images, float32, of seed 0, and the seconds that they took without what happens once."""
+        updates = solver.updates(self.network.config.diffusion, denoiser.rows.timesteps)
+        size, found, seconds = min(size or self._batch, len(indices)), [], 0.0
+        denoiser.reset(size)
+        for begin in range(0, len(indices), size):
+            noise = ImageNoise(0, indices[begin : begin + size], self.network.config.input_shape).draw()
+            before = time.perf_counter()
+            found.append(sample_trajectory(denoiser, updates, noise))
+            seconds += time.perf_counter() - before
+        return np.concatenate(found), seconds
+
+    def calibrated(self, solver: Solver, passes: int) -> Any:
+        """(trajectories, ranges), by collecting as many images as are compared."""
+        if (solver, passes) not in self._calibrated:
+            stored = collect(
+                self.network,
+                self.checkpoint,
+                timesteps=passes,
+                solver=solver,
+                num_samples=self._images,
+                calib_steps=20,
+                seed=1,
+                batch_size=64,
+                device=self.device,
+                out=self._out.with_suffix(f".{solver.kind}-{passes}.trajectories.safetensors"),
+            )
+            self._calibrated[solver, passes] = stored, measure(self.network, self.checkpoint, stored, 64, self.device)
+        return self._calibrated[solver, passes]
+
+    def scales(self, solver: Solver, passes: int, **recipe: Any) -> Scales:
+        stored, ranges = self.calibrated(solver, passes)
+        recipe = {"min_intensity": INTENSITY} | recipe
+        return make_scales(self.network, self._on_device, stored, ranges=ranges, recipe=Recipe(**recipe))
+
+    def nearness(self, passes: list[int]) -> None:
+        """PSNR to the truth, every solver and spacing. What cannot be is recorded as the reason."""
+        truth = self.exact(TRUTH, self._truth_steps, range(self._images))
+        for kind in SolverKind:
+            for spacing in Spacing:
+                solver = Solver(kind, spacing)
+                for count in passes:
+
+                    def figures(solver: Solver = solver, count: int = count) -> dict[str, Any]:
+                        try:
+                            steps = self.steps(solver, count)
+                        except InputError as error:
+                            return {"refused": str(error)}
+                        found = self.exact(solver, count, range(self._images))
+                        return {"passes": len(steps), "psnr_db": decibels(found, truth)}
+
+                    self._record("nearness", f"{name_of(solver)} {count}", figures)
+
+    def bits(self, passes: list[int], widths: list[int]) -> None:
+        """MoDiff and Q-Diff in simulation, and the searches by trial at the fewest bits."""
+        for count in passes:
+            trials = self._trials(count, self._images, seed=0)
+            weights = self.scales(BEST, count)
+
+            def alone(trials: Trials = trials, scales: Scales = weights) -> float:
+                return round(trials.score(self._simulated(scales, act_quant=False)), 2)
+
+            self._record("bits", f"{count} passes, weights alone", alone)
+            for width in widths:
+                scales = self.scales(BEST, count, act_bits=width)
+                plain = self.scales(BEST, count, act_bits=width, method="qdiff")
+                for label, tried in (("MoDiff", scales), ("Q-Diff", plain)):
+                    self._record(
+                        "bits",
+                        f"{count} passes, {label} A{width}",
+                        lambda s=tried, t=trials: round(t.score(self._simulated(s)), 2),  # type: ignore[misc]
+                    )
+            self._record(
+                "bits", f"{count} passes, A{widths[-1]} searched", lambda c=count, t=trials: self._search(c, widths[-1], t)
+            )  # type: ignore[misc]
+
+    def _search(self, passes: int, width: int, judge: Trials) -> dict[str, float]:
+        """Static grids and then a grid for every row by trial on other noise; what each is worth on the images compared."""
+        trials = self._trials(passes, 16, seed=TRIAL_SEED)
+        stored, ranges = self.calibrated(BEST, passes)
+        recipe = Recipe(act_bits=width, min_intensity=INTENSITY)
+        scales = self.scales(BEST, passes, act_bits=width)
+        parts = (self.network, self._on_device, stored, ranges, recipe)
+        static = search_scales(trials, scales, {p: residual_scales(*parts, scales, p) for p in PERCENTILES}, report=typer.echo)
+        rows = search_rows(trials, static, typer.echo)
+        return {n: round(judge.score(self._simulated(s)), 2) for n, s in (("static grids", static), ("a grid a row", rows))}
+
+    def _trials(self, passes: int, images: int, seed: int) -> Trials:
+        steps = self.steps(BEST, passes)
+        return Trials(self.network, self.checkpoint, steps, solver=BEST, images=images, seed=seed, device=self.device)
+
+    def _simulated(self, scales: Scales, **options: Any) -> Any:
+        return trained.simulated(self.network, self.checkpoint.params, scales, device=self.device, **options)
+
+    def native(self, passes: int, sizes: list[int]) -> None:
+        """True INT8 against the simulation, both to FP32, and against itself in other batches; FP16 beside it."""
+        scales, indices = self.scales(BEST, passes), range(self._images)
+        exact = self.exact(BEST, passes, indices)
+        denoiser = self._native(scales)
+        found = {size: self.images(denoiser, BEST, indices, size)[0] for size in sizes}
+
+        def figures() -> dict[str, Any]:
+            simulated = self.images(self._simulated(scales), BEST, indices)[0]
+            floating = self.images(self.floating(BEST, passes), BEST, indices)[0]
+            first = found[sizes[0]]
+            return {
+                "simulation_db": decibels(simulated, exact),
+                "native_db": decibels(first, exact),
+                "native_to_simulation_db": decibels(first, simulated),
+                f"{FLOAT}_db": decibels(floating, exact),
+                "same_bits": {str(size): bool((images == first).all()) for size, images in found.items()},
+            }
+
+        self._record("native", f"{passes} passes", figures)
+
+    def _native(self, scales: Scales) -> Denoiser:
+        return trained.native(self.network, self.checkpoint.params, scales, self.device)
+
+    def quality(self, passes: list[int], reference: Path) -> None:
+        """FD-CIFAR and microseconds an image of four lines."""
+        features = CifarFeatures(classifier_path(), self.device, SHIPPED_SHA256)
+        for count in passes:
+            for solver in (BASELINE, BEST):
+                try:
+                    self.steps(solver, count)
+                except InputError:
+                    continue
+                self._quality(
+                    f"{FLOAT}, {name_of(solver)} {count}",
+                    lambda s=solver, c=count: self.floating(s, c),
+                    solver,
+                    features,
+                    reference,
+                )  # type: ignore[misc]
+            for label in ("MoDiff", "Q-Diff"):
+
+                def quantized(count: int = count, plain: bool = label == "Q-Diff") -> Denoiser:
+                    scales = self.scales(BEST, count)
+                    return self._native(scales.without_modulation() if plain else scales)
+
+                self._quality(f"native {label} W8A8, {name_of(BEST)} {count}", quantized, BEST, features, reference)
+
+    def _quality(
+        self, name: str, make: Any, solver: Solver, features: CifarFeatures, reference: Path, count: int | None = None
+    ) -> None:
+        def figures() -> dict[str, Any]:
+            denoiser = make()
+            indices = range(count or self._fd_images)
+            moments, seconds, part = Moments(), 0.0, 40 * self._batch
+            for begin in range(0, len(indices), part):
+                images, spent = self.images(denoiser, solver, indices[begin : begin + part])
+                seconds += spent
+                pictures = to_uint8(images)
+                for at in range(0, len(pictures), 512):
+                    moments.add(features(pictures[at : at + 512])["features"])
+            if reference.suffix == ".safetensors":
+                against = load_statistics(reference, features)
+            else:
+                against = reference_statistics(open_images(reference), features, 512)
+            return {
+                "passes": len(denoiser.rows),
+                "images": len(indices),
+                "seconds": round(seconds, 3),
+                "microseconds_an_image": round(seconds * 1e6 / len(indices), 1),
+                "fd_cifar": round(frechet_distance(moments.gaussian(), against.gaussians["features"]), 4),
+            }
+
+        self._record("quality" if count is None else "whole", name, figures)
+
+    def whole(self, passes: int, reference: Path) -> None:
+        """One long run of DDIM with 100 passes and one of the best solver, both in INT8 with MoDiff."""
+        features = CifarFeatures(classifier_path(), self.device, SHIPPED_SHA256)
+        for solver, count in ((BEST, passes), (BASELINE, 100)):
+            self._quality(
+                f"native MoDiff W8A8, {name_of(solver)} {count}",
+                lambda s=solver, c=count: self._native(self.scales(s, c)),  # type: ignore[misc]
+                solver,
+                features,
+                reference,
+                count=self._whole_images,
+            )
+
+
+@refuses_bad_input
+def main(
+    config: Annotated[Path, typer.Option(help="DDIM configuration (.yml)")],
+    ckpt: Annotated[Path, typer.Option(help="trained weights")],
+    reference: Annotated[Path, typer.Option(help="images, or statistics that `evaluate` left in its cache (.safetensors)")],
+    out: Annotated[Path, typer.Option(help="JSON file to write")],
+    passes: Annotated[str, typer.Option(help="numbers of passes, comma-separated")] = PASSES,
+    few: Annotated[str, typer.Option(help="bits, native, whole: numbers of passes; native and whole take the last")] = "20,33",
+    bits: Annotated[str, typer.Option(help="bits: of the activations, comma-separated, most first")] = "8,6,4",
+    images: Annotated[int, typer.Option(help="images of nearness, bits and native, and of calibration")] = 64,
+    fd_images: Annotated[int, typer.Option(help="images of quality")] = 10240,
+    whole_images: Annotated[int, typer.Option(help="images of whole")] = 50000,
+    truth_steps: Annotated[int, typer.Option(help="DDIM steps of the truth")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="images in one pass")] = 256,
+    parts: Annotated[str, typer.Option(help=f"comma-separated, of {PARTS}")] = PARTS,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    seconds: Annotated[float, typer.Option(help="begin no new figure after this long")] = 1e9,
+) -> None:
+    """Measures how many passes an image needs."""
+    wanted = parts.split(",")
+    unknown = [part for part in wanted if part not in PARTS.split(",")]
+    if unknown:
+        raise InputError(f"--parts: unknown part '{unknown[0]}'; known: {PARTS}")
+    study = SolverStudy(
+        config,
+        ckpt,
+        images=images,
+        fd_images=fd_images,
+        whole_images=whole_images,
+        truth_steps=truth_steps,
+        batch_size=batch_size,
+        device=device,
+        out=out,
+        deadline=seconds,
+    )
+    counts, fewer = ([int(n) for n in text.split(",")] for text in (passes, few))
+    for part in wanted:
+        if part == "nearness":
+            study.nearness(counts)
+        elif part == "bits":
+            study.bits(fewer, [int(n) for n in bits.split(",")])
+        elif part == "native":
+            study.native(fewer[-1], sorted({images, max(images // 4, 1), 1}, reverse=True))
+        elif part == "quality":
+            study.quality(counts, reference)
+        else:
+            study.whole(fewer[-1], reference)
+
+
+if __name__ == "__main__":
+    typer.run(main)
