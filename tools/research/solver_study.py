@@ -4,10 +4,10 @@
         --device cuda --out results/solver_study.json
 
 Parts: `nearness` (PSNR to 1000 DDIM steps of the same noise, in FP32), `quality` (FD-CIFAR to the reference, and the time of an
-image: DDIM and the best solver in floating point, then MoDiff and Q-Diff in true INT8), `bits` (simulated MoDiff and Q-Diff
-by activation bits, PSNR to the same solver in FP32), `native` (true INT8 against the simulation, and batch sizes against each
-other) and `whole` (one long run of DDIM and one of the best solver in INT8). The file is written after every figure; the same
-command goes on from there. `solver_figure` draws the part `quality`.
+image: DDIM and the best solver in floating point, then MoDiff and Q-Diff in true INT8), `bits` (simulated MoDiff and Q-Diff by
+activation bits and kind of grid, PSNR to the same solver in FP32), `native` (true INT8 against the simulation, and batch sizes
+against each other) and `whole` (one long run of DDIM and one of the best solver in INT8). The file is written after every
+figure; the same command goes on from there. `solver_figure` draws the part `quality`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from modiff_trt.core.kinds import SolverKind, Spacing
 from modiff_trt.core.scales import Scales
 from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.collecting import collect
-from modiff_trt.export.calibration.pipeline import TRIAL_SEED, measure, residual_scales
+from modiff_trt.export.calibration.pipeline import TRIAL_SEED, measure
 from modiff_trt.export.calibration.static import Recipe, make_scales
-from modiff_trt.export.calibration.trials import PERCENTILES, Trials, search_rows, search_scales
+from modiff_trt.export.calibration.trials import Trials, search_rows
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.backends.registry.options import check_device, load_model
 from modiff_trt.runtime.denoiser import Denoiser
@@ -121,7 +121,8 @@ class SolverStudy:
         """Final images, float32, of seed 0, and the seconds that they took without what happens once."""
         updates = solver.updates(self.network.config.diffusion, denoiser.rows.timesteps)
         size, found, seconds = min(size or self._batch, len(indices)), [], 0.0
-        denoiser.reset(size)
+        for first in {size, len(indices) % size} - {0}:
+            denoiser.reset(first)  # compiles, tunes and captures
         for begin in range(0, len(indices), size):
             noise = ImageNoise(0, indices[begin : begin + size], self.network.config.input_shape).draw()
             before = time.perf_counter()
@@ -182,27 +183,22 @@ class SolverStudy:
             self._record("bits", f"{count} passes, weights alone", alone)
             for width in widths:
                 scales = self.scales(BEST, count, act_bits=width)
-                plain = self.scales(BEST, count, act_bits=width, method="qdiff")
-                for label, tried in (("MoDiff", scales), ("Q-Diff", plain)):
+                candidates = {
+                    "MoDiff, a grid a layer": lambda s=scales: s,
+                    "MoDiff, a grid a row": lambda s=scales, c=count: self._by_rows(c, s),
+                    "MoDiff, a grid a sample": lambda c=count, w=width: self.scales(BEST, c, act_bits=w, granularity="tensor"),
+                    "Q-Diff": lambda c=count, w=width: self.scales(BEST, c, act_bits=w, method="qdiff"),
+                }
+                for label, make in candidates.items():
                     self._record(
                         "bits",
                         f"{count} passes, {label} A{width}",
-                        lambda s=tried, t=trials: round(t.score(self._simulated(s)), 2),  # type: ignore[misc]
+                        lambda m=make, t=trials: round(t.decibels(m()), 2),  # type: ignore[misc]
                     )
-            self._record(
-                "bits", f"{count} passes, A{widths[-1]} searched", lambda c=count, t=trials: self._search(c, widths[-1], t)
-            )  # type: ignore[misc]
 
-    def _search(self, passes: int, width: int, judge: Trials) -> dict[str, float]:
-        """Static grids and then a grid for every row by trial on other noise; what each is worth on the images compared."""
-        trials = self._trials(passes, 16, seed=TRIAL_SEED)
-        stored, ranges = self.calibrated(BEST, passes)
-        recipe = Recipe(act_bits=width, min_intensity=INTENSITY)
-        scales = self.scales(BEST, passes, act_bits=width)
-        parts = (self.network, self._on_device, stored, ranges, recipe)
-        static = search_scales(trials, scales, {p: residual_scales(*parts, scales, p) for p in PERCENTILES}, report=typer.echo)
-        rows = search_rows(trials, static, typer.echo)
-        return {n: round(judge.score(self._simulated(s)), 2) for n, s in (("static grids", static), ("a grid a row", rows))}
+    def _by_rows(self, passes: int, scales: Scales) -> Scales:
+        """A grid for every row, found by trial on other noise."""
+        return search_rows(self._trials(passes, 16, seed=TRIAL_SEED), scales, typer.echo)
 
     def _trials(self, passes: int, images: int, seed: int) -> Trials:
         steps = self.steps(BEST, passes)
@@ -213,7 +209,7 @@ class SolverStudy:
 
     def native(self, passes: int, sizes: list[int]) -> None:
         """True INT8 against the simulation, both to FP32, and against itself in other batches; FP16 beside it."""
-        scales, indices = self.scales(BEST, passes), range(self._images)
+        scales, indices = self._by_rows(passes, self.scales(BEST, passes)), range(self._images)
         exact = self.exact(BEST, passes, indices)
         denoiser = self._native(scales)
         found = {size: self.images(denoiser, BEST, indices, size)[0] for size in sizes}
