@@ -31,6 +31,7 @@ WEIGHT_SCALES = {ScaleMethod.MINMAX: minmax_weight_scale, ScaleMethod.MSE: mse_w
 KINDS: tuple[tuple[str, type[StrEnum], str], ...] = (
     ("method", Method, "--method"),
     ("scale_method", ScaleMethod, "--scale-method"),
+    ("activation_method", ScaleMethod, "--activation-method"),
     ("weight_scale_method", ScaleMethod, "--weight-scale-method"),
     ("start", Start, "--start"),
     ("granularity", Granularity, "--granularity"),
@@ -42,17 +43,19 @@ KINDS: tuple[tuple[str, type[StrEnum], str], ...] = (
 class Recipe:
     """What to calibrate: `method` modiff or qdiff, bits, how scales are searched, and how a trajectory starts.
 
-    `scale_method` is of activations and residuals, `weight_scale_method` of weights. `split` gives the skip half of a
-    concatenated input its own grid. `residuals` says whether residual ranges are those of the float network or of the quantized
-    one (see `export.calibration.residuals`). `edge_bits` raises the bits of the first and last convolution (Q-Diffusion keeps
-    them at 8); None leaves them. Layers below `min_intensity` multiply-accumulates for each element of input and output stay in
-    float: there, moving the state takes longer than INT8 saves.
+    `scale_method` is of residuals, `activation_method` of the activations of layers without state: one static grid holds all
+    steps there, and clipping its rare largest values costs less than a coarser step. `weight_scale_method` is of weights.
+    `split` gives the skip half of a concatenated input its own grid. `residuals` says whether residual ranges are those of the
+    float network or of the quantized one (see `export.calibration.residuals`). `edge_bits` raises the bits of the first and
+    last convolution (Q-Diffusion keeps them at 8); None leaves them. Layers below `min_intensity` multiply-accumulates for each
+    element of input and output stay in float: there, moving the state takes longer than INT8 saves.
     """
 
     method: Method = Method.MODIFF
     weight_bits: int = 8
     act_bits: int = 8
     scale_method: ScaleMethod = ScaleMethod.MINMAX
+    activation_method: ScaleMethod = ScaleMethod.MSE
     weight_scale_method: ScaleMethod = ScaleMethod.MINMAX
     start: Start = Start.WARMUP
     edge_bits: int | None = None
@@ -72,6 +75,8 @@ class Recipe:
             )
         if not self.min_intensity >= 0:
             raise InputError(f"--min-intensity must not be negative, found {self.min_intensity}")
+        if self.activation_method == ScaleMethod.LEARNED:
+            raise InputError("--activation-method must be minmax, mse or percentile; learned scales are of residuals")
         refits = self.residuals == Residuals.QUANTIZED or self.scale_method == ScaleMethod.LEARNED
         if refits and (self.method != Method.MODIFF or self.granularity != Granularity.STATIC):
             raise InputError(
@@ -194,8 +199,9 @@ def _grid(ranges: LayerRanges, mode: Mode, recipe: Recipe, bits: int) -> _Grid:
     """The grids of a layer by its ranges, in units of the main half where the recipe splits it."""
 
     def steps(part: InputRanges) -> tuple[float, float]:
-        method, share = recipe.scale_method, recipe.percentile
-        return part.activation.scale(method, bits, share), part.residual.scale(method, bits, share)
+        share = recipe.percentile
+        activation = part.activation.scale(recipe.activation_method, bits, share)
+        return activation, part.residual.scale(recipe.scale_method, bits, share)
 
     if not recipe.split or ranges.halves is None:
         return _Grid(*steps(ranges), ranges.activation_max[0], 1.0)
@@ -246,6 +252,12 @@ def make_scales(
             first = max(grid.first_max, float(np.finfo(np.float32).tiny))
             full_range.append(first / grid_max(act_bits) / grid.residual)
             bits.append(act_bits)
+    if all(layer.mode == Mode.FLOAT for layer in layers.values()):
+        most = max(spec.intensity for spec in network.layers)
+        raise InputError(
+            f"no layer does --min-intensity {recipe.min_intensity:g} multiply-accumulates an element (the most is {most:.0f}), "
+            "so that nothing would be quantized; pass --min-intensity 0"
+        )
     rows: RowTable
     if bits:
         rows = modulated_rows(trajectories.timesteps, np.asarray(full_range), np.asarray(bits), start=recipe.start)
@@ -257,7 +269,7 @@ def make_scales(
         network.config,
         checkpoint.sha256,
         recipe.method,
-        scale_method=recipe.scale_method,
+        scale_method=recipe.scale_method if recipe.method == Method.MODIFF else recipe.activation_method,
         solver=trajectories.solver,
         layers=layers,
         rows=rows,

@@ -7,9 +7,10 @@ layers can do without MoDiff state.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import prod
+from math import log10, prod
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class Trials:
         seed: int,
         device: str,
     ) -> None:
-        self.network, self.checkpoint, self._device = network, checkpoint, device
+        self.network, self.checkpoint, self.device = network, checkpoint, device
         self._updates = solver.updates(network.config.diffusion, timesteps)
         self._noise = ImageNoise(seed, range(images), network.config.input_shape).draw()
         self._reference = sample_trajectory(
@@ -68,7 +69,7 @@ class Trials:
 
     def decibels(self, scales: Scales) -> float:
         """`score` of the simulation of these scales."""
-        return self.score(trained.simulated(self.network, self.checkpoint.params, scales, device=self._device))
+        return self.score(trained.simulated(self.network, self.checkpoint.params, scales, device=self.device))
 
     def residuals(self, scales: Scales) -> tuple[float, Array]:
         """PSNR, and the largest |x - a_hat| [rows, modulated layers] that each pass had to round."""
@@ -80,7 +81,7 @@ class Trials:
                 passes.append({})
             passes[-1][layer.spec.name] = float((x - state.a_hat).abs().max())
 
-        watched = trained.simulated(self.network, self.checkpoint.params, scales, device=self._device, on_layer=watch)
+        watched = trained.simulated(self.network, self.checkpoint.params, scales, device=self.device, on_layer=watch)
         score = self.score(watched)
         return score, np.asarray([[found[name] for name in scales.modulated] for found in passes], np.float32)
 
@@ -98,6 +99,29 @@ class Trials:
     def against(self, samples: Array) -> float:
         """PSNR in dB of final images to FP32's."""
         return psnr(samples, self._reference)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """PSNR to FP32 in dB of the whole method and of the rounded weights alone, and the seconds that one trial took."""
+
+    decibels: float
+    weights_alone: float
+    seconds: float
+
+    @property
+    def weights_limit(self) -> bool:
+        """Whether at least half of the squared error is there with exact activations too."""
+        return self.weights_alone <= self.decibels + 10 * log10(2)
+
+
+def judge(trials: Trials, scales: Scales) -> Verdict:
+    """What scales are worth on the trial images, and how much of the error is the weights'."""
+    begin = time.perf_counter()
+    whole = trials.decibels(scales)
+    seconds = time.perf_counter() - begin
+    alone = trained.simulated(trials.network, trials.checkpoint.params, scales, device=trials.device, act_quant=False)
+    return Verdict(whole, trials.score(alone), seconds)
 
 
 def search_scales(trials: Trials, scales: Scales, candidates: Mapping[float, Mapping[str, float]], report: Report) -> Scales:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Granularity, Method, Mode, Residuals, Rounding, ScaleMethod, Search, Start
 from modiff_trt.tools.cli.options import BatchSize, Ckpt, Config, Device, Weights
+
+if TYPE_CHECKING:
+    from modiff_trt.core.scales import Scales
+    from modiff_trt.export.calibration.trials import Verdict
+
+# Trial trajectories of --search rows, which searches shares before it.
+SEARCH_TRIALS = 17
+# Layers that do fewer multiply-accumulates an element mostly move data: in INT8 they gain nothing, and lose the most accuracy.
+INTENSITY = 200.0
 
 
 def calibrate(
@@ -22,9 +32,11 @@ def calibrate(
     weight_bit: Annotated[int, typer.Option(help="bits of the weights, 2 to 8")] = 8,
     act_bit: Annotated[int, typer.Option(help="bits of the activations, 2 to 8")] = 8,
     edge_bit: Annotated[int | None, typer.Option(help="at least so many bits for the first and last layer")] = None,
-    scale_method: Annotated[
-        ScaleMethod, typer.Option(help="of activations and residuals; learned: of residuals alone")
-    ] = ScaleMethod.MINMAX,
+    scale_method: Annotated[ScaleMethod | None, typer.Option(help="of residuals, --granularity static (minmax)")] = None,
+    activation_method: Annotated[
+        ScaleMethod | None,
+        typer.Option(help="of activations without state, --granularity static: minmax, mse, percentile (mse)"),
+    ] = None,
     weight_scale_method: Annotated[ScaleMethod, typer.Option(help="of weights: minmax or mse")] = ScaleMethod.MINMAX,
     residuals: Annotated[
         Residuals, typer.Option(help="measured between float steps, or against the quantized network's a_hat")
@@ -47,12 +59,14 @@ def calibrate(
     min_intensity: Annotated[
         float,
         typer.Option(
-            help="leave layers in float that do fewer multiply-accumulates per element moved; 200: 1x1 and edge layers"
+            help="leave layers in float that do fewer multiply-accumulates per element moved; 200: 1x1 and edge layers; 0: none"
         ),
-    ] = 0.0,
+    ] = INTENSITY,
     auto: Annotated[bool, typer.Option("--auto", help="take the state from layers that do not need it")] = False,
     max_loss: Annotated[float, typer.Option(help="auto: PSNR that may be lost, dB")] = 0.3,
-    trial_images: Annotated[int, typer.Option(help="images of the trial trajectories of --search and --auto")] = 4,
+    trial_images: Annotated[
+        int, typer.Option(help="images of trial trajectories, and of the PSNR said at the end; 0: no PSNR")
+    ] = 4,
     seed: Annotated[int, typer.Option(help="adaround: seed of its batches")] = 0,
     dither: Annotated[bool, typer.Option(help="start a_hat from a random place inside the grid")] = True,
     batch_size: BatchSize = 8,
@@ -73,7 +87,7 @@ def calibrate(
     )
     from modiff_trt.export.calibration.static import Recipe, make_scales
     from modiff_trt.export.calibration.trajectories import load_trajectories
-    from modiff_trt.export.calibration.trials import PERCENTILES, Trials
+    from modiff_trt.export.calibration.trials import PERCENTILES, Trials, judge
     from modiff_trt.runtime.backends.registry.options import check_device, load_model
     from modiff_trt.runtime.sampling import check_seed
 
@@ -81,18 +95,25 @@ def calibrate(
         raise InputError("--search is for --method modiff with --granularity static")
     if auto and method != Method.MODIFF:
         raise InputError("--auto takes state from layers, which --method modiff gives them")
-    if trial_images < 1 or not max_loss >= 0:
-        raise InputError("--trial-images must be at least 1 and --max-loss not negative")
+    if trial_images < (1 if auto or search != Search.NONE else 0) or not max_loss >= 0:
+        raise InputError("--trial-images must be at least 1 for --search and --auto, and --max-loss not negative")
     if iterations < 1 or batch_size < 1:
         raise InputError("--iterations and --batch-size must be at least 1")
-    if percentile is not None and scale_method != ScaleMethod.PERCENTILE:
-        raise InputError("--percentile is for --scale-method percentile; `--search scales` finds a share by itself")
+    if percentile is not None and ScaleMethod.PERCENTILE not in (scale_method, activation_method):
+        raise InputError(
+            "--percentile is for --scale-method or --activation-method percentile; `--search scales` finds a share by itself"
+        )
+    if method == Method.QDIFF and scale_method is not None:
+        raise InputError("--scale-method is of residuals, which --method qdiff has none of; pass --activation-method")
+    if granularity != Granularity.STATIC and activation_method is not None:
+        raise InputError("--activation-method is for --granularity static: other grids span each image's own values")
     check_seed(seed)
     recipe = Recipe(
         method=method,
         weight_bits=weight_bit,
         act_bits=act_bit,
-        scale_method=scale_method,
+        scale_method=scale_method or ScaleMethod.MINMAX,
+        activation_method=activation_method or ScaleMethod.MSE,
         weight_scale_method=weight_scale_method,
         start=start,
         edge_bits=edge_bit,
@@ -118,16 +139,11 @@ def calibrate(
         scales = refit_residuals(
             network, checkpoint, stored, scales=scales, recipe=recipe, batch_size=batch_size, device=device
         )
-    if scales.modulated and (search != Search.NONE or auto):
-        trials = Trials(
-            network,
-            checkpoint,
-            scales.rows.timesteps,
-            solver=scales.solver,
-            images=trial_images,
-            seed=TRIAL_SEED,
-            device=device,
-        )
+    steps = scales.rows.timesteps
+    trials = None
+    if trial_images:
+        trials = Trials(network, checkpoint, steps, solver=scales.solver, images=trial_images, seed=TRIAL_SEED, device=device)
+    if trials and scales.modulated and (search != Search.NONE or auto):
         tried = PERCENTILES if search != Search.NONE else ()
         candidates = {
             p: residual_scales(network, on_device, stored, ranges=ranges, recipe=recipe, scales=scales, percentile=p)
@@ -141,3 +157,26 @@ def calibrate(
     counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in Mode if mode in modes)
     only = "; for torch-sim only" if only_simulated(scales) is not None else ""
     typer.echo(f"{out}: {method} W{weight_bit}A{act_bit}, layers: {counts}; {len(scales.rows)} passes a trajectory{only}")
+    if trials:
+        typer.echo(_verdict(judge(trials, scales), scales, trial_images))
+
+
+def _verdict(found: Verdict, scales: Scales, images: int) -> str:
+    """What the PSNR on trial images is, what limits it, and the option that helps most."""
+    said = (
+        f"PSNR of {images} trial images to FP32: {found.decibels:.1f} dB; with exact activations {found.weights_alone:.1f} dB"
+    )
+    if not math.isfinite(found.decibels):
+        return f"the {images} trial images are not finite: these scales do not work; try a larger --act-bit or --weight-bit"
+    layers = [layer for layer in scales.layers.values() if layer.mode != Mode.FLOAT]
+    if found.weights_limit:
+        learned = all(layer.round_up is not None for layer in layers)
+        help_with = "more `collect --num-samples`, and --iterations" if learned else "--rounding adaround, which takes minutes"
+        return f"{said}. The weights limit it; what helps: {help_with}"
+    if scales.method == Method.QDIFF:
+        help_with = "--method modiff"
+    elif scales.granularity == Granularity.STATIC and (scales.rows.multipliers[scales.rows.warmup :] == 1).all():
+        help_with = f"--search rows (about {SEARCH_TRIALS * found.seconds:.0f} s), or --granularity tensor"
+    else:
+        help_with = "a larger --act-bit" if min(layer.act_bits for layer in layers) < 8 else "more steps"
+    return f"{said}. The activations limit it; what helps: {help_with}"

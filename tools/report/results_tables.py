@@ -16,23 +16,30 @@ import typer
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path, read_result
+from modiff_trt.tools.report.solver_tables import grids, nearness, quality
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def demo(data: dict[str, Any]) -> str:
     """The demo's rows, as `modiff-trt demo` wrote them."""
-    lines = ["| | backend | PSNR to FP32, dB | seconds an image | state, MB an image | ONNX, MB |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | steps | backend | PSNR to FP32, dB | PSNR to 1000 steps, dB | seconds an image | state, MB an image | ONNX, MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in data["rows"]:
         decibel = "reference" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
+        truth = "" if row["psnr_to_1000_steps_db"] is None else f"{row['psnr_to_1000_steps_db']:.1f}"
         state, size = row["state_bytes_per_image"] / 1e6, row["onnx_bytes"] / 1e6
         lines.append(
-            f"| {row['name']} | {row['backend']} | {decibel} | {row['seconds_per_image']:.2f} | {state:.1f} | {size:.1f} |"
+            f"| {row['name']} | {row['steps']} | {row['backend']} | {decibel} | {truth} | {row['seconds_per_image']:.2f} | "
+            f"{state:.1f} | {size:.1f} |"
         )
     lines.append("")
+    vnni = "" if data["machine"]["vnni"] else " without VNNI, where INT8 is exact and not fast"
     lines.append(
-        f"{data['images']} images, {data['ddim_steps']} DDIM steps, {data['machine']['cores']} CPU cores, "
-        f"onnxruntime {data['versions']['onnxruntime']} (`results/demo.json`, written by `modiff-trt demo`)."
+        f"{data['images']} images, {data['machine']['cores']} CPU cores{vnni}, onnxruntime {data['versions']['onnxruntime']} "
+        "(`results/demo.json`, written by `modiff-trt demo`)."
     )
     return "\n".join(lines)
 
@@ -310,6 +317,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "native_images": ("native_images_h200", native_images),
     "bench_cpu_cifar10": ("bench_cpu_cifar10", bench),
     "bench_cpu_demo": ("bench_cpu_demo", bench),
+    "nearness": ("solver_study_h200", nearness),
+    "quality": ("solver_study_h200", quality),
+    "grids": ("solver_grids_h200", grids),
     "fuzz": ("fuzz_trials", fuzz),
     "load": ("load_trials", load),
 }

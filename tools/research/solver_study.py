@@ -13,7 +13,9 @@ figure; the same command goes on from there. `solver_figure` draws the part `qua
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +40,7 @@ from modiff_trt.runtime.sampler import sample_trajectory
 from modiff_trt.tools.assets import classifier_path
 from modiff_trt.tools.evaluation.cifar_features import SHIPPED_SHA256, CifarFeatures
 from modiff_trt.tools.evaluation.frechet import Moments, frechet_distance
-from modiff_trt.tools.evaluation.measures import load_statistics, reference_statistics
+from modiff_trt.tools.evaluation.measures import Statistics, load_statistics, reference_statistics
 from modiff_trt.tools.provenance import provenance
 from modiff_trt.tools.research.figures import Figures
 from modiff_trt.tools.research.refusals import refuses_bad_input
@@ -63,6 +65,18 @@ def decibels(images: Array, reference: Array) -> float | None:
     """PSNR; None for equal images."""
     found = psnr(images, reference)
     return round(found, 3) if np.isfinite(found) else None
+
+
+def _rounded(score: Callable[[], float]) -> float:
+    return round(score(), 2)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The features of FD-CIFAR, and the statistics of the reference."""
+
+    features: CifarFeatures
+    statistics: Statistics
 
 
 class SolverStudy:
@@ -172,7 +186,7 @@ class SolverStudy:
                     self._record("nearness", f"{name_of(solver)} {count}", figures)
 
     def bits(self, passes: list[int], widths: list[int]) -> None:
-        """MoDiff and Q-Diff in simulation, and the searches by trial at the fewest bits."""
+        """MoDiff by kind of grid, and Q-Diff, in simulation."""
         for count in passes:
             trials = self._trials(count, self._images, seed=0)
             weights = self.scales(BEST, count)
@@ -183,20 +197,22 @@ class SolverStudy:
             self._record("bits", f"{count} passes, weights alone", alone)
             for width in widths:
                 scales = self.scales(BEST, count, act_bits=width)
+                sampled = self.scales(BEST, count, act_bits=width, granularity="tensor")
+                plain = self.scales(BEST, count, act_bits=width, method="qdiff")
                 candidates = {
-                    "MoDiff, a grid a layer": lambda s=scales: s,
-                    "MoDiff, a grid a row": lambda s=scales, c=count: self._by_rows(c, s),
-                    "MoDiff, a grid a sample": lambda c=count, w=width: self.scales(BEST, c, act_bits=w, granularity="tensor"),
-                    "Q-Diff": lambda c=count, w=width: self.scales(BEST, c, act_bits=w, method="qdiff"),
+                    "MoDiff, a grid a layer": partial(trials.decibels, scales),
+                    "MoDiff, a grid a row": partial(self._by_rows, count, scales, trials),
+                    "MoDiff, a grid a sample": partial(trials.decibels, sampled),
+                    "Q-Diff": partial(trials.decibels, plain),
                 }
-                for label, make in candidates.items():
-                    self._record(
-                        "bits",
-                        f"{count} passes, {label} A{width}",
-                        lambda m=make, t=trials: round(t.decibels(m()), 2),  # type: ignore[misc]
-                    )
+                for label, score in candidates.items():
+                    self._record("bits", f"{count} passes, {label} A{width}", partial(_rounded, score))
 
-    def _by_rows(self, passes: int, scales: Scales) -> Scales:
+    def _by_rows(self, passes: int, scales: Scales, judge: Trials) -> float:
+        """PSNR with a grid for every row."""
+        return judge.decibels(self._rows(passes, scales))
+
+    def _rows(self, passes: int, scales: Scales) -> Scales:
         """A grid for every row, found by trial on other noise."""
         return search_rows(self._trials(passes, 16, seed=TRIAL_SEED), scales, typer.echo)
 
@@ -209,7 +225,7 @@ class SolverStudy:
 
     def native(self, passes: int, sizes: list[int]) -> None:
         """True INT8 against the simulation, both to FP32, and against itself in other batches; FP16 beside it."""
-        scales, indices = self._by_rows(passes, self.scales(BEST, passes)), range(self._images)
+        scales, indices = self._rows(passes, self.scales(BEST, passes)), range(self._images)
         exact = self.exact(BEST, passes, indices)
         denoiser = self._native(scales)
         found = {size: self.images(denoiser, BEST, indices, size)[0] for size in sizes}
@@ -233,67 +249,57 @@ class SolverStudy:
 
     def quality(self, passes: list[int], reference: Path) -> None:
         """FD-CIFAR and microseconds an image of four lines."""
-        features = CifarFeatures(classifier_path(), self.device, SHIPPED_SHA256)
+        judge = self._judge(reference)
         for count in passes:
             for solver in (BASELINE, BEST):
                 try:
                     self.steps(solver, count)
                 except InputError:
                     continue
-                self._quality(
-                    f"{FLOAT}, {name_of(solver)} {count}",
-                    lambda s=solver, c=count: self.floating(s, c),
-                    solver,
-                    features,
-                    reference,
-                )  # type: ignore[misc]
-            for label in ("MoDiff", "Q-Diff"):
-
-                def quantized(count: int = count, plain: bool = label == "Q-Diff") -> Denoiser:
-                    scales = self.scales(BEST, count)
-                    return self._native(scales.without_modulation() if plain else scales)
-
-                self._quality(f"native {label} W8A8, {name_of(BEST)} {count}", quantized, BEST, features, reference)
-
-    def _quality(
-        self, name: str, make: Any, solver: Solver, features: CifarFeatures, reference: Path, count: int | None = None
-    ) -> None:
-        def figures() -> dict[str, Any]:
-            denoiser = make()
-            indices = range(count or self._fd_images)
-            moments, seconds, part = Moments(), 0.0, 40 * self._batch
-            for begin in range(0, len(indices), part):
-                images, spent = self.images(denoiser, solver, indices[begin : begin + part])
-                seconds += spent
-                pictures = to_uint8(images)
-                for at in range(0, len(pictures), 512):
-                    moments.add(features(pictures[at : at + 512])["features"])
-            if reference.suffix == ".safetensors":
-                against = load_statistics(reference, features)
-            else:
-                against = reference_statistics(open_images(reference), features, 512)
-            return {
-                "passes": len(denoiser.rows),
-                "images": len(indices),
-                "seconds": round(seconds, 3),
-                "microseconds_an_image": round(seconds * 1e6 / len(indices), 1),
-                "fd_cifar": round(frechet_distance(moments.gaussian(), against.gaussians["features"]), 4),
-            }
-
-        self._record("quality" if count is None else "whole", name, figures)
+                line = partial(self._measured, partial(self.floating, solver, count), solver, judge, count=self._fd_images)
+                self._record("quality", f"{FLOAT}, {name_of(solver)} {count}", line)
+            for label, modulate in (("MoDiff", True), ("Q-Diff", False)):
+                line = partial(
+                    self._measured, partial(self._quantized, BEST, count, modulate), BEST, judge, count=self._fd_images
+                )
+                self._record("quality", f"native {label} W8A8, {name_of(BEST)} {count}", line)
 
     def whole(self, passes: int, reference: Path) -> None:
         """One long run of DDIM with 100 passes and one of the best solver, both in INT8 with MoDiff."""
-        features = CifarFeatures(classifier_path(), self.device, SHIPPED_SHA256)
+        judge = self._judge(reference)
         for solver, count in ((BEST, passes), (BASELINE, 100)):
-            self._quality(
-                f"native MoDiff W8A8, {name_of(solver)} {count}",
-                lambda s=solver, c=count: self._native(self.scales(s, c)),  # type: ignore[misc]
-                solver,
-                features,
-                reference,
-                count=self._whole_images,
+            line = partial(
+                self._measured, partial(self._quantized, solver, count, True), solver, judge, count=self._whole_images
             )
+            self._record("whole", f"native MoDiff W8A8, {name_of(solver)} {count}", line)
+
+    def _quantized(self, solver: Solver, passes: int, modulate: bool) -> Denoiser:
+        scales = self.scales(solver, passes)
+        return self._native(scales if modulate else scales.without_modulation())
+
+    def _judge(self, reference: Path) -> Judge:
+        features = CifarFeatures(classifier_path(), self.device, SHIPPED_SHA256)
+        if reference.suffix == ".safetensors":
+            return Judge(features, load_statistics(reference, features))
+        return Judge(features, reference_statistics(open_images(reference), features, 512))
+
+    def _measured(self, make: Callable[[], Denoiser], solver: Solver, judge: Judge, count: int) -> dict[str, Any]:
+        """FD-CIFAR of so many images, and the time that they took."""
+        denoiser = make()
+        moments, seconds, part = Moments(), 0.0, 40 * self._batch
+        for begin in range(0, count, part):
+            images, spent = self.images(denoiser, solver, range(begin, min(begin + part, count)))
+            seconds += spent
+            pictures = to_uint8(images)
+            for at in range(0, len(pictures), 512):
+                moments.add(judge.features(pictures[at : at + 512])["features"])
+        return {
+            "passes": len(denoiser.rows),
+            "images": count,
+            "seconds": round(seconds, 3),
+            "microseconds_an_image": round(seconds * 1e6 / count, 1),
+            "fd_cifar": round(frechet_distance(moments.gaussian(), judge.statistics.gaussians["features"]), 4),
+        }
 
 
 @refuses_bad_input

@@ -50,7 +50,7 @@ def test_ranges_do_not_depend_on_the_batch_size(tiny):
 
 
 def test_scales_follow_the_recipe(tiny):
-    scales = tiny.scales(act_bits=6)
+    scales = tiny.scales(activation_method="minmax", act_bits=6)
     for name, layer in scales.layers.items():
         assert layer.activation_scale == pytest.approx(tiny.ranges[name].activation.absmax / 31)
         assert layer.residual_scale == pytest.approx(tiny.ranges[name].residual.absmax / 31)
@@ -89,6 +89,8 @@ def test_layers_that_only_move_data_stay_in_float(tiny):
         {"percentile": 2.0},
         {"method": "qdiff", "residuals": "quantized"},
         {"granularity": "tensor", "scale_method": "learned"},
+        {"activation_method": "learned"},
+        {"activation_method": "kl"},
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(recipe):
@@ -138,10 +140,17 @@ def test_bad_recipes(bad):
         Recipe(**bad)
 
 
-def test_the_scales_of_weights_have_an_option_of_their_own(tiny):
-    plain, activations, weights = (
-        tiny.scales(**recipe) for recipe in ({}, {"scale_method": "mse"}, {"weight_scale_method": "mse"})
+def test_residuals_activations_and_weights_have_an_option_each(tiny):
+    plain, activations, weights, residuals = (
+        tiny.scales(**recipe)
+        for recipe in ({}, {"activation_method": "minmax"}, {"weight_scale_method": "mse"}, {"scale_method": "mse"})
     )
+    for name, layer in plain.layers.items():
+        assert residuals.layers[name].activation_scale == layer.activation_scale
+        assert activations.layers[name].residual_scale == layer.residual_scale
+        # MSE clips: its grid is never wider than the one that holds all.
+        assert layer.activation_scale <= activations.layers[name].activation_scale
+    assert any(residuals.layers[n].residual_scale != layer.residual_scale for n, layer in plain.layers.items())
     same = {
         name: np.array_equal(layer.weight_scale, activations.layers[name].weight_scale) for name, layer in plain.layers.items()
     }
@@ -172,9 +181,9 @@ def test_scales_file_round_trip_and_refusals(tiny, demo, tmp_path):
 
 
 def test_shipped_scales_belong_to_the_shipped_model(demo):
-    for name in ("modiff-w8a8", "modiff-w8a6"):
+    for name in ("modiff-w8a8", "modiff-w8a6", "modiff-w8a8-2m15"):
         scales = load_scales(ROOT / f"calib_cache/demo/{name}.safetensors", demo.network, demo.checkpoint.sha256)
-        assert len(scales.modulated) > 60
+        assert len(scales.modulated) > 30
 
 
 def test_trajectories_keep_the_step_before_each_chosen_one():

@@ -2,13 +2,32 @@ import numpy as np
 import pytest
 
 from modiff_trt.export.calibration.residuals import refit
-from modiff_trt.export.calibration.trials import Trials, search_modes, search_rows, search_scales, state_traffic, with_modes
+from modiff_trt.export.calibration.trials import (
+    Trials,
+    Verdict,
+    judge,
+    search_modes,
+    search_rows,
+    search_scales,
+    state_traffic,
+    with_modes,
+)
 from modiff_trt.tools.report.inspecting import print_table, save_plots, state_elements
 
 
 @pytest.fixture(scope="module")
 def trials(tiny):
     return Trials(tiny.network, tiny.checkpoint, tiny.timesteps, tiny.trajectories.solver, images=3, seed=2, device="cpu")
+
+
+def test_the_verdict_names_what_limits_an_image(trials, tiny):
+    fine = judge(trials, tiny.scales(weight_bits=4))
+    assert fine.weights_limit and fine.weights_alone == pytest.approx(fine.decibels, abs=3)
+    coarse = judge(trials, tiny.scales(act_bits=3))
+    assert not coarse.weights_limit and coarse.weights_alone > coarse.decibels + 3
+    assert coarse.decibels == trials.decibels(tiny.scales(act_bits=3))
+    # Half of the squared error is 3.01 dB.
+    assert Verdict(40.0, 43.0, seconds=1.0).weights_limit and not Verdict(40.0, 43.02, seconds=1.0).weights_limit
 
 
 def test_searched_rows_are_never_worse_on_the_trials(trials, tiny):

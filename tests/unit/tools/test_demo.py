@@ -9,7 +9,7 @@ from PIL import Image
 from modiff_trt.core.config import TrainingConfig
 from modiff_trt.core.errors import InputError
 from modiff_trt.runtime.images.sets import load_images
-from modiff_trt.tools.demo import run
+from modiff_trt.tools.demo import CANDIDATES, run
 from modiff_trt.tools.research.train import train
 
 
@@ -18,7 +18,11 @@ def test_demo_shows_the_method(tmp_path):
     run(tmp_path, 2, 0)
     figures = json.loads((tmp_path / "demo.json").read_text())
     rows = {row["name"]: row for row in figures["rows"]}
-    assert list(rows) == ["FP32", "Q-Diff W8A8", "MoDiff W8A8", "Q-Diff W8A6", "MoDiff W8A6"]
+    assert list(rows) == [c.name for c in CANDIDATES]
+    # 15 steps of the better solver are nearer to 1000 steps than 50 of DDIM, also in INT8.
+    truth = {name: row["psnr_to_1000_steps_db"] for name, row in rows.items()}
+    assert min(truth["FP32, 2M"], truth["MoDiff W8A8, 2M"]) > truth["FP32"] + 2
+    assert rows["MoDiff W8A8, 2M"]["psnr_db"] > 35 and rows["FP32, 2M"]["steps"] == 15
     assert rows["MoDiff W8A6"]["psnr_db"] > rows["Q-Diff W8A6"]["psnr_db"] + 3
     assert rows["MoDiff W8A6"]["state_bytes_per_image"] > 0 == rows["Q-Diff W8A6"]["state_bytes_per_image"]
     width, height = Image.open(tmp_path / "demo.png").size

@@ -79,6 +79,8 @@ def test_wheel_holds_the_demo_and_the_configurations(tmp_path):
         "calib_cache/demo/model.safetensors",
         "calib_cache/demo/modiff-w8a6.safetensors",
         "calib_cache/demo/modiff-w8a8.safetensors",
+        "calib_cache/demo/modiff-w8a8-2m15.safetensors",
+        "calib_cache/demo/thousand-steps.npz",
         "calib_cache/fd_cifar/classifier.safetensors",
         "configs/cifar10.yml",
         "configs/demo.yml",

@@ -41,7 +41,8 @@ def files(tmp_path_factory):
     trajectories, scales, onnx, plain = paths.values()
     steps = ("--timesteps", 8, "--num_samples", 3, "--calib-steps", 8, "--batch-size", 2)
     assert run("collect", *MODEL, *steps, "--out", trajectories) == 0
-    assert run("calibrate", *MODEL, "--trajectories", trajectories, "--act_bit", 6, "--weight_bit", 8, "--out", scales) == 0
+    bits = ("--act_bit", 6, "--weight_bit", 8, "--min-intensity", 0, "--trial-images", 1)
+    assert run("calibrate", *MODEL, "--trajectories", trajectories, *bits, "--out", scales) == 0
     assert run("export", *MODEL, "--scales", scales, "--out", onnx) == 0
     assert run("export", *MODEL, "--out", plain) == 0
     return paths
@@ -51,6 +52,20 @@ def test_pipeline_writes_what_it_says(files):
     scales = load_scales(files["scales.safetensors"])
     assert scales.layers["mid.attn_1.qkv"].act_bits == 6 and len(scales.rows) - scales.rows.warmup == 8
     assert not list(files["m.onnx"].parent.glob("*.part"))
+
+
+def test_calibrate_leaves_layers_that_move_data_in_float_and_says_what_limits_it(files, tmp_path, capsys):
+    job = ["calibrate", *MODEL, "--trajectories", files["traj.safetensors"], "--trial-images", 1]
+    assert run(*job, "--out", tmp_path / "s") == 0
+    scales, said = load_scales(tmp_path / "s"), capsys.readouterr().out
+    assert {scales.layers[name].mode for name in ("conv_in", "mid.attn_1.qkv", "conv_out")} == {"float"}
+    assert "PSNR of 1 trial images to FP32" in said and "The weights limit it; what helps: --rounding adaround" in said
+    assert run(*job, "--method", "qdiff", "--act-bit", 4, "--out", tmp_path / "q") == 0
+    assert "The activations limit it; what helps: --method modiff" in capsys.readouterr().out
+    assert run(*job, "--act-bit", 3, "--out", tmp_path / "m") == 0
+    assert "what helps: --search rows" in capsys.readouterr().out
+    assert run(*job[:-1], 0, "--out", tmp_path / "n") == 0
+    assert "PSNR" not in capsys.readouterr().out
 
 
 def test_backends_agree_from_given_noise(files, tmp_path):
@@ -204,7 +219,30 @@ REFUSED = {
     ),
     "percentile of nothing": (
         ["calibrate", *MODEL, "--trajectories", "TRAJ", "--percentile", "0.99", "--out", "OUT"],
-        "--scale-method percentile",
+        "--percentile is for --scale-method or --activation-method percentile",
+    ),
+    "residuals of what has none": (
+        ["calibrate", *MODEL, "--trajectories", "TRAJ", "--method", "qdiff", "--scale-method", "mse", "--out", "OUT"],
+        "pass --activation-method",
+    ),
+    "grids that are not found": (
+        [
+            "calibrate",
+            *MODEL,
+            "--trajectories",
+            "TRAJ",
+            "--granularity",
+            "tensor",
+            "--activation-method",
+            "mse",
+            "--out",
+            "OUT",
+        ],
+        "--activation-method is for --granularity static",
+    ),
+    "everything in float": (
+        ["calibrate", *MODEL, "--trajectories", "TRAJ", "--min-intensity", "1e6", "--out", "OUT"],
+        "nothing would be quantized",
     ),
     "search": (
         ["calibrate", *MODEL, "--trajectories", "TRAJ", "--search", "all", "--out", "OUT"],
