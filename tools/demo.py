@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from modiff_trt.networks.unet import Network, trace
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
 from modiff_trt.runtime.backends.registry import exported, trained
 from modiff_trt.runtime.denoiser import Denoiser
-from modiff_trt.runtime.images.folders import psnr
+from modiff_trt.runtime.images.folders import rounded_psnr
 from modiff_trt.runtime.sampling import Backend, check_seed, sample_batches
 from modiff_trt.tools.assets import config_path, demo_path
 from modiff_trt.tools.provenance import provenance
@@ -88,8 +87,8 @@ def run(out: Path, num_samples: int, seed: int) -> None:
                 "solver": solver.describe(len(steps)),
                 "steps": len(steps),
                 "backend": "native INT8" if native is not None else "onnxruntime",
-                "psnr_db": _decibels(samples, exact),
-                "psnr_to_1000_steps_db": _decibels(samples, truth),
+                "psnr_db": rounded_psnr(samples, exact),
+                "psnr_to_1000_steps_db": None if truth is None else rounded_psnr(samples, truth),
                 "seconds_per_image": round(seconds, 3),
                 "passes": len(backend.denoiser.rows),
                 "state_bytes_per_image": sum(info.nbytes for info in backend.denoiser.state_info),
@@ -115,14 +114,6 @@ def _truth(num_samples: int, seed: int) -> np.ndarray[Any, Any] | None:
     """Images of 1000 DDIM steps [N, C, H, W] from the same noise, where they ship."""
     found, _ = read_npz(demo_path(TRUTH), ["samples"], "images of 1000 steps")
     return found["samples"][:num_samples] if seed == TRUTH_SEED and num_samples <= len(found["samples"]) else None
-
-
-def _decibels(samples: np.ndarray[Any, Any], reference: np.ndarray[Any, Any] | None) -> float | None:
-    """None without a reference, and for the reference itself."""
-    if reference is None or samples is reference:
-        return None
-    found = psnr(samples, reference)
-    return round(found, 2) if math.isfinite(found) else None
 
 
 def _label(row: dict[str, Any]) -> str:

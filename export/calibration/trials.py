@@ -39,6 +39,8 @@ Array = np.ndarray[Any, Any]
 MARGINS = (0.35, 0.5, 0.7, 1.0)
 # Shares of the residuals that a searched static grid holds.
 PERCENTILES = (0.99999, 0.9999, 0.9997, 0.999, 0.997, 0.99)
+# Trial trajectories of both searches, of shares and then of rows.
+SEARCH_TRIALS = len(PERCENTILES) + 2 + 1 + 2 * len(MARGINS)
 # A residual's row may need a coarser grid than the static one where quantization itself has made it larger.
 WIDEST = 4.0
 FINEST = 1 / 16
@@ -60,7 +62,7 @@ class Trials:
         seed: int,
         device: str,
     ) -> None:
-        self.network, self.checkpoint, self.device = network, checkpoint, device
+        self.network, self.checkpoint, self._device = network, checkpoint, device
         self._updates = solver.updates(network.config.diffusion, timesteps)
         self._noise = ImageNoise(seed, range(images), network.config.input_shape).draw()
         self._reference = sample_trajectory(
@@ -69,7 +71,11 @@ class Trials:
 
     def decibels(self, scales: Scales) -> float:
         """`score` of the simulation of these scales."""
-        return self.score(trained.simulated(self.network, self.checkpoint.params, scales, device=self.device))
+        return self.score(trained.simulated(self.network, self.checkpoint.params, scales, device=self._device))
+
+    def weights_alone(self, scales: Scales) -> float:
+        """`decibels` with exact activations."""
+        return self.score(trained.simulated(self.network, self.checkpoint.params, scales, device=self._device, act_quant=False))
 
     def residuals(self, scales: Scales) -> tuple[float, Array]:
         """PSNR, and the largest |x - a_hat| [rows, modulated layers] that each pass had to round."""
@@ -81,7 +87,7 @@ class Trials:
                 passes.append({})
             passes[-1][layer.spec.name] = float((x - state.a_hat).abs().max())
 
-        watched = trained.simulated(self.network, self.checkpoint.params, scales, device=self.device, on_layer=watch)
+        watched = trained.simulated(self.network, self.checkpoint.params, scales, device=self._device, on_layer=watch)
         score = self.score(watched)
         return score, np.asarray([[found[name] for name in scales.modulated] for found in passes], np.float32)
 
@@ -120,8 +126,7 @@ def judge(trials: Trials, scales: Scales) -> Verdict:
     begin = time.perf_counter()
     whole = trials.decibels(scales)
     seconds = time.perf_counter() - begin
-    alone = trained.simulated(trials.network, trials.checkpoint.params, scales, device=trials.device, act_quant=False)
-    return Verdict(whole, trials.score(alone), seconds)
+    return Verdict(whole, trials.weights_alone(scales), seconds)
 
 
 def search_scales(trials: Trials, scales: Scales, candidates: Mapping[float, Mapping[str, float]], report: Report) -> Scales:

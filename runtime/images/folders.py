@@ -59,6 +59,12 @@ def decibels(mean_square: float, peak: float) -> float:
     return math.inf if mean_square == 0 else 10 * math.log10(peak**2 / mean_square)
 
 
+def rounded_psnr(samples: Float32, reference: Float32, digits: int = 2) -> float | None:
+    """`psnr` as a file holds it: that of equal images, which is infinite, is None."""
+    found = psnr(samples, reference)
+    return round(found, digits) if np.isfinite(found) else None
+
+
 def save_npz(path: Path, samples: Float32, indices: Sequence[int], manifest: dict[str, Any]) -> None:
     """`samples` float32 NCHW before clipping, `images` uint8 NHWC, their `indices` int64, and the manifest as JSON text."""
     images, places = np.ascontiguousarray(to_uint8(samples)), np.asarray(indices, np.int64)

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from modiff_trt.core.scales import Scales
     from modiff_trt.export.calibration.trials import Verdict
 
-# Trial trajectories of --search rows, which searches shares before it.
-SEARCH_TRIALS = 17
 # Layers that do fewer multiply-accumulates an element mostly move data: in INT8 they gain nothing, and lose the most accuracy.
 INTENSITY = 200.0
 
@@ -163,6 +161,8 @@ def calibrate(
 
 def _verdict(found: Verdict, scales: Scales, images: int) -> str:
     """What the PSNR on trial images is, what limits it, and the option that helps most."""
+    from modiff_trt.export.calibration.trials import SEARCH_TRIALS
+
     said = (
         f"PSNR of {images} trial images to FP32: {found.decibels:.1f} dB; with exact activations {found.weights_alone:.1f} dB"
     )

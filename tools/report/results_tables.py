@@ -16,6 +16,7 @@ import typer
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path, read_result
+from modiff_trt.tools.report.keyed_tables import by_bits
 from modiff_trt.tools.report.solver_tables import grids, nearness, quality
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -44,17 +45,6 @@ def demo(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _by_bits(part: dict[str, float | None], first: str) -> list[str]:
-    """A table with one line per name and one column per activation width, from keys like `LTQ A4`."""
-    names = list(dict.fromkeys(key.rsplit(" A", 1)[0] for key in part))
-    bits = sorted({int(key.rsplit(" A", 1)[1]) for key in part}, reverse=True)
-    lines = [f"| {first} | " + " | ".join(f"A{b}" for b in bits) + " |", "|---|" + "---|" * len(bits)]
-    for name in names:
-        cells = [part.get(f"{name} A{b}") for b in bits]
-        lines.append(f"| {name} | " + " | ".join("" if c is None else f"{c:.1f}" for c in cells) + " |")
-    return lines
-
-
 def _source(data: dict[str, Any], what: str) -> str:
     rounding = data.get("weights rounded by", "nearest rounding")
     return (
@@ -65,17 +55,17 @@ def _source(data: dict[str, Any], what: str) -> str:
 
 def methods(data: dict[str, Any]) -> str:
     """The six rows of the paper's table by activation bits."""
-    return "\n".join([*_by_bits(data["methods"], "method"), _source(data, "Warm-up of two rows, no dither")])
+    return "\n".join([*by_bits(data["methods"], "method"), _source(data, "Warm-up of two rows, no dither")])
 
 
 def starts(data: dict[str, Any]) -> str:
     """How a trajectory begins, by activation bits."""
-    return "\n".join([*_by_bits(data["starts"], "start"), _source(data, "MoDiff with static scales")])
+    return "\n".join([*by_bits(data["starts"], "start"), _source(data, "MoDiff with static scales")])
 
 
 def rows(data: dict[str, Any]) -> str:
     """Static grids against a grid per row, with and without dither."""
-    return "\n".join([*_by_bits(data["rows"], "MoDiff grids"), _source(data, "Warm-up down to the running grid")])
+    return "\n".join([*by_bits(data["rows"], "MoDiff grids"), _source(data, "Warm-up down to the running grid")])
 
 
 def trials(data: dict[str, Any]) -> str:
@@ -84,7 +74,7 @@ def trials(data: dict[str, Any]) -> str:
         f"\nThe search of `calibrate --search scales` for the table above: PSNR in dB of {data['trial images']} trial images "
         f"(other noise), {data['timesteps']} quad steps."
     )
-    return "\n".join([*_by_bits(data["trials"], "residual scale"), note])
+    return "\n".join([*by_bits(data["trials"], "residual scale"), note])
 
 
 def _backends(data: dict[str, Any]) -> list[str]:

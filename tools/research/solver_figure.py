@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path, read_json
+from modiff_trt.tools.report.keyed_tables import by_steps
 
 MARKERS = "ovs^Dx"
 
@@ -18,10 +19,10 @@ def main(study: Annotated[Path, typer.Argument(help="JSON file that `solver_stud
     """Writes solvers.png beside the study file: FD-CIFAR over microseconds an image, a line a method."""
     try:
         data = read_json(study, "study")
-        lines: dict[str, list[tuple[int, float, float]]] = {}
-        for key, found in data["quality"].items():
-            name, _, steps = key.rpartition(" ")
-            lines.setdefault(name, []).append((int(steps), found["microseconds_an_image"], found["fd_cifar"]))
+        lines = {
+            name: [(steps, found["microseconds_an_image"], found["fd_cifar"]) for steps, found in line.items()]
+            for name, line in by_steps(data["quality"]).items()
+        }
         figure = Figure(figsize=(8, 4.6), layout="constrained")
         axis = figure.subplots()
         for marker, (name, points) in zip(MARKERS, lines.items(), strict=False):

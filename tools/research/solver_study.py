@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,11 +33,12 @@ from modiff_trt.export.calibration.trials import Trials, search_rows
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.backends.registry.options import check_device, load_model
 from modiff_trt.runtime.denoiser import Denoiser
-from modiff_trt.runtime.images.folders import psnr, to_uint8
+from modiff_trt.runtime.images.folders import rounded_psnr, to_uint8
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.images.sets import open_images
 from modiff_trt.runtime.sampler import sample_trajectory
 from modiff_trt.tools.assets import classifier_path
+from modiff_trt.tools.cli.calibrate import INTENSITY
 from modiff_trt.tools.evaluation.cifar_features import SHIPPED_SHA256, CifarFeatures
 from modiff_trt.tools.evaluation.frechet import Moments, frechet_distance
 from modiff_trt.tools.evaluation.measures import Statistics, load_statistics, reference_statistics
@@ -51,20 +52,12 @@ TRUTH = Solver(spacing=Spacing.UNIFORM)
 BASELINE = Solver()
 BEST = Solver(SolverKind.DPMPP_2M, Spacing.LOGSNR)
 FLOAT = "floating point"
-# What calibrates here: convolutions that mostly move data stay in float.
-INTENSITY = 200.0
 
 Array = np.ndarray[Any, Any]
 
 
 def name_of(solver: Solver) -> str:
     return f"{solver.kind} {solver.spacing}"
-
-
-def decibels(images: Array, reference: Array) -> float | None:
-    """PSNR; None for equal images."""
-    found = psnr(images, reference)
-    return round(found, 3) if np.isfinite(found) else None
 
 
 def _rounded(score: Callable[[], float]) -> float:
@@ -167,9 +160,12 @@ class SolverStudy:
         recipe = {"min_intensity": INTENSITY} | recipe
         return make_scales(self.network, self._on_device, stored, ranges=ranges, recipe=Recipe(**recipe))
 
+    @cached_property
+    def _truth(self) -> Array:
+        return self.exact(TRUTH, self._truth_steps, range(self._images))
+
     def nearness(self, passes: list[int]) -> None:
         """PSNR to the truth, every solver and spacing. What cannot be is recorded as the reason."""
-        truth = self.exact(TRUTH, self._truth_steps, range(self._images))
         for kind in SolverKind:
             for spacing in Spacing:
                 solver = Solver(kind, spacing)
@@ -181,7 +177,7 @@ class SolverStudy:
                         except InputError as error:
                             return {"refused": str(error)}
                         found = self.exact(solver, count, range(self._images))
-                        return {"passes": len(steps), "psnr_db": decibels(found, truth)}
+                        return {"passes": len(steps), "psnr_db": rounded_psnr(found, self._truth, 3)}
 
                     self._record("nearness", f"{name_of(solver)} {count}", figures)
 
@@ -189,12 +185,8 @@ class SolverStudy:
         """MoDiff by kind of grid, and Q-Diff, in simulation."""
         for count in passes:
             trials = self._trials(count, self._images, seed=0)
-            weights = self.scales(BEST, count)
-
-            def alone(trials: Trials = trials, scales: Scales = weights) -> float:
-                return round(trials.score(self._simulated(scales, act_quant=False)), 2)
-
-            self._record("bits", f"{count} passes, weights alone", alone)
+            alone = partial(trials.weights_alone, self.scales(BEST, count))
+            self._record("bits", f"{count} passes, weights alone", partial(_rounded, alone))
             for width in widths:
                 scales = self.scales(BEST, count, act_bits=width)
                 sampled = self.scales(BEST, count, act_bits=width, granularity="tensor")
@@ -220,25 +212,23 @@ class SolverStudy:
         steps = self.steps(BEST, passes)
         return Trials(self.network, self.checkpoint, steps, solver=BEST, images=images, seed=seed, device=self.device)
 
-    def _simulated(self, scales: Scales, **options: Any) -> Any:
-        return trained.simulated(self.network, self.checkpoint.params, scales, device=self.device, **options)
-
     def native(self, passes: int, sizes: list[int]) -> None:
         """True INT8 against the simulation, both to FP32, and against itself in other batches; FP16 beside it."""
-        scales, indices = self._rows(passes, self.scales(BEST, passes)), range(self._images)
-        exact = self.exact(BEST, passes, indices)
-        denoiser = self._native(scales)
-        found = {size: self.images(denoiser, BEST, indices, size)[0] for size in sizes}
 
         def figures() -> dict[str, Any]:
-            simulated = self.images(self._simulated(scales), BEST, indices)[0]
+            scales, indices = self._rows(passes, self.scales(BEST, passes)), range(self._images)
+            exact = self.exact(BEST, passes, indices)
+            denoiser = self._native(scales)
+            found = {size: self.images(denoiser, BEST, indices, size)[0] for size in sizes}
+            simulation = trained.simulated(self.network, self.checkpoint.params, scales, device=self.device)
+            simulated = self.images(simulation, BEST, indices)[0]
             floating = self.images(self.floating(BEST, passes), BEST, indices)[0]
             first = found[sizes[0]]
             return {
-                "simulation_db": decibels(simulated, exact),
-                "native_db": decibels(first, exact),
-                "native_to_simulation_db": decibels(first, simulated),
-                f"{FLOAT}_db": decibels(floating, exact),
+                "simulation_db": rounded_psnr(simulated, exact, 3),
+                "native_db": rounded_psnr(first, exact, 3),
+                "native_to_simulation_db": rounded_psnr(first, simulated, 3),
+                f"{FLOAT}_db": rounded_psnr(floating, exact, 3),
                 "same_bits": {str(size): bool((images == first).all()) for size, images in found.items()},
             }
 

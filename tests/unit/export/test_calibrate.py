@@ -150,6 +150,7 @@ def test_residuals_activations_and_weights_have_an_option_each(tiny):
         assert activations.layers[name].residual_scale == layer.residual_scale
         # MSE clips: its grid is never wider than the one that holds all.
         assert layer.activation_scale <= activations.layers[name].activation_scale
+    assert any(activations.layers[n].activation_scale > layer.activation_scale for n, layer in plain.layers.items())
     assert any(residuals.layers[n].residual_scale != layer.residual_scale for n, layer in plain.layers.items())
     same = {
         name: np.array_equal(layer.weight_scale, activations.layers[name].weight_scale) for name, layer in plain.layers.items()

@@ -48,13 +48,13 @@ def test_torch_backend_equals_float64_ddim(demo):
 def test_modulation_beats_stateless_and_needs_its_state(demo):
     reference = demo.sample(demo.float_denoiser())
     weights = psnr(demo.sample(SimDenoiser(demo.network, demo.checkpoint.params, demo.scales(), act_quant=False)), reference)
-    scales = demo.scales(act_bits=6)
+    scales = demo.scales(act_bits=6, activation_method="minmax")
     modulated = SimDenoiser(demo.network, demo.checkpoint.params, scales)
     modiff = psnr(demo.sample(modulated), reference)
     qdiff = psnr(demo.sample(SimDenoiser(demo.network, demo.checkpoint.params, scales.without_modulation())), reference)
     reset = psnr(demo.sample(ResetsInside(modulated)), reference)
     assert modiff > weights - 1.5
-    assert modiff > qdiff + 1.5  # nearest rounding of all weights limits it
+    assert modiff > qdiff + 3
     assert modiff > reset + 8
     assert reset < qdiff  # a residual grid without its state is no quantizer at all
 
