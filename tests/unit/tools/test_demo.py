@@ -21,7 +21,7 @@ def test_demo_shows_the_method(tmp_path):
     assert list(rows) == [c.name for c in CANDIDATES]
     # 15 steps of the better solver are nearer to 1000 steps than 50 of DDIM, also in INT8.
     truth = {name: row["psnr_to_1000_steps_db"] for name, row in rows.items()}
-    assert min(truth["FP32, 2M"], truth["MoDiff W8A8, 2M"]) > truth["FP32"] + 2
+    assert min(truth["FP32, 2M"], truth["MoDiff W8A8, 2M"]) > truth["FP32"] + 8
     assert rows["MoDiff W8A8, 2M"]["psnr_db"] > 35 and rows["FP32, 2M"]["steps"] == 15
     assert rows["MoDiff W8A6"]["psnr_db"] > rows["Q-Diff W8A6"]["psnr_db"] + 3
     assert rows["MoDiff W8A6"]["state_bytes_per_image"] > 0 == rows["Q-Diff W8A6"]["state_bytes_per_image"]

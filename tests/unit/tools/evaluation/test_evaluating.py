@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -263,6 +264,26 @@ def test_a_cache_that_cannot_be_used_costs_time_only(sets, tmp_path, monkeypatch
     np.testing.assert_array_equal(first.gaussians["features"].mean, again.gaussians["features"].mean)
     monkeypatch.setenv("MODIFF_TRT_CACHE", "/dev/null/nowhere")
     assert statistics_of(tmp_path / "real", network, 16).count == 40
+
+
+def test_statistics_of_other_features_or_damaged_ones_are_refused(sets, tmp_path):
+    network = open_features("fd-cifar", None, "cpu", "torch")
+    found = evaluating.measure(open_images(tmp_path / "real"), network, 16, score=False)
+    file = tmp_path / "statistics.safetensors"
+    evaluating.save_statistics(file, found, network, of="real")
+    loaded = evaluating.load_statistics(file, network)
+    assert loaded.sha256() == found.sha256() and loaded.count == 40
+    digest, network.digest = network.digest, "0" * 64
+    with pytest.raises(InputError, match="statistics of other features"):
+        evaluating.load_statistics(file, network)
+    network.digest = digest
+    bad = replace(found.gaussians["features"], covariance=np.full((320, 320), np.nan))
+    evaluating.save_statistics(file, replace(found, gaussians={"features": bad}), network, of="real")
+    with pytest.raises(InputError, match="no covariance of finite numbers"):
+        evaluating.load_statistics(file, network)
+    evaluating.save_statistics(file, replace(found, gaussians={}), network, of="real")
+    with pytest.raises(InputError, match="lacks"):
+        evaluating.load_statistics(file, network)
 
 
 def test_the_classifier_can_be_trained_again(tmp_path):
