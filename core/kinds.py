@@ -16,6 +16,13 @@ class Mode(StrEnum):
     FLOAT = "float"
 
 
+class Modes(StrEnum):
+    """Which layers have which mode: by the recipe alone, or chosen by trial and by what each mode costs."""
+
+    RECIPE = "recipe"
+    AUTO = "auto"
+
+
 class Method(StrEnum):
     """What a network was calibrated for."""
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from modiff_trt.core.config import Config, config_from_dict, config_to_dict, model_fingerprint
+from modiff_trt.core.costs import ModeCurve, curve_from_dict, curve_to_dict
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import Stored, load_arrays, save_arrays
 from modiff_trt.core.kinds import Granularity, Method, Mode, ScaleMethod
@@ -93,6 +94,8 @@ class Scales:
     histogram_range: FloatArray
     granularity: Granularity = Granularity.STATIC
     dither: bool = False
+    # The mixtures of modes that were tried, where modes were chosen by measurement.
+    curve: ModeCurve | None = None
     # SHA-256 of the file that they were read from; empty where they were just made.
     file_sha256: str = ""
 
@@ -109,7 +112,7 @@ class Scales:
         """The same calibration with every `modiff` layer in mode `int8`: plain Q-Diffusion."""
         layers = {k: replace(v, mode=Mode.INT8) if v.mode == Mode.MODIFF else v for k, v in self.layers.items()}
         rows = plain_rows(self.rows.timesteps)
-        return replace(self, method=Method.QDIFF, layers=layers, rows=rows, dither=False)
+        return replace(self, method=Method.QDIFF, layers=layers, rows=rows, dither=False, curve=None)
 
 
 def only_simulated(scales: Scales) -> str | None:
@@ -139,6 +142,7 @@ def save_scales(path: Path, scales: Scales) -> None:
         "warmup": scales.rows.warmup,
         "exact_start": scales.rows.exact_start,
         "layers": scales.layer_table(),
+        "curve": curve_to_dict(scales.curve),
     }
     arrays: dict[str, np.ndarray[Any, Any]] = {
         "rows.t": scales.rows.t,
@@ -196,6 +200,8 @@ def load_scales(path: Path, network: Layered | None = None, checkpoint_sha256: s
             histogram_range=arrays["histogram.range"],
             granularity=Granularity(header["granularity"]),
             dither=header["dither"],
+            # Files of earlier versions have none.
+            curve=curve_from_dict(header.get("curve"), f"scales file {path}"),
             file_sha256=stored.sha256,
         )
     except (KeyError, TypeError, ValueError) as error:

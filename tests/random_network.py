@@ -5,7 +5,7 @@ from random import Random
 from conftest import make_case, tiny_config
 from small_network import random_params
 
-from modiff_trt.export.calibration.trials import with_modes
+from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.unet import Role, attention_block, convolution, resnet_block, traced
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from modiff_trt.core.errors import InputError
@@ -20,11 +19,12 @@ from modiff_trt.core.kinds import Mode, ScaleMethod
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.core.scales import Scales
 from modiff_trt.export.calibration.adaround import AdaRoundOptions
+from modiff_trt.export.calibration.modes import Goal, possible_changes, search_modes
 from modiff_trt.export.calibration.reconstruct import Samples, Unit, WeightGrid, reconstruct
 from modiff_trt.export.calibration.residuals import learn_residual_scale, refit
 from modiff_trt.export.calibration.static import LayerRanges, Recipe, make_scales, measure_ranges
 from modiff_trt.export.calibration.trajectories import Trajectories
-from modiff_trt.export.calibration.trials import MARGINS, Trials, search_modes, search_rows, search_scales
+from modiff_trt.export.calibration.trials import MARGINS, Trials, search_rows, search_scales
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import LayerState, QuantizedLayer
 from modiff_trt.networks.quantizers import RangeHistogram, pack_rounding, unpack_rounding
@@ -178,13 +178,11 @@ def residual_scales(
     return {n: found[n].residual_scale * max(1.0, found[n].skip_ratio / scales.layers[n].skip_ratio) for n in scales.modulated}
 
 
-def improve(
-    trials: Trials, scales: Scales, candidates: dict[float, dict[str, float]], rows: bool, max_loss: float | None
-) -> Scales:
-    """Calibration by trial: residual scales, then a row table, then state only where it is needed.
+def improve(trials: Trials, scales: Scales, candidates: dict[float, dict[str, float]], rows: bool) -> Scales:
+    """Calibration by trial: residual scales, then a row table.
 
-    `candidates` are residual scales by percentile for `search_scales`; none leaves the scales as they are. `max_loss` is the
-    PSNR in dB that `search_modes` may spend; None leaves the modes as they are. Prints what was tried.
+    `candidates` are residual scales by percentile for `search_scales`; none leaves the scales as they are. Prints what was
+    tried.
     """
     console = Console(highlight=False)
     with progress_bar() as bar:
@@ -199,17 +197,16 @@ def improve(
             scales = search_scales(trials, scales, candidates, report=report)
         if rows:
             scales = search_rows(trials, scales, report)
-    if max_loss is not None:
-        with progress_bar() as bar:
-            task = bar.add_task("modes", total=len(scales.modulated), unit="layers")
-            scales, curve = search_modes(trials, scales, max_loss, report=console.print, on_layer=lambda: bar.advance(task))
-        table = Table(title="state traffic against PSNR to FP32")
-        for heading in ("layers without state", "state traffic, MB an image and pass (fp16)", "PSNR, dB"):
-            table.add_column(heading, justify="right")
-        for point in curve:
-            table.add_row(str(point.stateless), f"{point.traffic_bytes / 1e6:.2f}", f"{point.decibels:.2f}")
-        console.print(table)
     return scales
+
+
+def choose_modes(trials: Trials, alone: Trials, scales: Scales, goal: Goal) -> Scales:
+    """`search_modes` under a progress bar."""
+    with progress_bar() as bar:
+        task = bar.add_task("modes", total=len(possible_changes(scales, goal.costs)), unit="changes")
+        console = Console(highlight=False)
+        found = search_modes(trials, alone, scales, goal, report=console.print, on_trial=lambda: bar.advance(task))
+    return found
 
 
 def _samples(trajectories: Trajectories) -> Samples:

@@ -1,8 +1,8 @@
 """Calibration by trial: runs whole quantized trajectories and keeps what is best for the final image.
 
-Three searches live here. `search_scales` decides which share of the residuals a static grid holds. `search_rows` gives every
-row its own grid, with a margin chosen by what the quantized trajectory does, not the float one. `search_modes` finds which
-layers can do without MoDiff state.
+Two searches live here. `search_scales` decides which share of the residuals a static grid holds. `search_rows` gives every
+row its own grid, with a margin chosen by what the quantized trajectory does, not the float one. Which layers can do without
+MoDiff state is searched in `modes`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import log10, prod
+from math import log10
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,12 @@ from torch import Tensor
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.grid import grid_max
-from modiff_trt.core.kinds import Mode
-from modiff_trt.core.rows import RowTable, plain_rows
+from modiff_trt.core.rows import RowTable
 from modiff_trt.core.scales import Scales
 from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.residuals import refit
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import LayerState, QuantizedLayer
-from modiff_trt.networks.state_elements import state_elements
 from modiff_trt.networks.unet import Network
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
@@ -44,8 +42,6 @@ SEARCH_TRIALS = len(PERCENTILES) + 2 + 1 + 2 * len(MARGINS)
 # A residual's row may need a coarser grid than the static one where quantization itself has made it larger.
 WIDEST = 4.0
 FINEST = 1 / 16
-# A layer may stay in float if it does at most this share of the network's multiply-accumulates.
-FLOAT_MACS = 0.02
 
 
 class Trials:
@@ -187,65 +183,3 @@ def _covering(scales: Scales, residuals: Array, margin: float) -> RowTable:
     multipliers[warmup:] = np.clip(margin * multipliers[warmup:], FINEST, WIDEST)
     multipliers[:warmup] = np.maximum(multipliers[:warmup], multipliers[warmup])
     return replace(scales.rows, multipliers=multipliers.astype(np.float32))
-
-
-@dataclass(frozen=True)
-class TradeOff:
-    """One point of the curve: how many layers lost their state, the state traffic that is left, and what it costs."""
-
-    stateless: int
-    traffic_bytes: int
-    decibels: float
-
-
-def state_traffic(scales: Scales, network: Network, element_bytes: int = 2) -> int:
-    """Bytes of state read and written for one image and pass: a_hat and o_hat, in and out."""
-    return 2 * element_bytes * sum(state_elements(scales, network).values())
-
-
-def search_modes(
-    trials: Trials, scales: Scales, loss_db: float, report: Report, on_layer: Callable[[], None]
-) -> tuple[Scales, list[TradeOff]]:
-    """Takes the state from as many layers as `loss_db` allows: the cheapest in added error per byte first.
-
-    Every modulated layer is first measured alone in mode `int8`, and as `float` where that is much better and its share
-    of the arithmetic is small (`FLOAT_MACS`). The order found this way is then tried in whole trajectories, by
-    bisection. `on_layer` is called after each single-layer measurement.
-    """
-    network = trials.network
-    base = trials.decibels(scales)
-    report(f"modes: all {len(scales.modulated)} modulated: {base:.2f} dB")
-    total = sum(spec.macs for spec in network.layers)
-    ranked: list[tuple[float, str, Mode]] = []
-    for name in scales.modulated:
-        spec = network.layer(name)
-        mode, score = Mode.INT8, trials.decibels(with_modes(scales, {name: Mode.INT8}))
-        if spec.macs <= FLOAT_MACS * total and score < base - loss_db:
-            mode, score = Mode.FLOAT, trials.decibels(with_modes(scales, {name: Mode.FLOAT}))
-        added = max(10 ** (-score / 10) - 10 ** (-base / 10), 0.0)
-        ranked.append((added / (prod(spec.in_shape) + prod(spec.out_shape)), name, mode))
-        on_layer()
-    ranked.sort()
-    curve = [TradeOff(0, state_traffic(scales, network), base)]
-    best, low, high = scales, 0, len(ranked)
-    while low < high:
-        count = (low + high + 1) // 2
-        candidate = with_modes(scales, {name: mode for _, name, mode in ranked[:count]})
-        score = trials.decibels(candidate)
-        curve.append(TradeOff(count, state_traffic(candidate, network), score))
-        report(f"modes: {count} layers without state: {score:.2f} dB")
-        if score >= base - loss_db:
-            best, low = candidate, count
-        else:
-            high = count - 1
-    return best, sorted(curve, key=lambda point: point.stateless)
-
-
-def with_modes(scales: Scales, modes: dict[str, Mode]) -> Scales:
-    """The same scales with other modes for some layers, and the row table's columns to match."""
-    layers = {n: replace(layer, mode=modes.get(n, layer.mode)) for n, layer in scales.layers.items()}
-    if all(layer.mode != Mode.MODIFF for layer in layers.values()):
-        return replace(scales, layers=layers, dither=False, rows=plain_rows(scales.rows.timesteps))
-    keep = [i for i, name in enumerate(scales.modulated) if name not in modes]
-    rows = RowTable(scales.rows.t, scales.rows.multipliers[:, keep], scales.rows.warmup, exact_start=scales.rows.exact_start)
-    return replace(scales, layers=layers, rows=rows)

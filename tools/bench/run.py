@@ -37,11 +37,21 @@ from modiff_trt.tools.provenance import provenance
 Make = Callable[[], Denoiser]
 
 
+# Networks in floating point, the fastest first: what speed is compared with.
+FLOATING = ("torch-fp16-compiled", "torch-fp32")
+
+
 def candidates(
-    network: Network, checkpoint: Checkpoint, scales: Scales, device: str, names: Sequence[str], plans: Sequence[Path] = ()
+    network: Network,
+    checkpoint: Checkpoint,
+    scales: Scales,
+    device: str,
+    names: Sequence[str],
+    plans: Sequence[Path] = (),
+    auto: Scales | None = None,
 ) -> dict[str, Make]:
-    """The backends by name, in the order of `names` (`all` is every one), and a row for each plan. Raises InputError for an
-    unknown one. Whether one can run here shows when it is made."""
+    """The backends by name, in the order of `names` (`all` is every one), and a row for each plan, and for `auto`: scales whose
+    modes were chosen by measurement. Raises InputError for an unknown one. Whether one can run here shows when it is made."""
     params, steps = checkpoint.params, scales.rows.timesteps
 
     def native(chosen: Scales) -> Denoiser:
@@ -67,6 +77,8 @@ def candidates(
         "onnxruntime-int8": lambda: _onnxruntime(network, checkpoint, scales.without_modulation(), steps=steps, device=device),
         "onnxruntime-modiff": lambda: _onnxruntime(network, checkpoint, scales, steps=steps, device=device),
     }
+    if auto is not None:
+        known["native-auto"] = lambda: native(auto)
     for plan in plans:
         known[f"tensorrt {plan.stem}"] = partial(engine, plan)
     if not plans:
@@ -75,7 +87,9 @@ def candidates(
     for name in wanted:
         if name not in known:
             raise InputError(f"--backends: unknown '{name}'; known: all, {', '.join(known)}")
-    return {name: known[name] for name in [*wanted, *(n for n in known if n.startswith("tensorrt ") and n not in wanted)]}
+    # What has a file of its own needs no name.
+    given = (name for name in known if (name.startswith("tensorrt ") or name == "native-auto") and name not in wanted)
+    return {name: known[name] for name in [*wanted, *given]}
 
 
 def _no_plan() -> Denoiser:
@@ -120,7 +134,7 @@ def run_bench(
             before, allocated = _memory(device), _allocated(device)
             try:
                 denoiser = make()
-                _run(denoiser, x, max(warmup, 1), device=device)
+                run_passes(denoiser, x, max(warmup, 1), device=device)
             except (InputError, RuntimeError) as error:  # out of memory, or a compiler that fails, is one backend's matter
                 result["not_run"].setdefault(name, {})[str(batch)] = " ".join(str(error).split())[:300]
                 continue
@@ -131,10 +145,10 @@ def run_bench(
         if not ready:
             raise InputError("no backend can run here: " + "; ".join(not_run(result)))
         seconds: dict[str, list[list[float]]] = {name: [] for name in ready}
-        timed = _whole_intervals(passes, [denoiser for denoiser, _ in ready.values()])
+        timed = whole_intervals(passes, [denoiser for denoiser, _ in ready.values()])
         for _ in range(runs):
             for name, (denoiser, _) in ready.items():
-                seconds[name].append(_run(denoiser, x, timed, device=device))
+                seconds[name].append(run_passes(denoiser, x, timed, device=device))
         del denoiser
         result["passes"] = max(len(run[0]) for run in seconds.values())  # fewer where a trajectory is shorter
         rows = {}
@@ -150,7 +164,7 @@ def run_bench(
     return result
 
 
-def _whole_intervals(passes: int, denoisers: Sequence[Denoiser]) -> int:
+def whole_intervals(passes: int, denoisers: Sequence[Denoiser]) -> int:
     """`passes`, rounded up so that each has its share of what is computed every so many passes. A trajectory of 100 has three
     refreshes and is charged four: after the last pass nothing is due."""
     every = [d.refresh_every for d in denoisers if isinstance(d, GraphedDenoiser) and d.refresh_every]
@@ -196,7 +210,17 @@ def _allocated(device: str) -> int:
     return torch.cuda.memory_allocated()
 
 
-def _run(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device: str) -> list[float]:
+def baselines(result: dict[str, Any]) -> dict[int, float]:
+    """Microseconds an image and pass of the fastest kind of floating-point network that a result has, by batch size."""
+    found = {}
+    for batch, rows in result["batches"].items():
+        row = next((rows[name] for name in FLOATING if name in rows), None)
+        if row is not None:
+            found[int(batch)] = float(row["microseconds_an_image"])
+    return found
+
+
+def run_passes(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device: str) -> list[float]:
     """Seconds of each pass, from the start of a trajectory."""
     passes = min(passes, len(denoiser.rows))
     if isinstance(denoiser, GraphedDenoiser):
@@ -223,11 +247,11 @@ def _run(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device: str) 
 
 
 def native_floors(
-    network: Network, scales: Scales, device: str, names: Iterable[str]
+    network: Network, scales: Scales, device: str, names: Iterable[str], auto: Scales | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(ceilings, least microseconds an image and pass of the native backends among `names`), by what this GPU reaches now;
     empty where none of them can run."""
-    chosen = {"native-modiff": scales, "native-int8": scales.without_modulation()}
+    chosen = {"native-modiff": scales, "native-int8": scales.without_modulation()} | ({"native-auto": auto} if auto else {})
     if device != "cuda" or not chosen.keys() & set(names):
         return {}, {}
     from modiff_trt.runtime.backends.native.cuda_kernels import check_gpu
@@ -236,7 +260,7 @@ def native_floors(
         check_gpu()
     except InputError:
         return {}, {}  # why, says the backend's own row
-    from modiff_trt.tools.bench.floors import pass_floor, work
+    from modiff_trt.runtime.backends.native.floors import pass_floor, work
     from modiff_trt.tools.bench.profiling import ceilings
 
     reached = ceilings()
@@ -248,7 +272,7 @@ def add_profiles(
 ) -> None:
     """Adds the native backend's time by class of kernel to a result, and writes it again."""
     from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
-    from modiff_trt.tools.bench.floors import floors, work
+    from modiff_trt.runtime.backends.native.floors import floors, work
     from modiff_trt.tools.bench.profiling import profile
 
     denoiser, least = make(), floors(work(network, scales), result["ceilings"])

@@ -39,3 +39,10 @@ def print_bench(result: dict[str, Any]) -> None:
     Console().print(table)
     for line in not_run(result):
         Console().print(f"not run: {line}", soft_wrap=True)
+
+
+def print_costs(content: dict[str, Any]) -> None:
+    """The whole pass at each batch size, and how well the costs of its parts predict mixtures."""
+    for batch, entry in content["batches"].items():
+        errors = ", ".join(f"{mixture['error']:+.1%}" for mixture in entry["mixtures"])
+        Console().print(f"costs at batch {batch}: {entry['whole']:.2f} us an image; predictions of mixtures: {errors}")

@@ -26,6 +26,13 @@ def bench(
     num_warmup: Annotated[int, typer.Option(help="passes before the measurement")] = 2,
     num_runs: Annotated[int, typer.Option(help="measurements; their median counts")] = 7,
     num_passes: Annotated[int, typer.Option(help="passes of one measurement")] = 10,
+    auto_scales: Annotated[
+        Path | None,
+        typer.Option(help="scales of `calibrate --modes auto`: the row native-auto"),
+    ] = None,
+    costs: Annotated[
+        Path | None, typer.Option(help="JSON file to write what each layer's mode costs here, for `calibrate --costs`")
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="cuda: time by class of kernel, beside the floor")] = False,
     weights: Weights = None,
     device: Device = "cpu",
@@ -34,12 +41,15 @@ def bench(
     from modiff_trt.core.files import check_writable
     from modiff_trt.core.scales import load_scales
     from modiff_trt.runtime.backends.registry.options import check_device, checkpoint_manifest, load_model
-    from modiff_trt.tools.bench.run import add_profiles, candidates, native_floors, run_bench
-    from modiff_trt.tools.bench.table import print_bench
+    from modiff_trt.tools.bench.run import FLOATING, add_profiles, baselines, candidates, native_floors, run_bench
+    from modiff_trt.tools.bench.table import print_bench, print_costs
 
-    check_writable(out)
+    for path in (out, costs):
+        if path is not None:
+            check_writable(path)
     network, checkpoint = load_model(config, ckpt, weights)
     loaded = load_scales(scales, network, checkpoint.sha256)
+    auto = load_scales(auto_scales, network, checkpoint.sha256) if auto_scales is not None else None
     try:
         sizes = [int(size) for size in batch_sizes.split(",")]
     except ValueError:
@@ -49,8 +59,12 @@ def bench(
     if profile and (device != "cuda" or not {"native-modiff", "all"} & set(backends.split(","))):
         raise InputError("--profile is for --device cuda and the backend native-modiff")
     files = [Path(plan) for plan in plans.split(",") if plan]
-    makes = candidates(network, checkpoint, loaded, device=check_device(device), names=backends.split(","), plans=files)
-    reached, floors = native_floors(network, loaded, device, names=makes)
+    makes = candidates(
+        network, checkpoint, loaded, device=check_device(device), names=backends.split(","), plans=files, auto=auto
+    )
+    if costs is not None and not set(FLOATING) & set(makes):
+        raise InputError(f"--costs compares with floating point: add one of {', '.join(FLOATING)} to --backends")
+    reached, floors = native_floors(network, loaded, device, names=makes, auto=auto)
     settings: dict[str, Any] = {"config": config.name, "scales_sha256": loaded.file_sha256, **checkpoint_manifest(checkpoint)}
     settings |= {"ceilings": reached} if reached else {}
     result = run_bench(
@@ -68,3 +82,23 @@ def bench(
     print_bench(result)
     if profile:
         add_profiles(network, loaded, makes["native-modiff"], batch_sizes=sizes, result=result, out=out)
+    if costs is not None:
+        from modiff_trt.core.files import write_signed
+        from modiff_trt.runtime.backends.registry import trained
+        from modiff_trt.tools.bench.costs import measure_costs
+
+        machine = result["machine"]
+        found = measure_costs(
+            network,
+            loaded,
+            lambda chosen: trained.native(network, checkpoint.params, chosen, device),
+            sizes,
+            runs=num_runs,
+            passes=num_passes,
+            device=device,
+            where=machine.get("gpu") or f"{machine['cores']} CPU cores",
+            baselines=baselines(result),
+        )
+        provenance = {key: result[key] for key in ("command", "commit", "versions", "machine")}
+        write_signed(costs, found | settings | provenance)
+        print_costs(found)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.core.kinds import Granularity, Method, Mode, Residuals, Rounding, ScaleMethod, Search, Start
+from modiff_trt.core.kinds import Granularity, Method, Mode, Modes, Residuals, Rounding, ScaleMethod, Search, Start
 from modiff_trt.tools.cli.options import BatchSize, Ckpt, Config, Device, Weights
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Layers that do fewer multiply-accumulates an element mostly move data: in INT8 they gain nothing, and lose the most accuracy.
 INTENSITY = 200.0
+# PSNR in dB that modes chosen by measurement may lose.
+MAX_LOSS = 0.5
 
 
 def calibrate(
@@ -60,8 +63,17 @@ def calibrate(
             help="leave layers in float that do fewer multiply-accumulates per element moved; 200: 1x1 and edge layers; 0: none"
         ),
     ] = INTENSITY,
-    auto: Annotated[bool, typer.Option("--auto", help="take the state from layers that do not need it")] = False,
-    max_loss: Annotated[float, typer.Option(help="auto: PSNR that may be lost, dB")] = 0.3,
+    modes: Annotated[
+        Modes, typer.Option(help="recipe: as the options say; auto: state only where it pays, by trial and by what it costs")
+    ] = Modes.RECIPE,
+    max_loss: Annotated[float | None, typer.Option(help="--modes auto: PSNR that the fastest modes may lose, dB (0.5)")] = None,
+    target_speed: Annotated[
+        float | None, typer.Option(help="--modes auto: the best modes so many times as fast as floating point, by --costs")
+    ] = None,
+    costs: Annotated[
+        Path | None, typer.Option(help="--modes auto: file of `bench --costs`; without it, costs are modelled for an H200")
+    ] = None,
+    costs_batch: Annotated[int | None, typer.Option(help="--costs: the batch size that counts (the largest)")] = None,
     trial_images: Annotated[
         int, typer.Option(help="images of trial trajectories, and of the PSNR said at the end; 0: no PSNR")
     ] = 4,
@@ -72,11 +84,14 @@ def calibrate(
     device: Device = "cpu",
 ) -> None:
     """Find the scales of every layer and write them to a scales file."""
+    from modiff_trt.core.costs import load_costs
     from modiff_trt.core.files import check_writable
     from modiff_trt.core.scales import only_simulated, save_scales
     from modiff_trt.export.calibration.adaround import AdaRoundOptions
+    from modiff_trt.export.calibration.modes import Goal, modelled_costs
     from modiff_trt.export.calibration.pipeline import (
         TRIAL_SEED,
+        choose_modes,
         improve,
         learn_weights,
         measure,
@@ -88,13 +103,23 @@ def calibrate(
     from modiff_trt.export.calibration.trials import PERCENTILES, Trials, judge
     from modiff_trt.runtime.backends.registry.options import check_device, load_model
     from modiff_trt.runtime.sampling import check_seed
+    from modiff_trt.tools.report.inspecting import print_curve
 
     if search != Search.NONE and (method != Method.MODIFF or granularity != Granularity.STATIC):
         raise InputError("--search is for --method modiff with --granularity static")
+    auto = modes == Modes.AUTO
     if auto and method != Method.MODIFF:
-        raise InputError("--auto takes state from layers, which --method modiff gives them")
-    if trial_images < (1 if auto or search != Search.NONE else 0) or not max_loss >= 0:
-        raise InputError("--trial-images must be at least 1 for --search and --auto, and --max-loss not negative")
+        raise InputError("--modes auto takes state from layers, which --method modiff gives them")
+    if not auto and any(value is not None for value in (max_loss, target_speed, costs, costs_batch)):
+        raise InputError("--max-loss, --target-speed, --costs and --costs-batch are for --modes auto")
+    if max_loss is not None and target_speed is not None:
+        raise InputError("pass --max-loss or --target-speed, not both: one asks for the fastest modes, the other for the best")
+    if (target_speed is not None or costs_batch is not None) and costs is None:
+        raise InputError("--target-speed and --costs-batch need --costs, a file of `bench --costs`")
+    if not (max_loss is None or max_loss >= 0) or not (target_speed is None or target_speed > 0):
+        raise InputError("--max-loss must not be negative, and --target-speed be more than 0")
+    if trial_images < (1 if auto or search != Search.NONE else 0):
+        raise InputError("--trial-images must be at least 1 for --search and --modes auto")
     if iterations < 1 or batch_size < 1:
         raise InputError("--iterations and --batch-size must be at least 1")
     if percentile is not None and ScaleMethod.PERCENTILE not in (scale_method, activation_method):
@@ -125,6 +150,9 @@ def calibrate(
     check_writable(out)
     part = out.with_name(out.name + ".part")
     network, checkpoint = load_model(config, ckpt, weights)
+    known = load_costs(costs, [spec.name for spec in network.layers], costs_batch) if costs is not None else None
+    if target_speed is not None and (known is None or known.baseline is None):
+        raise InputError(f"{costs} has no network in floating point at this batch size; write it again with one")
     stored = load_trajectories(trajectories, network.config, checkpoint.sha256)
     ranges = measure(network, checkpoint, stored, batch_size, check_device(device))
     on_device = replace(checkpoint, params={key: value.to(device) for key, value in checkpoint.params.items()})
@@ -137,22 +165,28 @@ def calibrate(
         scales = refit_residuals(
             network, checkpoint, stored, scales=scales, recipe=recipe, batch_size=batch_size, device=device
         )
-    steps = scales.rows.timesteps
-    trials = None
-    if trial_images:
-        trials = Trials(network, checkpoint, steps, solver=scales.solver, images=trial_images, seed=TRIAL_SEED, device=device)
-    if trials and scales.modulated and (search != Search.NONE or auto):
-        tried = PERCENTILES if search != Search.NONE else ()
+    try_images = partial(
+        Trials, network, checkpoint, scales.rows.timesteps, solver=scales.solver, seed=TRIAL_SEED, device=device
+    )
+    trials = try_images(images=trial_images) if trial_images else None
+    if trials and scales.modulated and search != Search.NONE:
         candidates = {
             p: residual_scales(network, on_device, stored, ranges=ranges, recipe=recipe, scales=scales, percentile=p)
-            for p in tried
+            for p in PERCENTILES
         }
-        scales = improve(trials, scales, candidates, rows=search == Search.ROWS, max_loss=max_loss if auto else None)
+        scales = improve(trials, scales, candidates, rows=search == Search.ROWS)
+    if trials and auto:
+        limit = known.baseline / target_speed if known and known.baseline and target_speed else None
+        prices = known or modelled_costs(network, scales)
+        goal = Goal(prices, max_loss=MAX_LOSS if max_loss is None else max_loss, microseconds=limit)
+        scales = choose_modes(trials, try_images(images=max(1, trial_images // 4)), scales, goal)
+        assert scales.curve is not None
+        print_curve(scales.curve)
     save_scales(out, scales)
     if rounding == Rounding.ADAROUND:
         part.unlink(missing_ok=True)
-    modes = [layer.mode for layer in scales.layers.values()]
-    counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in Mode if mode in modes)
+    kept = [layer.mode for layer in scales.layers.values()]
+    counts = ", ".join(f"{kept.count(mode)} {mode}" for mode in Mode if mode in kept)
     only = "; for torch-sim only" if only_simulated(scales) is not None else ""
     typer.echo(f"{out}: {method} W{weight_bit}A{act_bit}, layers: {counts}; {len(scales.rows)} passes a trajectory{only}")
     if trials:

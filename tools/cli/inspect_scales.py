@@ -10,7 +10,7 @@ import typer
 
 def inspect(
     scales: Annotated[Path, typer.Argument(help="scales file")],
-    plots: Annotated[Path | None, typer.Option(help="folder to draw ranges.png and layers.png into")] = None,
+    plots: Annotated[Path | None, typer.Option(help="folder to draw ranges.png, layers.png and modes.png into")] = None,
 ) -> None:
     """Show what a scales file decided for every layer."""
     from modiff_trt.core.scales import load_scales

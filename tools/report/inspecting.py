@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from modiff_trt.core.costs import ModeCurve
 from modiff_trt.core.files import atomic_path
 from modiff_trt.core.grid import grid_max
 from modiff_trt.core.kinds import Granularity, Rounding
@@ -57,10 +58,63 @@ def print_table(scales: Scales, network: Network) -> None:
     Console().print(
         f"state: {total:,} elements an image, {total * 2 / 1e6:.1f} MB in float16, {total * 4 / 1e6:.1f} MB in float32"
     )
+    if scales.curve is not None:
+        print_curve(scales.curve)
+
+
+def curve_rows(curve: ModeCurve) -> list[list[str]]:
+    """A line for each mixture of modes that calibration tried: layers with state, time, speed, state and PSNR."""
+    rows = []
+    for number, point in enumerate(curve.points):
+        speed = f"{curve.baseline / point.microseconds:.2f}x" if curve.baseline is not None else ""
+        state, mark = f"{point.state_bytes / 1e6:.1f}", "chosen" if number == curve.chosen else ""
+        rows.append([str(point.modulated), f"{point.microseconds:.2f}", speed, state, f"{point.decibels:.2f}", mark])
+    return rows
+
+
+CURVE_HEADINGS = ("layers with state", "us an image", "to floating point", "state, MB", "PSNR, dB", "")
+
+
+def curve_title(curve: ModeCurve) -> str:
+    """What the curve's times are of."""
+    return f"modes, on {curve.device}" + (f" at batch {curve.batch}" if curve.batch else "")
+
+
+def print_curve(curve: ModeCurve) -> None:
+    """The mixtures of modes that calibration tried."""
+    table = Table(title=curve_title(curve))
+    for heading in CURVE_HEADINGS:
+        table.add_column(heading, justify="right")
+    for row in curve_rows(curve):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def save_curve(curve: ModeCurve, path: Path) -> Path:
+    """Draws PSNR over time, a point for each mixture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    times, decibels = ([getattr(p, part) for p in curve.points] for part in ("microseconds", "decibels"))
+    axis.plot(times, decibels, color="0.6", marker="o", markerfacecolor="white", markeredgecolor="black")
+    axis.plot(times[curve.chosen], decibels[curve.chosen], "o", color="black", label="chosen")
+    for point in curve.points:
+        axis.annotate(
+            str(point.modulated), (point.microseconds, point.decibels), (4, -11), textcoords="offset points", fontsize=8
+        )
+    axis.set_xlabel(f"microseconds an image and pass ({curve.device})")
+    axis.set_ylabel("PSNR to FP32, dB")
+    axis.set_title("Layers with state (numbers), time and accuracy", fontsize=10)
+    axis.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, facecolor="white")
+    return path
 
 
 def save_plots(scales: Scales, folder: Path) -> list[Path]:
-    """Writes ranges.png (all layers over the steps) and layers.png (histogram and grid of chosen layers)."""
+    """Writes ranges.png (all layers over the steps), layers.png (histogram and grid of chosen layers) and, where modes were
+    chosen by measurement, modes.png."""
     from matplotlib.figure import Figure
 
     names = list(scales.layers)
@@ -105,4 +159,4 @@ def save_plots(scales: Scales, folder: Path) -> list[Path]:
     for path, figure in zip(paths, (ranges, layers), strict=True):
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", dpi=110, facecolor="white")
-    return paths
+    return paths if scales.curve is None else [*paths, save_curve(scales.curve, folder / "modes.png")]

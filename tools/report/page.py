@@ -15,7 +15,8 @@ from modiff_trt.tools.bench.table import not_run
 from modiff_trt.tools.cli.building import shown_name
 from modiff_trt.tools.cli.evaluate import HEADINGS, rows_of
 from modiff_trt.tools.report.data import Comparison, Trace
-from modiff_trt.tools.report.plots import bars, eps_errors, png, range_map, strip
+from modiff_trt.tools.report.inspecting import CURVE_HEADINGS, curve_rows, curve_title
+from modiff_trt.tools.report.plots import bars, eps_errors, mode_curve, png, range_map, strip
 
 FRAMES = 25
 GAIN = 4
@@ -192,6 +193,14 @@ def page(
         ),
         "</div>",
     ]
+    if scales.curve is not None:
+        sections += [
+            "<h2>State only where it pays</h2><p>State costs time and buys accuracy. Each point is a mixture of layers with "
+            "state and layers without, measured on whole trajectories.</p><div class='pair'>",
+            _figure(curve_title(scales.curve), mode_curve(scales.curve)),
+            table(CURVE_HEADINGS, curve_rows(scales.curve)),
+            "</div>",
+        ]
     if benches:
         sections += ["<h2>Speed and memory</h2>", *map(bench_section, benches)]
     if evaluation is not None:

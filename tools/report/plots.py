@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from modiff_trt.core.costs import ModeCurve
 from modiff_trt.core.scales import Scales
 from modiff_trt.tools.report.data import Comparison
 
@@ -81,6 +82,25 @@ def range_map(scales: Scales, of: str) -> str:
         axis.set_ylabel("layer, in order of execution")
         figure.colorbar(shown, ax=axis, label=f"largest |{of}|")
         return _svg(figure, f"Heat map of the largest {of} of each layer at each step")
+
+
+def mode_curve(curve: ModeCurve) -> str:
+    """PSNR over time, a point for each mixture of modes; the one that the scales have is filled."""
+    import matplotlib
+
+    times = [point.microseconds for point in curve.points]
+    decibels = [point.decibels for point in curve.points]
+    with matplotlib.rc_context(SETTINGS):
+        figure, axis = _figure(5.4, 3.4)
+        colour, line, marker = STYLES[0]
+        axis.plot(times, decibels, color=colour, linestyle=line, marker=marker, markerfacecolor="none")
+        axis.plot(
+            times[curve.chosen], decibels[curve.chosen], color=colour, marker=marker, linestyle="none", label="these scales"
+        )
+        axis.set_xlabel("microseconds an image and pass")
+        axis.set_ylabel("PSNR to FP32, dB")
+        axis.legend()
+        return _svg(figure, "PSNR of mixtures of modes over the time of a pass")
 
 
 def bars(values: dict[str, float], unit: str, label: str, best: str | None = None) -> str:

@@ -12,8 +12,8 @@ from modiff_trt.engines.build import BuildOptions, build_plan
 from modiff_trt.engines.onnx_network import load_network
 from modiff_trt.engines.plan_files import build_into, plan_path
 from modiff_trt.engines.report import read_layers, summarize
+from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.export.calibration.static import Recipe, make_scales, measure_ranges
-from modiff_trt.export.calibration.trials import with_modes
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.networks.unet import trace
 from modiff_trt.plugins.modulated_conv.tensorrt.library import open_library

@@ -6,11 +6,8 @@ from modiff_trt.export.calibration.trials import (
     Trials,
     Verdict,
     judge,
-    search_modes,
     search_rows,
     search_scales,
-    state_traffic,
-    with_modes,
 )
 from modiff_trt.tools.report.inspecting import print_table, save_plots, state_elements
 
@@ -67,29 +64,6 @@ def test_residuals_are_those_that_the_quantized_network_rounds(trials, tiny):
     step = scales.layers["conv_in"].scale
     # the first pass meets x_T itself, less the dither
     assert seen[0, 0] == pytest.approx(np.abs(noise).max(), abs=step)
-
-
-def test_modes_give_up_state_within_the_allowed_loss(trials, tiny):
-    scales = tiny.scales(act_bits=8)
-    calls = []
-    best, curve = search_modes(trials, scales, 1.0, lambda line: None, lambda: calls.append(1))
-    assert len(calls) == len(scales.modulated)
-    assert trials.decibels(best) >= trials.decibels(scales) - 1.0
-    assert state_traffic(best, tiny.network) <= state_traffic(scales, tiny.network)
-    assert [p.stateless for p in curve] == sorted(p.stateless for p in curve)
-    assert best.rows.multipliers.shape == (len(best.rows), len(best.modulated))
-    generous, _ = search_modes(trials, scales, 1000.0, lambda line: None, lambda: None)
-    assert state_traffic(generous, tiny.network) == 0 and not generous.modulated
-    assert generous.rows.warmup == 0 and not generous.dither  # nothing to warm up, nothing to offset
-
-
-def test_traffic_counts_both_arrays_in_and_out(tiny):
-    scales = tiny.scales()
-    only = with_modes(scales, {name: "int8" for name in scales.modulated if name != "conv_in"})
-    assert state_traffic(only, tiny.network) == 4 * (3 * 144 + 32 * 144)
-    assert only.modulated == ("conv_in",)
-    column = scales.modulated.index("conv_in")
-    np.testing.assert_array_equal(only.rows.multipliers[:, 0], scales.rows.multipliers[:, column])
 
 
 def test_inspect_shows_every_layer_and_draws(tiny, tmp_path, capsys):

@@ -8,7 +8,7 @@ from native_snapped import Snapped
 from small_network import small_case
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.export.calibration.trials import with_modes
+from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr

@@ -11,7 +11,7 @@ from small_network import SIZE, random_params, small_function
 
 from modiff_trt.core.kinds import SolverKind, Spacing
 from modiff_trt.core.solvers import Solver
-from modiff_trt.export.calibration.trials import with_modes
+from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.unet import LayerSpec, traced
 from modiff_trt.plugins.modulated_conv.libraries.onednn_conv import OneDnnConv

@@ -6,11 +6,11 @@ import torch
 from native_reference import ReferenceKernels
 from small_network import small_case
 
-from modiff_trt.export.calibration.trials import with_modes
+from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX
 from modiff_trt.runtime.backends.native import denoiser as native_denoiser
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
-from modiff_trt.tools.bench.run import _whole_intervals
+from modiff_trt.tools.bench.run import whole_intervals
 
 MIXED = {"conv_in": "float", "up.0.block.0.conv2": "int8", "mid.block_1.conv1": "int8"}
 
@@ -117,7 +117,7 @@ def test_float16_sums_are_refreshed_every_so_many_passes_but_the_last(small, mon
         denoiser(torch.from_numpy(x), row)
     assert due == [2]
     due.clear()
-    assert [_whole_intervals(passes, [denoiser]) for passes in (1, 2, 9)] == [2, 2, 10]
+    assert [whole_intervals(passes, [denoiser]) for passes in (1, 2, 9)] == [2, 2, 10]
     monkeypatch.setattr(native_denoiser, "REFRESH", 1)
     denoiser.trajectory(x)
     assert due == [1, 2, 3, 4]

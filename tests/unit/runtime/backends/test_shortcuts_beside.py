@@ -8,7 +8,7 @@ import torch
 from native_reference import ReferenceKernels
 from small_network import small_case
 
-from modiff_trt.export.calibration.trials import with_modes
+from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 
 BLOCK = "up.0.block.0"

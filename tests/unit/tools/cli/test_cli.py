@@ -6,15 +6,18 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, random_checkpoint, tiny_config
 from PIL import Image
+from safetensors.torch import save_file
 
+from modiff_trt.core.config import config_to_dict
 from modiff_trt.core.files import load_arrays, save_arrays
 from modiff_trt.core.scales import SCHEMA, load_scales
 from modiff_trt.tools.cli.main import main
 
 CONFIG, CKPT = str(ROOT / "configs/demo.yml"), str(ROOT / "calib_cache/demo/model.safetensors")
 MODEL = ["--config", CONFIG, "--ckpt", CKPT]
+CALIBRATE_AUTO = ["calibrate", *MODEL, "--trajectories", "TRAJ", "--modes", "auto", "--out", "OUT"]
 
 
 def run(*arguments) -> int:
@@ -123,6 +126,37 @@ def test_bench_times_every_backend_at_every_size(files, tmp_path):
         assert rows["native-int8"]["state_bytes_an_image"] == 0 < rows["native-modiff"]["state_bytes_an_image"]
 
 
+def test_costs_decide_modes_and_the_choice_has_a_row_of_its_own(tmp_path, capsys):
+    config = tiny_config(size=8, ch_mult=(1,), attn=())
+    (tmp_path / "tiny.yml").write_text(json.dumps(config_to_dict(config)))
+    save_file(dict(random_checkpoint(config).params), tmp_path / "tiny.safetensors")
+    model = ["--config", tmp_path / "tiny.yml", "--ckpt", tmp_path / "tiny.safetensors"]
+    scales, auto, costs = (tmp_path / name for name in ("scales", "auto", "costs.json"))
+    collected = tmp_path / "traj"
+    assert run("collect", *model, "--timesteps", 4, "--num-samples", 2, "--calib-steps", 4, "--out", collected) == 0
+    job = ["calibrate", *model, "--trajectories", collected, "--trial-images", 1, "--min-intensity", 0]
+    assert run(*job, "--out", scales) == 0
+    few = ["--num-runs", 1, "--num-passes", 1, "--num-warmup", 1, "--batch-sizes", "1"]
+    timed = ["bench", *model, "--scales", scales, *few, "--out", tmp_path / "bench.json"]
+    assert "--costs compares" in refusal(capsys, *timed, "--costs", costs, "--backends", "native-modiff")
+    capsys.readouterr()
+    assert run(*timed, "--costs", costs) == 0
+    assert "costs at batch 1" in capsys.readouterr().out
+    # Modelled costs: that state saves time on this machine is not sure.
+    assert run(*job, "--modes", "auto", "--max-loss", 100, "--out", auto) == 0
+    said = capsys.readouterr().out
+    assert "modelled" in said and "chosen" in said
+    assert load_scales(auto).curve is not None and not load_scales(auto).modulated
+    assert run(*job, "--modes", "auto", "--costs", costs, "--out", tmp_path / "measured") == 0
+    assert "CPU cores at batch 1" in " ".join(capsys.readouterr().out.split())
+    assert "no mixture of modes" in refusal(
+        capsys, *job, "--modes", "auto", "--costs", costs, "--target-speed", 1000, "--out", tmp_path / "x"
+    )
+    assert run(*timed, "--auto-scales", auto) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["batches"]["1"]
+    assert rows["native-auto"]["state_bytes_an_image"] == 0 < rows["native-modiff"]["state_bytes_an_image"]
+
+
 def test_no_modulate_is_plain_qdiff(files, tmp_path):
     base = ["sample", "--backend", "torch-sim", *MODEL, "--scales", files["scales.safetensors"], "--num-samples", 1]
     assert run(*base, "--out", tmp_path / "a.npz") == 0
@@ -188,9 +222,20 @@ REFUSED = {
     "eta of nothing": (["sample", *MODEL, "--eta", "nan", "--timesteps", "2", "--out", "OUT"], "--eta must lie between"),
     "no name": (["collect", *MODEL, "--out", "."], "is not a file"),
     "state of nothing": (
-        ["calibrate", *MODEL, "--trajectories", "TRAJ", "--method", "qdiff", "--auto", "--out", "OUT"],
-        "--auto takes state",
+        ["calibrate", *MODEL, "--trajectories", "TRAJ", "--method", "qdiff", "--modes", "auto", "--out", "OUT"],
+        "--modes auto takes state",
     ),
+    "a loss without a choice": (
+        ["calibrate", *MODEL, "--trajectories", "TRAJ", "--max-loss", "1", "--out", "OUT"],
+        "are for --modes auto",
+    ),
+    "two goals": (
+        [*CALIBRATE_AUTO, "--max-loss", "1", "--target-speed", "2"],
+        "not both",
+    ),
+    "a speed without costs": ([*CALIBRATE_AUTO, "--target-speed", "2"], "need --costs"),
+    "a negative loss": ([*CALIBRATE_AUTO, "--max-loss", "-1"], "must not be negative"),
+    "costs of nothing": ([*CALIBRATE_AUTO, "--costs", "CIFAR"], "is not readable JSON"),
     "modulation of a float network": (
         ["sample", *MODEL, "--no-modulate", "--timesteps", "2", "--out", "OUT"],
         "--no-modulate is for quantized networks",

@@ -8,7 +8,7 @@ from math import prod
 
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import Scales
-from modiff_trt.networks.unet import Network, Role
+from modiff_trt.networks.unet import LayerSpec, Network, Role
 from modiff_trt.plugins.modulated_conv.geometry import SMALL
 
 REAL = 2  # bytes of float16
@@ -32,24 +32,27 @@ class Work:
 
 def work(network: Network, scales: Scales) -> list[Work]:
     """What a pass must do for an image, for batches so large that weights do not count."""
+    return [item for spec in network.layers for item in layer_work(spec, scales.layers[spec.name].mode)]
+
+
+def layer_work(spec: LayerSpec, mode: Mode) -> list[Work]:
+    """What one layer adds to a pass in this mode."""
     items = []
-    for spec in network.layers:
-        mode = scales.layers[spec.name].mode
-        inputs, outputs = prod(spec.in_shape), prod(spec.out_shape)
-        stored = inputs // 4 if spec.upsampled else inputs
+    inputs, outputs = prod(spec.in_shape), prod(spec.out_shape)
+    stored = inputs // 4 if spec.upsampled else inputs
+    if mode == Mode.FLOAT:
+        items.append(Work("float products", REAL * (inputs + outputs), fp16=2 * spec.macs))
+    else:
+        state = 4 if mode == Mode.MODIFF else 0
+        items.append(Work("quantize", stored * (REAL + state) + inputs))
+        accumulated = 2 * REAL if mode == Mode.MODIFF else REAL
+        items.append(Work("INT8 convolution", inputs + accumulated * outputs, int8=2 * spec.macs))
+    if spec.normalized and spec.in_shape[1] * spec.in_shape[2] > SMALL:
+        items.append(Work("group sums", REAL * inputs))
         if mode == Mode.FLOAT:
-            items.append(Work("float products", REAL * (inputs + outputs), fp16=2 * spec.macs))
-        else:
-            state = 4 if mode == Mode.MODIFF else 0
-            items.append(Work("quantize", stored * (REAL + state) + inputs))
-            accumulated = 2 * REAL if mode == Mode.MODIFF else REAL
-            items.append(Work("INT8 convolution", inputs + accumulated * outputs, int8=2 * spec.macs))
-        if spec.normalized and spec.in_shape[1] * spec.in_shape[2] > SMALL:
-            items.append(Work("group sums", REAL * inputs))
-            if mode == Mode.FLOAT:
-                items.append(Work("quantize", 2 * REAL * inputs))
-        if spec.role is Role.QKV:
-            items.append(Work("attention", REAL * (outputs + inputs)))
+            items.append(Work("quantize", 2 * REAL * inputs))
+    if spec.role is Role.QKV:
+        items.append(Work("attention", REAL * (outputs + inputs)))
     return items
 
 

@@ -3,9 +3,9 @@
 import pytest
 from conftest import make_case, random_checkpoint, tiny_config
 
-from modiff_trt.export.calibration.trials import with_modes
+from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.networks.unet import trace
-from modiff_trt.tools.bench.floors import Work, floors, pass_floor, work
+from modiff_trt.runtime.backends.native.floors import Work, floors, pass_floor, work
 
 CEILINGS = {"copy_bytes_a_second": 2e12, "int8_operations_a_second": 1e15, "fp16_operations_a_second": 5e14}
 

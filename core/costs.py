@@ -1,0 +1,127 @@
+"""What each layer's mode costs in time, and the curve of time, state and accuracy that calibration finds with it. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from modiff_trt.core.errors import InputError, shown
+from modiff_trt.core.files import read_signed
+from modiff_trt.core.kinds import Mode
+
+KIND, SCHEMA = "costs of modes", 1
+REMEDY = "write it again with `modiff-trt bench --costs`"
+
+
+@dataclass(frozen=True)
+class ModeCosts:
+    """Microseconds an image and pass, on one device at one batch size.
+
+    `whole` is a pass with the modes `base`. `added[layer][mode]` is what it takes more when this layer has that mode instead;
+    negative where it takes less. `baseline` is what the network takes in floating point; None where that was not measured.
+    """
+
+    device: str
+    batch: int
+    whole: float
+    base: dict[str, Mode]
+    added: dict[str, dict[Mode, float]]
+    baseline: float | None = None
+
+    def predict(self, modes: Mapping[str, Mode]) -> float:
+        """A pass with these modes. Raises InputError where the cost of one is not known."""
+        return self.whole + sum(self.saving(name, mode) for name, mode in modes.items())
+
+    def saving(self, name: str, mode: Mode) -> float:
+        """What a pass takes more with this mode of a layer than with its mode in `base`."""
+        if mode == self.base[name]:
+            return 0.0
+        if mode not in self.added[name]:
+            raise InputError(f"the costs of modes do not have layer '{name}' as {mode}; {REMEDY}, with scales of these modes")
+        return self.added[name][mode]
+
+
+def costs_to_dict(costs: ModeCosts) -> dict[str, Any]:
+    return asdict(costs)
+
+
+def load_costs(path: Path, layers: Iterable[str], batch: int | None) -> ModeCosts:
+    """The costs in a file, at a batch size, or at the largest. Raises InputError where the file is of another network, or lacks
+    that size."""
+    data = read_signed(path, "costs of modes", REMEDY)
+    if data.get("kind") != KIND or data.get("schema") != SCHEMA:
+        raise InputError(f"{path} does not hold costs of modes; {REMEDY}")
+    try:
+        found = {int(size): _costs(entry) for size, entry in data["batches"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path}: the costs of modes are incomplete ({type(error).__name__}: {shown(str(error))}); {REMEDY}"
+        ) from None
+    if not found:
+        raise InputError(f"{path} holds no batch size; {REMEDY}")
+    batch = max(found) if batch is None else batch
+    if batch not in found:
+        raise InputError(f"{path} has batch sizes {', '.join(map(str, sorted(found)))}, not {batch}")
+    if list(found[batch].base) != list(layers):
+        raise InputError(f"{path} was measured on another network; {REMEDY}")
+    return found[batch]
+
+
+def _costs(entry: dict[str, Any]) -> ModeCosts:
+    base = {str(name): Mode(mode) for name, mode in entry["base"].items()}
+    added = {name: {Mode(mode): float(cost) for mode, cost in entry["added"][name].items()} for name in base}
+    baseline = None if entry["baseline"] is None else float(entry["baseline"])
+    numbers = [float(entry["whole"]), *(cost for costs in added.values() for cost in costs.values())]
+    if not all(math.isfinite(number) for number in numbers) or not min(numbers[0], baseline or 1.0) > 0:
+        raise ValueError("a time that is not positive")
+    return ModeCosts(str(entry["device"]), int(entry["batch"]), numbers[0], base=base, added=added, baseline=baseline)
+
+
+@dataclass(frozen=True)
+class ModePoint:
+    """One mixture of modes: its layers with state, microseconds an image and pass as predicted, bytes of state an image in
+    float16, and PSNR to FP32 in dB of the trial images."""
+
+    modulated: int
+    microseconds: float
+    state_bytes: int
+    decibels: float
+
+
+@dataclass(frozen=True)
+class ModeCurve:
+    """The mixtures that calibration tried, slowest first, and which of them the scales have. `baseline` is the floating-point
+    network's microseconds on `device`, where they are known."""
+
+    device: str
+    batch: int
+    baseline: float | None
+    points: tuple[ModePoint, ...]
+    chosen: int
+
+
+def curve_to_dict(curve: ModeCurve | None) -> dict[str, Any] | None:
+    return None if curve is None else asdict(curve)
+
+
+def curve_from_dict(data: Any, source: str) -> ModeCurve | None:
+    """The inverse of `curve_to_dict`. Raises InputError where it is damaged."""
+    if data is None:
+        return None
+    try:
+        points = tuple(
+            ModePoint(int(p["modulated"]), float(p["microseconds"]), int(p["state_bytes"]), float(p["decibels"]))
+            for p in data["points"]
+        )
+        baseline = None if data["baseline"] is None else float(data["baseline"])
+        curve = ModeCurve(str(data["device"]), int(data["batch"]), baseline, points=points, chosen=int(data["chosen"]))
+        if not 0 <= curve.chosen < len(points) or not all(p.microseconds > 0 for p in points):
+            raise ValueError("a point that cannot be")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{source} has a damaged curve of modes ({type(error).__name__}: {shown(str(error))}); calibrate again"
+        ) from None
+    return curve

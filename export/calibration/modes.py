@@ -1,0 +1,172 @@
+"""Modes by measurement: which layers keep MoDiff state, which are plain INT8, and which stay in float.
+
+Two things are known of every change of a layer's mode: the microseconds that it saves (`core.costs`), and the error that it
+adds to the final image, by a trial trajectory in which only this layer has the other mode. The convex hull of both, layer by
+layer, gives one order in which to make the changes: most time for least error first (a knapsack with several choices a layer,
+by Lagrange multipliers). What a mixture is worth is then measured on whole trajectories, since errors of layers do not add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from modiff_trt.core.costs import ModeCosts, ModeCurve, ModePoint
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.kinds import Mode
+from modiff_trt.core.rows import RowTable, plain_rows
+from modiff_trt.core.scales import Scales
+from modiff_trt.export.calibration.trials import Report, Trials
+from modiff_trt.networks.state_elements import state_elements
+from modiff_trt.networks.unet import Network
+from modiff_trt.runtime.backends.native.floors import layer_work
+
+# What one H200 reached (results/bench_h200.json), for those who have measured no costs.
+CEILINGS = {"copy_bytes_a_second": 4.25e12, "int8_operations_a_second": 1.49e15, "fp16_operations_a_second": 7.5e14}
+MODELLED = "an H200, modelled"
+# Mixtures of the curve that are measured in any case, evenly spaced in time.
+POINTS = 8
+# Images that are equal to FP32's, or not finite, get this in place of an infinity, which a file cannot hold.
+MOST_DECIBELS = 999.0
+# Bytes of an element of state.
+STATE_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another mode for one layer: the microseconds that it saves beyond the change of this layer before it, and the squared
+    error (relative to a signal of 1) that it adds."""
+
+    layer: str
+    mode: Mode
+    saved: float
+    added: float
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the modes are chosen for: the fastest mixture that loses at most `max_loss` dB of all-modulated, or, where
+    `microseconds` is given, the most accurate one that takes no longer a pass and image."""
+
+    costs: ModeCosts
+    max_loss: float
+    microseconds: float | None = None
+
+
+def modelled_costs(network: Network, scales: Scales) -> ModeCosts:
+    """Costs of a GPU by the bytes and operations of each layer's launches, where none were measured."""
+    times = {s.name: {m: sum(w.least(CEILINGS) for w in layer_work(s, m)) for m in Mode} for s in network.layers}
+    base = {name: layer.mode for name, layer in scales.layers.items()}
+    added = {n: {m: cost - costs[base[n]] for m, cost in costs.items()} for n, costs in times.items()}
+    return ModeCosts(MODELLED, 0, sum(times[n][mode] for n, mode in base.items()), base=base, added=added)
+
+
+def possible_changes(scales: Scales, costs: ModeCosts) -> list[tuple[str, Mode, float]]:
+    """(layer, mode, microseconds saved) of every change that saves time and needs no other calibration."""
+    found = []
+    for name, layer in scales.layers.items():
+        for mode in (Mode.INT8, Mode.FLOAT):
+            if mode != layer.mode:
+                saved = costs.saving(name, layer.mode) - costs.saving(name, mode)
+                if saved > 0:
+                    found.append((name, mode, saved))
+    return found
+
+
+def in_order(options: Sequence[Change]) -> list[Change]:
+    """The changes worth making, most time saved for the error first. Of each layer those on the convex hull, one after the
+    other; `options` have what they save and add from the mode that the layer has."""
+    ordered: list[Change] = []
+    for _, of_layer in groupby(sorted(options, key=lambda c: c.layer), key=lambda c: c.layer):
+        rest, saved, added = list(of_layer), 0.0, 0.0
+        while rest := [c for c in rest if c.saved > saved]:
+            # The next corner of the hull: the least error for each microsecond from here; of equals the one that saves most.
+            best = min(rest, key=lambda c: (max(c.added - added, 0.0) / (c.saved - saved), -c.saved))
+            ordered.append(replace(best, saved=best.saved - saved, added=max(best.added - added, 0.0)))
+            saved, added = best.saved, max(best.added, added)
+    return sorted(ordered, key=lambda c: c.added / c.saved)
+
+
+def search_modes(
+    trials: Trials, alone: Trials, scales: Scales, goal: Goal, report: Report, on_trial: Callable[[], None]
+) -> Scales:
+    """The scales with modes chosen for `goal`, and the curve of the mixtures that were tried.
+
+    `alone` are the trials of single layers: fewer images will do to order them. `on_trial` is called after each of these.
+    Raises InputError where no mixture can be as fast as the goal asks.
+    """
+    costs, network = goal.costs, trials.network
+    options = possible_changes(scales, costs)
+    reach_goal(scales, goal, options)
+    exact = _energy(alone.decibels(scales))
+    changes = []
+    for name, mode, saved in options:
+        error = max(_energy(alone.decibels(with_modes(scales, {name: mode}))) - exact, 0.0)
+        changes.append(Change(name, mode, saved, added=error))
+        on_trial()
+    ordered = in_order(changes)
+    tried: dict[int, tuple[Scales, ModePoint]] = {}
+
+    def measure(count: int) -> float:
+        """PSNR of the mixture with the first `count` changes."""
+        if count not in tried:
+            mixed = with_modes(scales, {change.layer: change.mode for change in ordered[:count]})
+            modes = {name: layer.mode for name, layer in mixed.layers.items()}
+            size = STATE_BYTES * sum(state_elements(mixed, network).values())
+            decibels = max(-MOST_DECIBELS, min(MOST_DECIBELS, trials.decibels(mixed)))
+            point = ModePoint(len(mixed.modulated), costs.predict(modes), size, decibels)
+            report(f"modes: {point.modulated} layers with state, {point.microseconds:.2f} us an image: {point.decibels:.2f} dB")
+            tried[count] = mixed, point
+        return tried[count][1].decibels
+
+    totals = [sum(change.saved for change in ordered[:count]) for count in range(len(ordered) + 1)]
+    for part in range(POINTS):
+        measure(next(count for count, total in enumerate(totals) if total >= totals[-1] * part / (POINTS - 1) - 1e-9))
+    if goal.microseconds is None:
+        chosen = _largest(measure, sorted(tried), tried[0][1].decibels - goal.max_loss)
+    else:
+        before = costs.predict({name: layer.mode for name, layer in scales.layers.items()})
+        chosen = next(count for count, total in enumerate(totals) if before - total <= goal.microseconds + 1e-9)
+        measure(chosen)
+    counts = sorted(tried)
+    points = tuple(tried[count][1] for count in counts)
+    curve = ModeCurve(costs.device, costs.batch, costs.baseline, points=points, chosen=counts.index(chosen))
+    return replace(tried[chosen][0], curve=curve)
+
+
+def reach_goal(scales: Scales, goal: Goal, options: Sequence[tuple[str, Mode, float]]) -> None:
+    """Raises InputError where the changes that there are cannot make a pass as fast as the goal."""
+    most: dict[str, float] = {}
+    for name, _, saved in options:
+        most[name] = max(most.get(name, 0.0), saved)
+    fastest = goal.costs.predict({name: layer.mode for name, layer in scales.layers.items()}) - sum(most.values())
+    if goal.microseconds is not None and fastest > goal.microseconds:
+        raise InputError(
+            f"no mixture of modes takes {goal.microseconds:.2f} us an image and pass on {goal.costs.device}; "
+            f"the fastest takes {fastest:.2f}"
+        )
+
+
+def _largest(measure: Callable[[int], float], counts: Sequence[int], least: float) -> int:
+    """The largest number of changes that keeps `least` dB: between the best of `counts` and the next one, by bisection."""
+    low = max(count for count in counts if measure(count) >= least)
+    high = next((count for count in counts if count > low), low + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if measure(middle) >= least else (low, middle)
+    return low
+
+
+def _energy(decibels: float) -> float:
+    return float(10 ** (-decibels / 10))
+
+
+def with_modes(scales: Scales, modes: Mapping[str, Mode]) -> Scales:
+    """The same scales with other modes for some layers, none of which gets state, and the row table's columns to match."""
+    layers = {n: replace(layer, mode=modes.get(n, layer.mode)) for n, layer in scales.layers.items()}
+    if all(layer.mode != Mode.MODIFF for layer in layers.values()):
+        return replace(scales, layers=layers, dither=False, rows=plain_rows(scales.rows.timesteps))
+    keep = [i for i, name in enumerate(scales.modulated) if name not in modes]
+    rows = RowTable(scales.rows.t, scales.rows.multipliers[:, keep], scales.rows.warmup, exact_start=scales.rows.exact_start)
+    return replace(scales, layers=layers, rows=rows)

@@ -1,0 +1,153 @@
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from modiff_trt.core.costs import ModeCosts, curve_to_dict
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.kinds import Mode
+from modiff_trt.core.scales import load_scales, save_scales
+from modiff_trt.export.calibration.modes import (
+    CEILINGS,
+    Change,
+    Goal,
+    in_order,
+    modelled_costs,
+    possible_changes,
+    search_modes,
+    with_modes,
+)
+from modiff_trt.export.calibration.trials import Trials
+from modiff_trt.networks.state_elements import state_elements
+from modiff_trt.runtime.backends.native.floors import layer_work
+from modiff_trt.tools.report.inspecting import print_table, save_plots
+
+
+@pytest.fixture(scope="module")
+def trials(tiny):
+    return Trials(tiny.network, tiny.checkpoint, tiny.timesteps, tiny.trajectories.solver, images=3, seed=2, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny):
+    return Trials(tiny.network, tiny.checkpoint, tiny.timesteps, tiny.trajectories.solver, images=1, seed=3, device="cpu")
+
+
+def search(trials, alone, scales, goal):
+    calls = []
+    found = search_modes(trials, alone, scales, goal, report=lambda line: None, on_trial=lambda: calls.append(1))
+    return found, len(calls)
+
+
+def test_changes_are_made_in_the_order_of_the_best_mixtures():
+    generator = np.random.default_rng(3)
+    options = [
+        Change(layer, mode, saved=float(saved), added=float(added))
+        for layer in "abcd"
+        for mode, saved, added in zip(
+            (Mode.INT8, Mode.FLOAT), generator.uniform(1, 5, 2), generator.uniform(0, 9, 2), strict=True
+        )
+    ]
+    ordered = in_order(options)
+    by_layer = {name: [None, *(c for c in options if c.layer == name)] for name in "abcd"}
+    everything = [
+        (sum(c.saved for c in kept if c), sum(c.added for c in kept if c)) for kept in itertools.product(*by_layer.values())
+    ]
+    for count in range(len(ordered) + 1):
+        saved = sum(change.saved for change in ordered[:count])
+        added = sum(change.added for change in ordered[:count])
+        # No mixture saves as much and adds less.
+        assert added <= min(a for s, a in everything if s >= saved - 1e-9) + 1e-9
+        modes = {change.layer: change.mode for change in ordered[:count]}
+        assert saved == pytest.approx(sum(c.saved for c in options if modes.get(c.layer) == c.mode))
+    assert sum(c.saved for c in ordered) == pytest.approx(max(s for s, _ in everything))
+
+
+def test_a_change_that_adds_more_and_saves_less_is_never_made():
+    ordered = in_order([Change("a", Mode.INT8, saved=2.0, added=1.0), Change("a", Mode.FLOAT, saved=1.0, added=2.0)])
+    assert ordered == [Change("a", Mode.INT8, saved=2.0, added=1.0)]
+
+
+def test_modelled_costs_are_of_the_bytes_and_operations_of_a_layer(tiny):
+    scales = tiny.scales()
+    costs = modelled_costs(tiny.network, scales)
+    modes = {name: layer.mode for name, layer in scales.layers.items()}
+    assert costs.predict(modes) == costs.whole and costs.base == modes
+    name = scales.modulated[-1]
+    spec = tiny.network.layer(name)
+    plain, whole = (sum(w.least(CEILINGS) for w in layer_work(spec, mode)) for mode in (Mode.INT8, Mode.MODIFF))
+    assert costs.predict(modes | {name: Mode.INT8}) == pytest.approx(costs.whole + plain - whole)
+    assert all((name, Mode.INT8) in [(n, m) for n, m, _ in possible_changes(scales, costs)] for name in scales.modulated)
+
+
+def test_the_fastest_modes_within_a_loss(trials, alone, tiny, tmp_path, capsys):
+    scales = tiny.scales(act_bits=8)
+    costs = modelled_costs(tiny.network, scales)
+    best, count = search(trials, alone, scales, Goal(costs, max_loss=1.0))
+    assert count == len(possible_changes(scales, costs))
+    whole = trials.decibels(scales)
+    curve = best.curve
+    assert curve.points[0].decibels == whole and curve.points[0].modulated == len(scales.modulated)
+    chosen = curve.points[curve.chosen]
+    # What the curve says of the chosen scales is what they are.
+    assert trials.decibels(best) == chosen.decibels >= whole - 1.0
+    assert chosen.microseconds == pytest.approx(costs.predict({n: v.mode for n, v in best.layers.items()}))
+    assert chosen.state_bytes == 2 * sum(state_elements(best, tiny.network).values()) and chosen.modulated == len(
+        best.modulated
+    )
+    times = [point.microseconds for point in curve.points]
+    assert times == sorted(times, reverse=True) and len(times) >= 8
+    # No mixture that was tried is faster and good enough.
+    assert all(point.decibels < whole - 1.0 for point in curve.points[curve.chosen + 1 : curve.chosen + 2])
+    assert best.rows.multipliers.shape == (len(best.rows), len(best.modulated))
+
+    path = tmp_path / "scales.safetensors"
+    save_scales(path, best)
+    again = load_scales(path, tiny.network)
+    assert again.curve == curve and again.without_modulation().curve is None
+    print_table(again, tiny.network)
+    text = capsys.readouterr().out
+    assert "chosen" in text and f"{chosen.decibels:.2f}" in text and "modelled" in text
+    assert save_plots(again, tmp_path)[-1].name == "modes.png"
+    damaged = replace(best, curve=replace(curve, chosen=99))
+    save_scales(path, damaged)
+    with pytest.raises(InputError, match="damaged curve"):
+        load_scales(path)
+    assert curve_to_dict(None) is None
+
+
+def test_any_loss_takes_all_state(alone, tiny):
+    scales = tiny.scales(act_bits=8)
+    generous, _ = search(alone, alone, scales, Goal(modelled_costs(tiny.network, scales), max_loss=1000.0))
+    assert not generous.modulated and generous.rows.warmup == 0
+    assert not generous.dither  # nothing to warm up, nothing to offset
+
+
+def test_the_best_modes_for_a_speed(alone, tiny):
+    scales = tiny.scales(act_bits=8)
+    costs = modelled_costs(tiny.network, scales)
+    fastest = costs.whole - sum(max(0.0, *(-cost for cost in costs.added[name].values())) for name in scales.layers)
+    limit = (costs.whole + fastest) / 2
+    best, _ = search(alone, alone, scales, Goal(costs, max_loss=0.0, microseconds=limit))
+    chosen = best.curve.points[best.curve.chosen]
+    assert chosen.microseconds <= limit and best.modulated
+    assert best.curve.points[best.curve.chosen - 1].microseconds > limit
+    with pytest.raises(InputError, match="no mixture of modes takes"):
+        search(alone, alone, scales, Goal(costs, max_loss=0.0, microseconds=fastest * 0.99))
+
+
+def test_costs_of_other_modes_are_refused(tiny):
+    scales = tiny.scales()
+    base = {name: layer.mode for name, layer in scales.layers.items()}
+    costs = ModeCosts("here", 1, 10.0, base=base, added={name: {} for name in base})
+    with pytest.raises(InputError, match="do not have layer"):
+        costs.predict(base | {scales.modulated[0]: Mode.INT8})
+
+
+def test_a_layer_that_loses_its_state_loses_its_column(tiny):
+    scales = tiny.scales()
+    only = with_modes(scales, {name: Mode.INT8 for name in scales.modulated if name != "conv_in"})
+    assert only.modulated == ("conv_in",)
+    column = scales.modulated.index("conv_in")
+    np.testing.assert_array_equal(only.rows.multipliers[:, 0], scales.rows.multipliers[:, column])

@@ -1,0 +1,71 @@
+"""Costs of modes, measured on this machine's CPU: their form, not their size."""
+
+import pytest
+
+from modiff_trt.core.costs import load_costs
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.files import write_signed
+from modiff_trt.core.kinds import Mode
+from modiff_trt.runtime.backends.registry import trained
+from modiff_trt.tools.bench.costs import MIXTURES, groups, measure_costs
+
+
+@pytest.fixture(scope="module")
+def content(tiny):
+    scales = tiny.scales()
+    return measure_costs(
+        tiny.network,
+        scales,
+        lambda chosen: trained.native(tiny.network, tiny.checkpoint.params, chosen),
+        [1, 2],
+        runs=1,
+        passes=2,
+        device="cpu",
+        where="a CPU",
+        baselines={2: 123.0},
+    )
+
+
+def test_every_layer_is_in_one_group_with_its_likes(tiny):
+    scales = tiny.scales()
+    found = groups(tiny.network, scales)
+    assert sorted(name for names in found for name in names) == sorted(scales.layers)
+    for names in found:
+        assert len({tiny.network.layer(name).in_shape for name in names}) == 1
+        assert len({scales.layers[name].mode for name in names}) == 1
+
+
+def test_costs_are_read_back_by_batch_size(tiny, content, tmp_path):
+    path = tmp_path / "costs.json"
+    write_signed(path, content)
+    scales = tiny.scales()
+    costs = load_costs(path, scales.layers, None)
+    assert costs.batch == 2 and costs.baseline == 123.0 and load_costs(path, scales.layers, 1).baseline is None
+    base = {name: layer.mode for name, layer in scales.layers.items()}
+    assert costs.base == base and costs.predict(base) == costs.whole > 0
+    for name, mode in base.items():
+        assert set(costs.added[name]) == {Mode.INT8, Mode.FLOAT} - {mode}
+    mixtures = content["batches"]["2"]["mixtures"]
+    assert len(mixtures) == MIXTURES and mixtures[0]["modiff"] == 0 and len({m["predicted"] for m in mixtures}) == MIXTURES
+    for mixture in mixtures:
+        assert mixture["error"] == pytest.approx(mixture["predicted"] / mixture["measured"] - 1)
+        assert mixture["modiff"] + mixture["int8"] + mixture["float"] == len(base)
+
+
+def test_costs_that_do_not_fit_are_refused(tiny, content, tmp_path):
+    path, layers = tmp_path / "costs.json", tiny.scales().layers
+
+    def refused(changed, why, batch=None, names=layers):
+        write_signed(path, changed)
+        with pytest.raises(InputError, match=why):
+            load_costs(path, names, batch)
+
+    refused(content, "has batch sizes 1, 2, not 7", batch=7)
+    refused(content, "another network", names=["conv_in"])
+    refused(content | {"kind": "bench"}, "does not hold costs")
+    refused(content | {"batches": {}}, "holds no batch size")
+    entry = content["batches"]["2"]
+    refused(content | {"batches": {"2": entry | {"whole": -1.0}}}, "incomplete")
+    refused(content | {"batches": {"2": entry | {"whole": "fast"}}}, "incomplete")
+    refused(content | {"batches": {"2": entry | {"added": {}}}}, "incomplete")
+    refused(content | {"batches": [1]}, "incomplete")

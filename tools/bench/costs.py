@@ -1,0 +1,129 @@
+"""`bench --costs`: what each layer's mode costs here, by whole passes with and without it.
+
+A pass overlaps launches, shares sums between a block's convolutions, and folds work into the neighbour's launch. So a layer's
+mode is timed as what a whole pass gains or loses by it: the pass with the scales' own modes and the pass with one group of
+layers in another mode, run in turn. A group is the layers that have the same shapes, neighbours and mode.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from modiff_trt.core.costs import KIND, SCHEMA, ModeCosts, costs_to_dict
+from modiff_trt.core.kinds import Mode
+from modiff_trt.core.progress import progress_bar
+from modiff_trt.core.scales import Scales
+from modiff_trt.export.calibration.modes import with_modes
+from modiff_trt.networks.unet import Network
+from modiff_trt.runtime.denoiser import Denoiser
+from modiff_trt.runtime.images.noise import ImageNoise
+from modiff_trt.tools.bench.run import run_passes, whole_intervals
+
+# Mixtures whose time is predicted and measured, so that the file says how good its predictions are.
+MIXTURES = 5
+Changes = dict[str, Mode]
+
+
+def groups(network: Network, scales: Scales) -> list[tuple[str, ...]]:
+    """The layers by what their launches look like."""
+    beside = {spec.beside for spec in network.layers}
+    added_to = {spec.added_to for spec in network.layers}
+    found: dict[Any, list[str]] = {}
+    for spec in network.layers:
+        shape = (spec.in_shape, spec.out_shape, spec.kernel, spec.stride, spec.upsampled, spec.normalized, spec.split > 0)
+        place = (spec.role, spec.name in beside, spec.name in added_to, scales.layers[spec.name].mode)
+        found.setdefault((shape, place), []).append(spec.name)
+    return [tuple(names) for names in found.values()]
+
+
+def _mixtures(changes: Sequence[Changes]) -> list[Changes]:
+    """Every layer without state, every layer in float where it can be, and others by lot, a group as a whole or in part."""
+    generator = random.Random(0)
+    plain: Changes = {name: mode for change in changes for name, mode in change.items() if mode == Mode.INT8}
+    floating: Changes = {name: mode for change in changes for name, mode in change.items() if mode == Mode.FLOAT}
+    drawn: list[Changes] = []
+    while len(drawn) < MIXTURES - 2:
+        mixture: Changes = {}
+        for change in changes:
+            mixture |= {name: mode for name, mode in change.items() if generator.random() < (len(drawn) + 1) / MIXTURES}
+        drawn.append(mixture)
+    return [plain, floating, *drawn]
+
+
+def measure_costs(
+    network: Network,
+    scales: Scales,
+    make: Callable[[Scales], Denoiser],
+    batch_sizes: Sequence[int],
+    *,
+    runs: int,
+    passes: int,
+    device: str,
+    where: str,
+    baselines: dict[int, float],
+) -> dict[str, Any]:
+    """The content of a file of costs: for each batch size `ModeCosts`, and mixtures with their predicted and measured times.
+
+    `baselines` are microseconds an image of the network in floating point, by batch size. Times are medians of `runs`.
+    """
+    sizes = sorted(set(batch_sizes), reverse=True)  # buffers are allocated once, for the largest
+    noise = {size: ImageNoise(0, range(size), network.config.input_shape).draw() for size in sizes}
+    base = make(scales)
+    passes = whole_intervals(passes, [base])
+    whole: dict[int, list[float]] = {size: [] for size in sizes}
+
+    def differences(changes: Changes) -> dict[int, float]:
+        """Microseconds an image that a pass takes more with these modes."""
+        other, found = make(with_modes(scales, changes)), {}
+        for size in sizes:
+            pairs = []
+            for _ in range(runs):
+                before, after = (_microseconds(d, noise[size], passes, device) for d in (base, other))
+                whole[size].append(before)
+                pairs.append(after - before)
+            found[size] = statistics.median(pairs)
+        return found
+
+    modes = {name: layer.mode for name, layer in scales.layers.items()}
+    changes = [
+        dict.fromkeys(names, mode)
+        for names in groups(network, scales)
+        for mode in (Mode.INT8, Mode.FLOAT)
+        if mode != modes[names[0]]
+    ]
+    added: dict[int, dict[str, dict[Mode, float]]] = {size: {name: {} for name in modes} for size in sizes}
+    mixed = []
+    for size in sizes:
+        _microseconds(base, noise[size], passes, device)  # compiles, tunes and captures
+    with progress_bar() as bar:
+        for change in bar.track(changes, description="costs"):
+            for size, difference in differences(change).items():
+                for name, mode in change.items():
+                    added[size][name][mode] = difference / len(change)
+        for mixture in bar.track(_mixtures(changes), description="mixtures"):
+            mixed.append((mixture, differences(mixture)))
+    batches = {}
+    for size in sizes:
+        costs = ModeCosts(
+            where, size, statistics.median(whole[size]), base=modes, added=added[size], baseline=baselines.get(size)
+        )
+        checks = []
+        for mixture, took_more in mixed:
+            predicted, measured = costs.predict(modes | mixture), costs.whole + took_more[size]
+            counts = [(modes | mixture)[name] for name in modes]
+            checks.append(
+                {str(mode): counts.count(mode) for mode in Mode}
+                | {"predicted": predicted, "measured": measured, "error": predicted / measured - 1}
+            )
+        batches[str(size)] = costs_to_dict(costs) | {"mixtures": checks}
+    return {"kind": KIND, "schema": SCHEMA, "batches": batches}
+
+
+def _microseconds(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device: str) -> float:
+    """Of a pass, an image."""
+    return statistics.fmean(run_passes(denoiser, x, passes, device=device)) * 1e6 / len(x)
