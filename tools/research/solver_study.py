@@ -101,7 +101,7 @@ class SolverStudy:
             "truth_steps": truth_steps,
         }
         self._kept = Figures(out, settings, provenance(device), deadline=deadline)
-        self.figures, self._record = self._kept.data, self._kept.record
+        self.figures, self.record = self._kept.data, self._kept.record
         self._images, self._fd_images, self._whole_images, self._truth_steps = images, fd_images, whole_images, truth_steps
         self._calibrated: dict[tuple[Solver, int], Any] = {}
         self._compiled: Any = None
@@ -179,14 +179,14 @@ class SolverStudy:
                         found = self.exact(solver, count, range(self._images))
                         return {"passes": len(steps), "psnr_db": rounded_psnr(found, self._truth, 3)}
 
-                    self._record("nearness", f"{name_of(solver)} {count}", figures)
+                    self.record("nearness", f"{name_of(solver)} {count}", figures)
 
     def bits(self, passes: list[int], widths: list[int]) -> None:
         """MoDiff by kind of grid, and Q-Diff, in simulation."""
         for count in passes:
             trials = self._trials(count, self._images, seed=0)
             alone = partial(trials.weights_alone, self.scales(BEST, count))
-            self._record("bits", f"{count} passes, weights alone", partial(_rounded, alone))
+            self.record("bits", f"{count} passes, weights alone", partial(_rounded, alone))
             for width in widths:
                 scales = self.scales(BEST, count, act_bits=width)
                 sampled = self.scales(BEST, count, act_bits=width, granularity="tensor")
@@ -198,11 +198,11 @@ class SolverStudy:
                     "Q-Diff": partial(trials.decibels, plain),
                 }
                 for label, score in candidates.items():
-                    self._record("bits", f"{count} passes, {label} A{width}", partial(_rounded, score))
+                    self.record("bits", f"{count} passes, {label} A{width}", partial(_rounded, score))
 
-    def _by_rows(self, passes: int, scales: Scales, judge: Trials) -> float:
+    def _by_rows(self, passes: int, scales: Scales, trials: Trials) -> float:
         """PSNR with a grid for every row."""
-        return judge.decibels(self._rows(passes, scales))
+        return trials.decibels(self._rows(passes, scales))
 
     def _rows(self, passes: int, scales: Scales) -> Scales:
         """A grid for every row, found by trial on other noise."""
@@ -218,7 +218,7 @@ class SolverStudy:
         def figures() -> dict[str, Any]:
             scales, indices = self._rows(passes, self.scales(BEST, passes)), range(self._images)
             exact = self.exact(BEST, passes, indices)
-            denoiser = self._native(scales)
+            denoiser = self.native_denoiser(scales)
             found = {size: self.images(denoiser, BEST, indices, size)[0] for size in sizes}
             simulation = trained.simulated(self.network, self.checkpoint.params, scales, device=self.device)
             simulated = self.images(simulation, BEST, indices)[0]
@@ -232,48 +232,48 @@ class SolverStudy:
                 "same_bits": {str(size): bool((images == first).all()) for size, images in found.items()},
             }
 
-        self._record("native", f"{passes} passes", figures)
+        self.record("native", f"{passes} passes", figures)
 
-    def _native(self, scales: Scales) -> Denoiser:
+    def native_denoiser(self, scales: Scales) -> Denoiser:
         return trained.native(self.network, self.checkpoint.params, scales, self.device)
 
     def quality(self, passes: list[int], reference: Path) -> None:
         """FD-CIFAR and microseconds an image of four lines."""
-        judge = self._judge(reference)
+        judge = self.judge(reference)
         for count in passes:
             for solver in (BASELINE, BEST):
                 try:
                     self.steps(solver, count)
                 except InputError:
                     continue
-                line = partial(self._measured, partial(self.floating, solver, count), solver, judge, count=self._fd_images)
-                self._record("quality", f"{FLOAT}, {name_of(solver)} {count}", line)
+                line = partial(self.measured, partial(self.floating, solver, count), solver, judge, count=self._fd_images)
+                self.record("quality", f"{FLOAT}, {name_of(solver)} {count}", line)
             for label, modulate in (("MoDiff", True), ("Q-Diff", False)):
                 line = partial(
-                    self._measured, partial(self._quantized, BEST, count, modulate), BEST, judge, count=self._fd_images
+                    self.measured, partial(self._quantized, BEST, count, modulate), BEST, judge, count=self._fd_images
                 )
-                self._record("quality", f"native {label} W8A8, {name_of(BEST)} {count}", line)
+                self.record("quality", f"native {label} W8A8, {name_of(BEST)} {count}", line)
 
     def whole(self, passes: int, reference: Path) -> None:
         """One long run of DDIM with 100 passes and one of the best solver, both in INT8 with MoDiff."""
-        judge = self._judge(reference)
+        judge = self.judge(reference)
         for solver, count in ((BEST, passes), (BASELINE, 100)):
             line = partial(
-                self._measured, partial(self._quantized, solver, count, True), solver, judge, count=self._whole_images
+                self.measured, partial(self._quantized, solver, count, True), solver, judge, count=self._whole_images
             )
-            self._record("whole", f"native MoDiff W8A8, {name_of(solver)} {count}", line)
+            self.record("whole", f"native MoDiff W8A8, {name_of(solver)} {count}", line)
 
     def _quantized(self, solver: Solver, passes: int, modulate: bool) -> Denoiser:
         scales = self.scales(solver, passes)
-        return self._native(scales if modulate else scales.without_modulation())
+        return self.native_denoiser(scales if modulate else scales.without_modulation())
 
-    def _judge(self, reference: Path) -> Judge:
+    def judge(self, reference: Path) -> Judge:
         features = CifarFeatures(classifier_path(), self.device, SHIPPED_SHA256)
         if reference.suffix == ".safetensors":
             return Judge(features, load_statistics(reference, features))
         return Judge(features, reference_statistics(open_images(reference), features, 512))
 
-    def _measured(self, make: Callable[[], Denoiser], solver: Solver, judge: Judge, count: int) -> dict[str, Any]:
+    def measured(self, make: Callable[[], Denoiser], solver: Solver, judge: Judge, count: int) -> dict[str, Any]:
         """FD-CIFAR of so many images, and the time that they took."""
         denoiser = make()
         moments, seconds, part = Moments(), 0.0, 40 * self._batch
