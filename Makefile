@@ -17,6 +17,7 @@ SPACING ?= quad
 METHOD ?= modiff
 WEIGHT_BIT ?= 8
 ACT_BIT ?= 8
+PRESET ?= balanced
 DTYPE ?= fp32
 NUM_SAMPLES ?= 16
 SEED ?= 0
@@ -40,7 +41,7 @@ SCALES := $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT).safetensors
 ONNX := $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-$(DTYPE).onnx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo collect calibrate export engine sample fid bench compare verify report sampler results-tables check test test-gpu lint clean
+.PHONY: help setup demo quantize collect calibrate export engine sample fid bench compare verify report sampler results-tables check test test-gpu lint clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z -]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +63,10 @@ setup: $(STAMP) ## create .venv and install the project into it
 demo: setup ## FP32, Q-Diff and MoDiff from the same noise, with the shipped model
 	$(RUN) demo --out out/demo
 
+quantize: setup ## all of it: trajectories, scales, ONNX file and report in OUT
+	$(RUN) quantize $(MODEL) --timesteps $(TIMESTEPS) --solver $(SOLVER) --spacing $(SPACING) --preset $(PRESET) \
+		--weight-bit $(WEIGHT_BIT) --act-bit $(ACT_BIT) --device $(DEVICE) --out $(OUT)
+
 collect: setup ## full-precision trajectories for calibration
 	$(RUN) collect $(MODEL) --timesteps $(TIMESTEPS) --solver $(SOLVER) --spacing $(SPACING) --device $(DEVICE) --out $(TRAJECTORIES)
 
@@ -70,7 +75,7 @@ $(TRAJECTORIES):
 
 calibrate: setup $(TRAJECTORIES) ## scales of every layer
 	$(RUN) calibrate $(MODEL) --trajectories $(TRAJECTORIES) --method $(METHOD) --weight-bit $(WEIGHT_BIT) \
-		--act-bit $(ACT_BIT) --device $(DEVICE) --out $(SCALES)
+		--act-bit $(ACT_BIT) --preset $(PRESET) --device $(DEVICE) --out $(SCALES)
 
 $(SCALES): $(TRAJECTORIES)
 	$(MAKE) calibrate

@@ -78,7 +78,7 @@ PATHS += ["/dev/zero", "/dev/full", "/dev/null", "/proc/self/mem", "/proc/versio
 PATHS += ["in/loop/x.npz"]
 COMMANDS = {
     "collect": f"collect {setup.MODEL} {setup.COLLECT}",
-    "calibrate": f"calibrate {setup.MODEL} --trajectories {{base}}/t.safetensors --out OUT/s.safetensors",
+    "calibrate": f"calibrate {setup.MODEL} --trajectories {{base}}/t.safetensors --preset fast --out OUT/s.safetensors",
     "export": f"export {setup.MODEL} --scales {{base}}/s.safetensors --out OUT/m.onnx",
     "sample": f"sample {setup.MODEL} --timesteps 2 --num-samples 1 --out OUT/s.npz",
     "sample ": f"sample {setup.MODEL} --timesteps 2 --num-samples 1 --out OUT/folder",

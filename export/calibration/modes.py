@@ -1,9 +1,10 @@
 """Modes by measurement: which layers keep MoDiff state, which are plain INT8, and which stay in float.
 
-Two things are known of every change of a layer's mode: the microseconds that it saves (`core.costs`), and the error that it
-adds to the final image, by a trial trajectory in which only this layer has the other mode. The convex hull of both, layer by
-layer, gives one order in which to make the changes: most time for least error first (a knapsack with several choices a layer,
-by Lagrange multipliers). What a mixture is worth is then measured on whole trajectories, since errors of layers do not add up.
+Two things are known of every change of a layer's mode: the microseconds that it saves (`core.costs`), and how far it moves the
+final image, by a trial trajectory in which only this layer has the other mode. It is compared with the images of the same
+scales without the change, not with those of FP32: there the error of the weights would hide all that is smaller. The convex
+hull of both, layer by layer, gives one order in which to make the changes: most time for least error first (a knapsack with
+several choices a layer, by Lagrange multipliers). What a mixture is worth is then measured on whole trajectories, against FP32.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+import numpy as np
+
 from modiff_trt.core.costs import ModeCosts, ModeCurve, ModePoint
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.scales import Scales
-from modiff_trt.export.calibration.trials import Report, Trials
+from modiff_trt.export.calibration.trials import Array, Report, Trials
 from modiff_trt.networks.state_elements import state_elements
 from modiff_trt.networks.unet import Network
 from modiff_trt.runtime.backends.native.floors import layer_work
@@ -29,14 +32,16 @@ MODELLED = "an H200, modelled"
 POINTS = 8
 # Images that are equal to FP32's, or not finite, get this in place of an infinity, which a file cannot hold.
 MOST_DECIBELS = 999.0
+# The difference of images that are not finite.
+UNUSABLE = 1e9
 # Bytes of an element of state.
 STATE_BYTES = 2
 
 
 @dataclass(frozen=True)
 class Change:
-    """Another mode for one layer: the microseconds that it saves beyond the change of this layer before it, and the squared
-    error (relative to a signal of 1) that it adds."""
+    """Another mode for one layer: the microseconds that it saves beyond the change of this layer before it, and the mean
+    squared difference of the image that it adds."""
 
     layer: str
     mode: Mode
@@ -99,11 +104,10 @@ def search_modes(
     costs, network = goal.costs, trials.network
     options = possible_changes(scales, costs)
     reach_goal(scales, goal, options)
-    exact = _energy(alone.decibels(scales))
+    images = alone.images_of(scales)
     changes = []
     for name, mode, saved in options:
-        error = max(_energy(alone.decibels(with_modes(scales, {name: mode}))) - exact, 0.0)
-        changes.append(Change(name, mode, saved, added=error))
+        changes.append(Change(name, mode, saved, added=_distance(alone, with_modes(scales, {name: mode}), images)))
         on_trial()
     ordered = in_order(changes)
     tried: dict[int, tuple[Scales, ModePoint]] = {}
@@ -158,8 +162,12 @@ def _largest(measure: Callable[[int], float], counts: Sequence[int], least: floa
     return low
 
 
-def _energy(decibels: float) -> float:
-    return float(10 ** (-decibels / 10))
+def _distance(trials: Trials, scales: Scales, images: Array) -> float:
+    """Mean squared difference of the final images to `images`; UNUSABLE where they are not finite."""
+    try:
+        return float(np.square(trials.images_of(scales).astype(np.float64) - images).mean())
+    except InputError:
+        return UNUSABLE
 
 
 def with_modes(scales: Scales, modes: Mapping[str, Mode]) -> Scales:

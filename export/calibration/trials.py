@@ -69,6 +69,10 @@ class Trials:
         """`score` of the simulation of these scales."""
         return self.score(trained.simulated(self.network, self.checkpoint.params, scales, device=self._device))
 
+    def images_of(self, scales: Scales) -> Array:
+        """The final images of the simulation of these scales. Raises InputError where they are not finite."""
+        return self.sample(trained.simulated(self.network, self.checkpoint.params, scales, device=self._device))
+
     def weights_alone(self, scales: Scales) -> float:
         """`decibels` with exact activations."""
         return self.score(trained.simulated(self.network, self.checkpoint.params, scales, device=self._device, act_quant=False))

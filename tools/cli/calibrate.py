@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +13,7 @@ import typer
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Granularity, Method, Mode, Modes, Residuals, Rounding, ScaleMethod, Search, Start
 from modiff_trt.tools.cli.options import BatchSize, Ckpt, Config, Device, Weights
+from modiff_trt.tools.cli.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
     from modiff_trt.core.scales import Scales
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Layers that do fewer multiply-accumulates an element mostly move data: in INT8 they gain nothing, and lose the most accuracy.
 INTENSITY = 200.0
+# Training steps of AdaRound, a block.
+ITERATIONS = 1000
 # PSNR in dB that modes chosen by measurement may lose.
 MAX_LOSS = 0.5
 
@@ -29,6 +32,9 @@ def calibrate(
     ckpt: Ckpt,
     trajectories: Annotated[Path, typer.Option(help="file written by `collect`")],
     out: Annotated[Path, typer.Option(help="scales file to write (.safetensors)")],
+    preset: Annotated[
+        Preset, typer.Option(help="fast: no search; balanced: a grid for every row, by trial; exact: learned weights too")
+    ] = Preset.BALANCED,
     method: Annotated[Method, typer.Option(help="modulated residuals, or stateless (Q-Diffusion)")] = Method.MODIFF,
     weight_bit: Annotated[int, typer.Option(help="bits of the weights, 2 to 8")] = 8,
     act_bit: Annotated[int, typer.Option(help="bits of the activations, 2 to 8")] = 8,
@@ -50,10 +56,12 @@ def calibrate(
         Granularity, typer.Option(help="activation grids: static, tensor (LTQ) or channel (LCQ; simulation only)")
     ] = Granularity.STATIC,
     rounding: Annotated[
-        Rounding, typer.Option(help="of the weights: nearest, or adaround (learned, block by block)")
-    ] = Rounding.NEAREST,
-    iterations: Annotated[int, typer.Option(help="adaround: training steps per block")] = 1000,
-    search: Annotated[Search, typer.Option(help="by trial: static grids, then one a row")] = Search.NONE,
+        Rounding | None, typer.Option(help="of the weights: nearest, or adaround (learned, block by block); (by --preset)")
+    ] = None,
+    iterations: Annotated[int, typer.Option(help="adaround: training steps per block")] = ITERATIONS,
+    search: Annotated[
+        Search | None, typer.Option(help="of residuals, by trial: none, static scales, then one a row (by --preset)")
+    ] = None,
     percentile: Annotated[
         float | None, typer.Option(help="of --scale-method percentile: the share of values that a grid holds (0.9999)")
     ] = None,
@@ -75,8 +83,9 @@ def calibrate(
     ] = None,
     costs_batch: Annotated[int | None, typer.Option(help="--costs: the batch size that counts (the largest)")] = None,
     trial_images: Annotated[
-        int, typer.Option(help="images of trial trajectories, and of the PSNR said at the end; 0: no PSNR")
-    ] = 4,
+        int | None,
+        typer.Option(help="images of trial trajectories, and of the PSNR said at the end; 0: none of both (by --preset)"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="adaround: seed of its batches")] = 0,
     dither: Annotated[bool, typer.Option(help="start a_hat from a random place inside the grid")] = True,
     batch_size: BatchSize = 8,
@@ -98,6 +107,7 @@ def calibrate(
         refit_residuals,
         residual_scales,
     )
+    from modiff_trt.export.calibration.reconstruct import units
     from modiff_trt.export.calibration.static import Recipe, make_scales
     from modiff_trt.export.calibration.trajectories import load_trajectories
     from modiff_trt.export.calibration.trials import PERCENTILES, Trials, judge
@@ -105,7 +115,13 @@ def calibrate(
     from modiff_trt.runtime.sampling import check_seed
     from modiff_trt.tools.report.inspecting import print_curve
 
-    if search != Search.NONE and (method != Method.MODIFF or granularity != Granularity.STATIC):
+    choices, searchable = PRESETS[preset], method == Method.MODIFF and granularity == Granularity.STATIC
+    rounding = choices.rounding if rounding is None else rounding
+    trial_images = choices.trial_images if trial_images is None else trial_images
+    if search is None:
+        # Scales found by a method of the user's choice stay as they are.
+        search = choices.search if searchable and trial_images and scale_method is None else Search.NONE
+    if search != Search.NONE and not searchable:
         raise InputError("--search is for --method modiff with --granularity static")
     auto = modes == Modes.AUTO
     if auto and method != Method.MODIFF:
@@ -190,11 +206,30 @@ def calibrate(
     only = "; for torch-sim only" if only_simulated(scales) is not None else ""
     typer.echo(f"{out}: {method} W{weight_bit}A{act_bit}, layers: {counts}; {len(scales.rows)} passes a trajectory{only}")
     if trials:
-        typer.echo(_verdict(judge(trials, scales), scales, trial_images))
+        verdict = judge(trials, scales)
+        work = Work(trial_images * len(scales.rows), len(stored.chosen) * stored.x.shape[1], len(units(network)))
+        typer.echo(_verdict(verdict, scales, trial_images, work))
 
 
-def _verdict(found: Verdict, scales: Scales, images: int) -> str:
-    """What the PSNR on trial images is, what limits it, and the option that helps most."""
+@dataclass(frozen=True)
+class Work:
+    """What the price of an option is reckoned from: passes of one image in a trial, AdaRound's samples, and its blocks."""
+
+    passes: int
+    samples: int
+    blocks: int
+
+    def adaround_seconds(self, trial_seconds: float, iterations: int) -> float:
+        """An iteration runs a block forward and back for a batch: of all blocks, three passes. Before each block the network is
+        run up to it, with and without rounding, for every sample: half a pass each."""
+        from modiff_trt.export.calibration.adaround import AdaRoundOptions
+
+        one = trial_seconds / self.passes
+        return one * (3 * AdaRoundOptions().batch_size * iterations + self.blocks * self.samples)
+
+
+def _verdict(found: Verdict, scales: Scales, images: int, work: Work) -> str:
+    """What the PSNR on trial images is, what limits it, and the option that helps most, with its price."""
     from modiff_trt.export.calibration.trials import SEARCH_TRIALS
 
     said = (
@@ -205,12 +240,17 @@ def _verdict(found: Verdict, scales: Scales, images: int) -> str:
     layers = [layer for layer in scales.layers.values() if layer.mode != Mode.FLOAT]
     if found.weights_limit:
         learned = all(layer.round_up is not None for layer in layers)
-        help_with = "more `collect --num-samples`, and --iterations" if learned else "--rounding adaround, which takes minutes"
+        price = _duration(work.adaround_seconds(found.seconds, ITERATIONS))
+        help_with = "more `collect --num-samples`, and --iterations" if learned else f"--rounding adaround ({price})"
         return f"{said}. The weights limit it; what helps: {help_with}"
     if scales.method == Method.QDIFF:
         help_with = "--method modiff"
     elif scales.granularity == Granularity.STATIC and (scales.rows.multipliers[scales.rows.warmup :] == 1).all():
-        help_with = f"--search rows (about {SEARCH_TRIALS * found.seconds:.0f} s), or --granularity tensor"
+        help_with = f"--search rows ({_duration(SEARCH_TRIALS * found.seconds)}), or --granularity tensor"
     else:
         help_with = "a larger --act-bit" if min(layer.act_bits for layer in layers) < 8 else "more steps"
     return f"{said}. The activations limit it; what helps: {help_with}"
+
+
+def _duration(seconds: float) -> str:
+    return f"about {seconds:.0f} s" if seconds < 100 else f"about {seconds / 60:.0f} min"

@@ -11,7 +11,19 @@ import typer
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.progress import errors
-from modiff_trt.tools.cli import bench, calibrate, collect, demo, engine, evaluate, export, inspect_scales, report, sample
+from modiff_trt.tools.cli import (
+    bench,
+    calibrate,
+    collect,
+    demo,
+    engine,
+    evaluate,
+    export,
+    inspect_scales,
+    quantize,
+    report,
+    sample,
+)
 from modiff_trt.tools.stopping import BAD_INPUT, INTERRUPTED, exit_code
 
 app = typer.Typer(
@@ -42,6 +54,7 @@ def about(
 
 STAGES = (
     demo.demo,
+    quantize.quantize,
     collect.collect,
     calibrate.calibrate,
     inspect_scales.inspect,

@@ -63,6 +63,8 @@ def main(
 
     for name, of in chosen.items():
         study.record("psnr", name, partial(nearness, of))
+    if study.time_is_up:
+        return
     judge = study.judge(reference)
     lines = {
         FLOAT: partial(study.floating, solver, passes),

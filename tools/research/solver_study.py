@@ -106,6 +106,11 @@ class SolverStudy:
         self._calibrated: dict[tuple[Solver, int], Any] = {}
         self._compiled: Any = None
 
+    @property
+    def time_is_up(self) -> bool:
+        """Whether no figure may begin any more."""
+        return self._kept.time_is_up
+
     def steps(self, solver: Solver, passes: int) -> tuple[int, ...]:
         return solver.timesteps(self.network.config.diffusion, passes)
 

@@ -28,7 +28,7 @@ def files(tmp_path_factory):
         name: folder / f"{name}.{end}" for name, end in (("traj", "safetensors"), ("scales", "safetensors"), ("net", "onnx"))
     }
     assert run("collect", *MODEL, *SOLVER, "--num-samples", 2, "--calib-steps", 6, "--out", found["traj"]) == 0
-    assert run("calibrate", *MODEL, "--trajectories", found["traj"], "--out", found["scales"]) == 0
+    assert run("calibrate", *MODEL, "--trajectories", found["traj"], "--preset", "fast", "--out", found["scales"]) == 0
     assert run("export", *MODEL, "--scales", found["scales"], "--out", found["net"]) == 0
     return found
 

@@ -182,7 +182,7 @@ def test_another_number_of_steps_is_said_before_sampling(tmp_path, capsys, caplo
 def test_one_step_cannot_be_modulated_and_the_advice_can_be_followed(tmp_path, capsys):
     trajectories = tmp_path / "t.safetensors"
     assert run("collect", *MODEL, "--timesteps", 1, "--num-samples", 1, "--out", trajectories) == 0
-    job = ["calibrate", *MODEL, "--trajectories", trajectories, "--out", tmp_path / "s.safetensors"]
+    job = ["calibrate", *MODEL, "--trajectories", trajectories, "--preset", "fast", "--out", tmp_path / "s.safetensors"]
     assert run(*job) == 2
     said = capsys.readouterr().err
     assert "--method qdiff" in said and "--timesteps" in said and "--calib-steps" not in said

@@ -56,7 +56,7 @@ def test_samples_are_those_of_the_weights_that_are_said(model, tmp_path, caplog)
 def test_scales_of_the_average_do_not_fit_the_raw_weights(model, tmp_path, capsys):
     both = ["--config", model / "c.yml", "--ckpt", model / "both.pt"]
     assert run("collect", *both, *STEPS, "--num-samples", 2, "--calib-steps", 3, "--out", tmp_path / "t") == 0
-    assert run("calibrate", *both, "--trajectories", tmp_path / "t", "--out", tmp_path / "s") == 0
+    assert run("calibrate", *both, "--trajectories", tmp_path / "t", "--preset", "fast", "--out", tmp_path / "s") == 0
     assert run("export", *both, "--scales", tmp_path / "s", "--out", tmp_path / "m.onnx") == 0
     capsys.readouterr()
     for command in (

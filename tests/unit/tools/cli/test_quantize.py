@@ -1,0 +1,84 @@
+"""`quantize`: one command to a folder, which goes on where it was stopped and refuses to mix two quantizations."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import random_checkpoint, tiny_config
+from safetensors.torch import save_file
+
+from modiff_trt.core.config import config_to_dict
+from modiff_trt.core.scales import load_scales
+from modiff_trt.tools.cli import quantize as command
+from modiff_trt.tools.cli.main import main
+
+
+def run(*arguments) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in arguments])
+    return exit_.value.code
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    config = tiny_config(size=8, ch_mult=(1,), attn=())
+    (folder / "tiny.yml").write_text(json.dumps(config_to_dict(config)))
+    save_file(dict(random_checkpoint(config).params), folder / "tiny.safetensors")
+    model = ["--config", folder / "tiny.yml", "--ckpt", folder / "tiny.safetensors"]
+    return ["quantize", *model, "--timesteps", 3, "--num-samples", 2, "--preset", "fast", "--min-intensity", 0]
+
+
+def test_one_command_makes_a_folder_and_keeps_what_is_there(job, tmp_path, capsys):
+    out = tmp_path / "q"
+    assert run(*job, "--out", out) == 0
+    said = capsys.readouterr().out
+    titles = [line for line in said.splitlines() if line.startswith("[")]
+    assert titles == ["[1/4] collect", "[2/4] calibrate", "[3/4] export", "[4/4] report"]
+    scales = load_scales(out / "scales.safetensors")
+    assert scales.modulated and len(scales.rows.timesteps) == 3
+    assert (
+        run("sample", "--backend", "onnx", "--onnx", out / "network.onnx", "--num-samples", 1, "--out", tmp_path / "s.npz") == 0
+    )
+    with np.load(tmp_path / "s.npz") as images:
+        assert np.isfinite(images["samples"]).all()
+    assert "MoDiff" in (out / "report.html").read_text()
+
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    capsys.readouterr()
+    assert run(*job, "--out", out) == 0
+    assert capsys.readouterr().out.count("is there already") == 4
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+    # What was made of a file that is gone is made again too.
+    (out / "scales.safetensors").unlink()
+    assert run(*job, "--out", out) == 0
+    assert capsys.readouterr().out.count("is there already") == 1
+    assert (out / "scales.safetensors").read_bytes() == before["scales.safetensors"]
+
+    assert run(*job, "--act-bit", 6, "--timesteps", 4, "--out", out) == 2
+    assert "holds a quantization with another timesteps, act_bit" in capsys.readouterr().err
+    (out / "quantization.json").write_text("{}")
+    assert run(*job, "--out", out) == 2
+
+
+def test_it_goes_on_after_an_interruption(job, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "q"
+    from modiff_trt.tools.cli import export
+
+    def interrupted(**options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "export", interrupted)
+        assert run(*job, "--out", out) == 130
+    assert not (out / command.NETWORK).exists()
+    capsys.readouterr()
+    assert run(*job, "--out", out) == 0
+    assert capsys.readouterr().out.count("is there already") == 2
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_once(job, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(*job, "--out", tmp_path / "file" / "q") == 2
+    assert capsys.readouterr().err.count("\n") == 1

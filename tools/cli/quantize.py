@@ -1,0 +1,174 @@
+"""`modiff-trt quantize`: from a checkpoint to a folder with everything that deploying it needs, in one command."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.kinds import Modes
+from modiff_trt.tools.cli.calibrate import INTENSITY, calibrate
+from modiff_trt.tools.cli.options import (
+    BatchSize,
+    Ckpt,
+    ClipSample,
+    Config,
+    Device,
+    FinalAlphaName,
+    PredictionName,
+    SolverName,
+    SpacingName,
+    StepsOffset,
+    Weights,
+)
+from modiff_trt.tools.cli.presets import Preset
+
+RECORD, SCHEMA = "quantization.json", 1
+TRAJECTORIES, SCALES, NETWORK, REPORT = "trajectories.safetensors", "scales.safetensors", "network.onnx", "report.html"
+
+
+def quantize(
+    config: Config,
+    ckpt: Ckpt,
+    out: Annotated[Path, typer.Option("--out", "--output-dir", help="folder for scales, ONNX file and report")],
+    preset: Annotated[
+        Preset, typer.Option(help="fast: no search; balanced: a grid for every row, by trial; exact: learned weights too")
+    ] = Preset.BALANCED,
+    timesteps: Annotated[int, typer.Option(help="steps of the solver")] = 100,
+    solver: SolverName = None,
+    spacing: SpacingName = None,
+    prediction: PredictionName = None,
+    clip_sample: ClipSample = None,
+    steps_offset: StepsOffset = None,
+    final_alpha: FinalAlphaName = None,
+    weight_bit: Annotated[int, typer.Option(help="bits of the weights, 2 to 8")] = 8,
+    act_bit: Annotated[int, typer.Option(help="bits of the activations, 2 to 8")] = 8,
+    min_intensity: Annotated[
+        float, typer.Option(help="leave layers in float that do fewer multiply-accumulates per element moved; 0: none")
+    ] = INTENSITY,
+    modes: Annotated[Modes, typer.Option(help="auto: state only where it pays, by trial and by what it costs")] = Modes.RECIPE,
+    costs: Annotated[Path | None, typer.Option(help="--modes auto: file of `bench --costs`")] = None,
+    num_samples: Annotated[int, typer.Option(help="calibration images")] = 16,
+    batch_size: BatchSize = 8,
+    weights: Weights = None,
+    device: Device = "cpu",
+) -> None:
+    """Quantize a checkpoint: trajectories, scales, ONNX file and report, each kept when the command is run again."""
+    from modiff_trt.core.config import config_to_dict
+    from modiff_trt.core.files import check_writable, locked, sha256
+    from modiff_trt.runtime.backends.registry.options import check_device, checkpoint_manifest, load_model
+    from modiff_trt.tools.cli.collect import collect
+    from modiff_trt.tools.cli.export import export
+    from modiff_trt.tools.cli.report import report
+
+    check_device(device)
+    network, checkpoint = load_model(config, ckpt, weights)
+    check_writable(out / RECORD)
+    settings = {
+        "config": config_to_dict(network.config),
+        **checkpoint_manifest(checkpoint),
+        "preset": preset,
+        "timesteps": timesteps,
+        "solver": solver,
+        "spacing": spacing,
+        "prediction": prediction,
+        "clip_sample": clip_sample,
+        "steps_offset": steps_offset,
+        "final_alpha": final_alpha,
+        "weight_bit": weight_bit,
+        "act_bit": act_bit,
+        "min_intensity": min_intensity,
+        "modes": modes,
+        "costs_sha256": None if costs is None else sha256(costs),
+        "num_samples": num_samples,
+    }
+    of_model: dict[str, Any] = {"config": config, "ckpt": ckpt, "weights": weights}
+    trajectories, scales = out / TRAJECTORIES, out / SCALES
+    stages: dict[str, tuple[str, Callable[[], None]]] = {
+        "collect": (
+            TRAJECTORIES,
+            lambda: collect(
+                **of_model,
+                out=trajectories,
+                timesteps=timesteps,
+                solver=solver,
+                spacing=spacing,
+                prediction=prediction,
+                clip_sample=clip_sample,
+                steps_offset=steps_offset,
+                final_alpha=final_alpha,
+                num_samples=num_samples,
+                batch_size=batch_size,
+                device=device,
+            ),
+        ),
+        "calibrate": (
+            SCALES,
+            lambda: calibrate(
+                **of_model,
+                trajectories=trajectories,
+                out=scales,
+                preset=preset,
+                weight_bit=weight_bit,
+                act_bit=act_bit,
+                min_intensity=min_intensity,
+                modes=modes,
+                costs=costs,
+                batch_size=batch_size,
+                device=device,
+            ),
+        ),
+        "export": (
+            NETWORK,
+            lambda: export(**of_model, out=out / NETWORK, scales=scales, dtype="fp16" if device == "cuda" else "fp32"),
+        ),
+        "report": (REPORT, lambda: report(**of_model, out=out / REPORT, scales=scales, device=device)),
+    }
+    with locked(out):
+        record = _record(out / RECORD, settings)
+        for number, (name, (file, run)) in enumerate(stages.items(), 1):
+            _stage(out / RECORD, record, name, out / file, run, title=f"[{number}/{len(stages)}] {name}")
+    typer.echo(f"{out}: sample with `modiff-trt sample --backend onnx --onnx {out / NETWORK} --num-samples 16 --out FOLDER`")
+
+
+def _record(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What is done already, of the same settings. Raises InputError where the folder is of others."""
+    from modiff_trt.core.files import read_signed, signed
+
+    wanted = signed({"settings": settings})["settings"]
+    if not path.exists():
+        return {"schema": SCHEMA, "settings": wanted, "stages": {}}
+    record = read_signed(path, "record of a quantization", "choose another --out")
+    if (
+        record.get("schema") != SCHEMA
+        or not isinstance(record.get("settings"), dict)
+        or not isinstance(record.get("stages"), dict)
+    ):
+        raise InputError(f"{path} is no record of a quantization of this version; choose another --out")
+    differing = [name for name, value in wanted.items() if record["settings"].get(name) != value]
+    if differing:
+        raise InputError(f"{path.parent} holds a quantization with another {', '.join(differing)}; choose another --out")
+    return record
+
+
+def _stage(at: Path, record: dict[str, Any], name: str, file: Path, run: Callable[[], None], title: str) -> None:
+    """Runs a stage unless its file is there as it was written, and writes down that it is done."""
+    from modiff_trt.core.files import sha256, write_signed
+
+    done = record["stages"].get(name)
+    if done is not None and file.exists() and sha256(file) == done["sha256"]:
+        typer.echo(f"{title}: {file} is there already")
+        return
+    typer.echo(title)
+    begin = time.perf_counter()
+    run()
+    # What was made from an earlier version of this file is not of it.
+    later = list(record["stages"])
+    for stage in later[later.index(name) :] if name in later else []:
+        del record["stages"][stage]
+    record["stages"][name] = {"file": file.name, "sha256": sha256(file), "seconds": round(time.perf_counter() - begin, 1)}
+    write_signed(at, record)
