@@ -66,23 +66,35 @@ def load_checkpoint(path: Path, network: Network, weights: str | None = None) ->
     if path.suffix not in SUFFIXES:
         raise InputError(f"checkpoint {path} has an unknown suffix; expected one of {', '.join(SUFFIXES)}")
     data = read_file(path, "checkpoint")
-    content = _read_safetensors(data, path) if path.suffix == ".safetensors" else _read_torch(data, path)
+    content = read_tensors(data, path)
     foreign = recognize_content(content)
     if foreign is not None:
         raise InputError(f"checkpoint {path} {foreign}")
     found = choose(content, Weights(weights) if weights is not None else None, f"checkpoint {path}")
-    _check(found.state, network, path)
-    params = {key: _plain(found.state[key]) for key in network.parameters}
-    for key, value in params.items():
-        if not torch.isfinite(value).all():
-            raise InputError(
-                f"checkpoint {path} has NaN or infinite values in '{key}'; export it again from a sound training run"
-            )
+    params = fitted(found.state, network, path)
     raw_beside_ema = found.kind is Weights.RAW and found.other
     known = "" if path.suffix == ".safetensors" else KNOWN_MD5.get(hashlib.md5(data).hexdigest(), "")
     wrapped = found.other or found.place != "the top level"
     text = f"{found.kind} weights ({found.place})" if wrapped else Checkpoint.weights
     return Checkpoint(params, digest_of(data) + (RAW_SUFFIX if raw_beside_ema else ""), known, weights=text, chosen=wrapped)
+
+
+def read_tensors(data: bytes, path: Path) -> Any:
+    """What a file holds, by its suffix: safetensors, or torch's format, of which nothing is executed. Raises InputError."""
+    return _read_safetensors(data, path) if path.suffix == ".safetensors" else _read_torch(data, path)
+
+
+def fitted(state: State, network: Network, path: Path) -> dict[str, Tensor]:
+    """The network's parameters in float32. Raises InputError for keys and shapes that do not fit, and for values that are not
+    finite."""
+    _check(state, network, path)
+    params = {key: _plain(state[key]) for key in network.parameters}
+    for key, value in params.items():
+        if not torch.isfinite(value).all():
+            raise InputError(
+                f"checkpoint {path} has NaN or infinite values in '{key}'; export it again from a sound training run"
+            )
+    return params
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -7,14 +7,18 @@ layers in another mode, run in turn. A group is the layers that have the same sh
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from modiff_trt.core.costs import KIND, SCHEMA, ModeCosts, costs_to_dict
+from modiff_trt.core.costs import KIND, REMEDY, SCHEMA, ModeCosts, costs_to_dict
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.files import read_signed, write_signed
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.core.scales import Scales
@@ -66,19 +70,26 @@ def measure_costs(
     device: str,
     where: str,
     baselines: dict[int, float],
+    part: Path,
 ) -> dict[str, Any]:
     """The content of a file of costs: for each batch size `ModeCosts`, and mixtures with their predicted and measured times.
 
-    `baselines` are microseconds an image of the network in floating point, by batch size. Times are medians of `runs`.
+    `baselines` are microseconds an image of the network in floating point, by batch size. Times are medians of `runs`. What is
+    measured stands in `part`, from where a second call with the same settings goes on; the caller removes it.
     """
     sizes = sorted(set(batch_sizes), reverse=True)  # buffers are allocated once, for the largest
+    settings = {"sizes": sizes, "runs": runs, "passes": passes, "where": where, "scales": scales.file_sha256}
+    kept = _resume(part, settings)
     noise = {size: ImageNoise(0, range(size), network.config.input_shape).draw() for size in sizes}
     base = make(scales)
     passes = whole_intervals(passes, [base])
-    whole: dict[int, list[float]] = {size: [] for size in sizes}
+    whole: dict[int, list[float]] = {size: list(kept["whole"].get(str(size), [])) for size in sizes}
 
     def differences(changes: Changes) -> dict[int, float]:
         """Microseconds an image that a pass takes more with these modes."""
+        key = " ".join(f"{name}:{mode}" for name, mode in changes.items())
+        if key in kept["differences"]:
+            return {size: kept["differences"][key][str(size)] for size in sizes}
         other, found = make(with_modes(scales, changes)), {}
         for size in sizes:
             pairs = []
@@ -87,6 +98,9 @@ def measure_costs(
                 whole[size].append(before)
                 pairs.append(after - before)
             found[size] = statistics.median(pairs)
+        kept["differences"][key] = {str(size): value for size, value in found.items()}
+        kept["whole"] = {str(size): times for size, times in whole.items()}
+        write_signed(part, kept)
         return found
 
     modes = {name: layer.mode for name, layer in scales.layers.items()}
@@ -122,6 +136,16 @@ def measure_costs(
             )
         batches[str(size)] = costs_to_dict(costs) | {"mixtures": checks}
     return {"kind": KIND, "schema": SCHEMA, "batches": batches}
+
+
+def _resume(part: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call with the same settings has measured."""
+    if part.exists():
+        with contextlib.suppress(InputError):
+            kept = read_signed(part, "costs of modes", REMEDY)
+            if kept.get("settings") == settings:
+                return kept
+    return {"settings": settings, "differences": {}, "whole": {}}
 
 
 def _microseconds(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device: str) -> float:

@@ -8,14 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from modiff_trt.core.errors import InputError, shown
-from modiff_trt.tools.cli.options import Ckpt, Config, Device, Weights
+from modiff_trt.tools.cli.options import Ckpt, Config, Device, Model, Weights
 
 LARGEST_BATCH = 65536
 
 
 def bench(
-    config: Config,
-    ckpt: Ckpt,
+    *,
+    config: Config = None,
+    ckpt: Ckpt = None,
+    model: Model = None,
     scales: Annotated[Path, typer.Option(help="scales file of the integer backends")],
     out: Annotated[Path, typer.Option(help="JSON file to write")],
     backends: Annotated[
@@ -47,7 +49,7 @@ def bench(
     for path in (out, costs):
         if path is not None:
             check_writable(path)
-    network, checkpoint = load_model(config, ckpt, weights)
+    network, checkpoint = load_model(config, ckpt, weights, model=model)
     loaded = load_scales(scales, network, checkpoint.sha256)
     auto = load_scales(auto_scales, network, checkpoint.sha256) if auto_scales is not None else None
     try:
@@ -63,7 +65,13 @@ def bench(
         network, checkpoint, loaded, device=check_device(device), names=backends.split(","), plans=files, auto=auto
     )
     reached, floors = native_floors(network, loaded, device, names=makes, auto=auto)
-    settings: dict[str, Any] = {"config": config.name, "scales_sha256": loaded.file_sha256, **checkpoint_manifest(checkpoint)}
+    source = config or model
+    assert source is not None
+    settings: dict[str, Any] = {
+        "config": source.name,
+        "scales_sha256": loaded.file_sha256,
+        **checkpoint_manifest(checkpoint),
+    }
     settings |= {"ceilings": reached} if reached else {}
     result = run_bench(
         network,
@@ -85,7 +93,7 @@ def bench(
         from modiff_trt.runtime.backends.registry import trained
         from modiff_trt.tools.bench.costs import measure_costs
 
-        machine = result["machine"]
+        machine, part = result["machine"], costs.with_name(costs.name + ".part")
         found = measure_costs(
             network,
             loaded,
@@ -96,7 +104,9 @@ def bench(
             device=device,
             where=machine.get("gpu") or f"{machine['cores']} CPU cores",
             baselines=baselines(result),
+            part=part,
         )
         provenance = {key: result[key] for key in ("command", "commit", "versions", "machine")}
         write_signed(costs, found | settings | provenance)
+        part.unlink(missing_ok=True)
         print_costs(found)

@@ -12,7 +12,7 @@ import typer
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Granularity, Method, Mode, Modes, Residuals, Rounding, ScaleMethod, Search, Start
-from modiff_trt.tools.cli.options import BatchSize, Ckpt, Config, Device, Weights
+from modiff_trt.tools.cli.options import BatchSize, Ckpt, Config, Device, Model, Weights
 from modiff_trt.tools.cli.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -28,8 +28,10 @@ MAX_LOSS = 0.5
 
 
 def calibrate(
-    config: Config,
-    ckpt: Ckpt,
+    *,
+    config: Config = None,
+    ckpt: Ckpt = None,
+    model: Model = None,
     trajectories: Annotated[Path, typer.Option(help="file written by `collect`")],
     out: Annotated[Path, typer.Option(help="scales file to write (.safetensors)")],
     preset: Annotated[
@@ -165,7 +167,7 @@ def calibrate(
     )
     check_writable(out)
     part = out.with_name(out.name + ".part")
-    network, checkpoint = load_model(config, ckpt, weights)
+    network, checkpoint = load_model(config, ckpt, weights, model=model)
     known = load_costs(costs, [spec.name for spec in network.layers], costs_batch) if costs is not None else None
     if target_speed is not None and (known is None or known.baseline is None):
         raise InputError(f"{costs} has no network in floating point at this batch size; write it again with one")

@@ -14,6 +14,7 @@ from modiff_trt.tools.cli.options import (
     Config,
     Device,
     FinalAlphaName,
+    Model,
     PredictionName,
     Seed,
     SolverName,
@@ -24,8 +25,10 @@ from modiff_trt.tools.cli.options import (
 
 
 def collect(
-    config: Config,
-    ckpt: Ckpt,
+    *,
+    config: Config = None,
+    ckpt: Ckpt = None,
+    model: Model = None,
     out: Annotated[Path, typer.Option(help="trajectory file to write (.safetensors)")],
     timesteps: Annotated[int, typer.Option(help="steps of the solver")] = 100,
     solver: SolverName = None,
@@ -42,11 +45,10 @@ def collect(
     device: Device = "cpu",
 ) -> None:
     """Sample in full precision and store the trajectories that calibration needs."""
-    from modiff_trt.core.solvers import Solver
     from modiff_trt.export.calibration.collecting import collect as run
-    from modiff_trt.runtime.backends.registry.options import SolverOptions, check_device, load_model
+    from modiff_trt.runtime.backends.registry.options import SolverOptions, check_device, default_solver, load_model
 
-    network, checkpoint = load_model(config, ckpt, weights)
+    network, checkpoint = load_model(config, ckpt, weights, model=model)
     if checkpoint.description:
         typer.echo(f"checkpoint: {checkpoint.description}")
     result = run(
@@ -55,7 +57,7 @@ def collect(
         timesteps=timesteps,
         solver=SolverOptions(
             solver, spacing, prediction, clip_sample=clip_sample, steps_offset=steps_offset, final_alpha=final_alpha
-        ).over(Solver()),
+        ).over(default_solver(model)),
         num_samples=num_samples,
         calib_steps=calib_steps,
         seed=seed,

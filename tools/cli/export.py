@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from modiff_trt.tools.cli.options import Ckpt, Config, Weights
+from modiff_trt.tools.cli.options import Ckpt, Config, Model, Weights
 
 
 def export(
-    config: Config,
-    ckpt: Ckpt,
+    *,
+    config: Config = None,
+    ckpt: Ckpt = None,
+    model: Model = None,
     out: Annotated[Path, typer.Option(help="ONNX file to write")],
     scales: Annotated[Path | None, typer.Option(help="scales file; without it the network stays in float")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 (onnxruntime on a CPU) or fp16 (GPUs)")] = "fp32",
@@ -24,13 +26,13 @@ def export(
     from modiff_trt.export.onnx.network import build_onnx, save_onnx
     from modiff_trt.runtime.backends.registry.options import load_model
 
-    network, checkpoint = load_model(config, ckpt, weights)
+    network, checkpoint = load_model(config, ckpt, weights, model=model)
     loaded = load_scales(scales, network, checkpoint.sha256) if scales is not None else None
     if loaded is not None and not modulate:
         loaded = loaded.without_modulation()
-    model = build_onnx(
+    exported = build_onnx(
         network, checkpoint, loaded, dtype=dtype, scales_sha256=loaded.file_sha256 if loaded is not None else None
     )
-    save_onnx(out, model)
+    save_onnx(out, exported)
     kind = f"{len(loaded.modulated)} modulated layers" if loaded is not None else "float"
     typer.echo(f"{out}: {kind}, {dtype}, {out.stat().st_size / 1e6:.1f} MB")

@@ -9,8 +9,9 @@ import typer
 
 from modiff_trt.core.kinds import FinalAlpha, Prediction, SolverKind, Spacing
 
-Config = Annotated[Path, typer.Option(help="DDIM configuration (.yml)")]
-Ckpt = Annotated[Path, typer.Option(help="trained weights (.safetensors, .ckpt, .pt, .pth)")]
+Config = Annotated[Path | None, typer.Option(help="DDIM configuration (.yml)")]
+Ckpt = Annotated[Path | None, typer.Option(help="trained weights (.safetensors, .ckpt, .pt, .pth)")]
+Model = Annotated[Path | None, typer.Option(help="diffusers folder (UNet2DModel and its scheduler), for --config and --ckpt")]
 Weights = Annotated[
     str | None,
     typer.Option(help="raw or ema, of a checkpoint that has both; without it the EMA, where there is one"),

@@ -19,6 +19,7 @@ from modiff_trt.tools.cli.options import (
     Config,
     Device,
     FinalAlphaName,
+    Model,
     PredictionName,
     SolverName,
     SpacingName,
@@ -32,8 +33,10 @@ TRAJECTORIES, SCALES, NETWORK, REPORT = "trajectories.safetensors", "scales.safe
 
 
 def quantize(
-    config: Config,
-    ckpt: Ckpt,
+    *,
+    config: Config = None,
+    ckpt: Ckpt = None,
+    model: Model = None,
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="folder for scales, ONNX file and report")],
     preset: Annotated[
         Preset, typer.Option(help="fast: no search; balanced: a grid for every row, by trial; exact: learned weights too")
@@ -66,7 +69,7 @@ def quantize(
     from modiff_trt.tools.cli.report import report
 
     check_device(device)
-    network, checkpoint = load_model(config, ckpt, weights)
+    network, checkpoint = load_model(config, ckpt, weights, model=model)
     check_writable(out / RECORD)
     settings = {
         "config": config_to_dict(network.config),
@@ -86,7 +89,7 @@ def quantize(
         "costs_sha256": None if costs is None else sha256(costs),
         "num_samples": num_samples,
     }
-    of_model: dict[str, Any] = {"config": config, "ckpt": ckpt, "weights": weights}
+    of_model: dict[str, Any] = {"config": config, "ckpt": ckpt, "model": model, "weights": weights}
     trajectories, scales = out / TRAJECTORIES, out / SCALES
     stages: dict[str, tuple[str, Callable[[], None]]] = {
         "collect": (

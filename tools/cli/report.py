@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.tools.cli.options import Device, Seed, Weights
+from modiff_trt.tools.cli.options import Device, Model, Seed, Weights
 
 MOST_IMAGES = 256
 
@@ -18,6 +18,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="HTML file to write")] = Path("out/report.html"),
     config: Annotated[Path | None, typer.Option(help="DDIM configuration (.yml); the shipped demo by default")] = None,
     ckpt: Annotated[Path | None, typer.Option(help="trained weights")] = None,
+    model: Model = None,
     scales: Annotated[Path | None, typer.Option(help="scales file, modulated")] = None,
     num_samples: Annotated[int, typer.Option(help="images in the pictures")] = 8,
     seed: Seed = 0,
@@ -39,17 +40,19 @@ def report(
     from modiff_trt.tools.report.data import compare
     from modiff_trt.tools.report.page import bench_section, engine_section, page
 
-    given = [value for value in (config, ckpt, scales) if value is not None]
-    if given and len(given) < 3:
+    given = [value is not None for value in ((config, ckpt, scales) if model is None else (model, scales))]
+    if any(given) and not all(given):
         raise InputError(
-            "--config, --ckpt and --scales go together; without any of them the report is of the shipped demo model"
+            "--config, --ckpt (or --model) and --scales go together; without any of them the report is of the demo model"
         )
     if not 1 <= num_samples <= MOST_IMAGES:
         raise InputError(f"--num-samples must lie between 1 and {MOST_IMAGES}: every image is in the page")
     check_writable(out)
     check_device(device)
     check_seed(seed)
-    network, checkpoint = load_model(config or config_path("demo.yml"), ckpt or demo_path("model.safetensors"), weights)
+    if not any(given):
+        config, ckpt = config_path("demo.yml"), demo_path("model.safetensors")
+    network, checkpoint = load_model(config, ckpt, weights, model=model)
     file = scales or demo_path("modiff-w8a6.safetensors")
     loaded = load_scales(file, network, checkpoint.sha256)
     if not loaded.modulated:

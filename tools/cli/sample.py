@@ -10,9 +10,12 @@ import typer
 from modiff_trt.core.errors import InputError
 from modiff_trt.tools.cli.options import (
     BatchSize,
+    Ckpt,
     ClipSample,
+    Config,
     Device,
     FinalAlphaName,
+    Model,
     PredictionName,
     Seed,
     SolverName,
@@ -25,8 +28,9 @@ from modiff_trt.tools.cli.options import (
 def sample(
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="FILE.npz, or a folder for PNG files")],
     backend: Annotated[str, typer.Option(help="torch, torch-sim, onnx, native or trt")] = "torch",
-    config: Annotated[Path | None, typer.Option(help="DDIM configuration (.yml)")] = None,
-    ckpt: Annotated[Path | None, typer.Option(help="trained weights")] = None,
+    config: Config = None,
+    ckpt: Ckpt = None,
+    model: Model = None,
     scales: Annotated[Path | None, typer.Option(help="scales file, for torch-sim and native")] = None,
     onnx: Annotated[Path | None, typer.Option(help="exported file, for onnx")] = None,
     plan: Annotated[Path | None, typer.Option(help="built plan, for trt")] = None,
@@ -65,6 +69,7 @@ def sample(
         backend=backend,
         config=config,
         ckpt=ckpt,
+        model=model,
         scales=scales,
         onnx=onnx,
         timesteps=timesteps,

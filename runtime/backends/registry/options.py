@@ -16,6 +16,7 @@ from modiff_trt.core.rows import RowTable
 from modiff_trt.core.scales import load_scales
 from modiff_trt.core.solvers import Solver, solver_from_dict
 from modiff_trt.networks.checkpoint import RAW_SUFFIX, Checkpoint, load_checkpoint
+from modiff_trt.networks.diffusers_folder import load_folder, read_folder
 from modiff_trt.networks.unet import Network, trace
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.sampling import Backend, Rank
@@ -43,7 +44,11 @@ class SolverOptions:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def over(self, solver: Solver) -> Solver:
-        """The solver with what was given in place of its own."""
+        """The solver with what was given in place of its own. Settings that belong to another spacing or solver are left."""
+        if self.spacing not in (None, Spacing.LEADING):
+            solver = replace(solver, steps_offset=0)
+        if self.kind not in (None, SolverKind.DDIM):
+            solver = replace(solver, final_alpha=FinalAlpha.ONE)
         return replace(solver, **self.given)
 
 
@@ -54,6 +59,7 @@ class SamplingOptions:
     backend: str
     config: Path | None = None
     ckpt: Path | None = None
+    model: Path | None = None
     scales: Path | None = None
     onnx: Path | None = None
     timesteps: int | None = None
@@ -66,11 +72,19 @@ class SamplingOptions:
     weights: str | None = None
 
 
-def load_model(config: Path | None, ckpt: Path | None, weights: str | None = None) -> tuple[Network, Checkpoint]:
-    """The network of a configuration, and its weights; which of a checkpoint's they are is said in the log where there was a
-    choice. Raises InputError."""
+def load_model(
+    config: Path | None, ckpt: Path | None, weights: str | None = None, *, model: Path | None = None
+) -> tuple[Network, Checkpoint]:
+    """The network of a configuration and its weights, or of a diffusers folder; which of a checkpoint's they are is said in the
+    log where there was a choice. Raises InputError."""
+    if model is not None:
+        if config is not None or ckpt is not None or weights is not None:
+            raise InputError("--model DIR stands for --config, --ckpt and --weights; leave these out")
+        folder = read_folder(model)
+        network = trace(folder.config)
+        return network, load_folder(folder, network)
     if config is None:
-        raise InputError("--config is missing; pass a DDIM configuration, for example configs/cifar10.yml")
+        raise InputError("--config is missing; pass a DDIM configuration (configs/cifar10.yml), or --model DIR")
     if ckpt is None:
         raise InputError("--ckpt is missing; pass the checkpoint that belongs to the configuration")
     network = trace(load_config(config))
@@ -78,6 +92,11 @@ def load_model(config: Path | None, ckpt: Path | None, weights: str | None = Non
     if checkpoint.chosen:
         log.info("checkpoint %s: %s are used", ckpt, checkpoint.weights)
     return network, checkpoint
+
+
+def default_solver(model: Path | None) -> Solver:
+    """What options are put over: the scheduler of a diffusers folder, or DDIM."""
+    return Solver() if model is None else read_folder(model).solver
 
 
 def checkpoint_manifest(checkpoint: Checkpoint) -> dict[str, str]:
@@ -127,7 +146,7 @@ def _torch_backend(options: SamplingOptions) -> Backend:
     device = check_device(options.device)
     if device == "cuda":  # one process a GPU
         torch.cuda.set_device(Rank.of_environment().local % torch.cuda.device_count())
-    network, checkpoint = load_model(options.config, options.ckpt, options.weights)
+    network, checkpoint = load_model(options.config, options.ckpt, options.weights, model=options.model)
     config = network.config
     manifest: dict[str, Any] = {
         "backend": options.backend,
@@ -138,7 +157,7 @@ def _torch_backend(options: SamplingOptions) -> Backend:
         _refuse(options.scales, "--scales", "torch")
         if not options.modulate:
             raise InputError("--no-modulate is for quantized networks; leave it out with --backend torch")
-        solver = options.solver.over(Solver())
+        solver = options.solver.over(default_solver(options.model))
         timesteps = _sequence(options, config, solver)
         denoiser: Denoiser
         if options.dtype == "fp32" and not options.compile:
@@ -183,6 +202,7 @@ def _onnx_backend(options: SamplingOptions) -> Backend:
     if options.onnx is None:
         raise InputError("--backend onnx needs --onnx FILE; write one with `modiff-trt export`")
     _refuse(options.scales, "--scales", "onnx, whose file carries its scales")
+    _refuse(options.model, "--model", "onnx, whose file carries it")
     model = load_onnx(options.onnx, options.device, gpu=Rank.of_environment().local)
     if options.config is not None and model_fingerprint(load_config(options.config)) != model_fingerprint(model.config):
         raise InputError(f"{options.onnx} was exported from another configuration than --config; leave --config out")
@@ -207,6 +227,7 @@ def _trt_backend(options: SamplingOptions) -> Backend:
         (options.onnx, "--onnx"),
         (options.config, "--config"),
         (options.ckpt, "--ckpt"),
+        (options.model, "--model"),
     ):
         _refuse(value, option, "trt, whose plan carries it")
     plan = load_plan(options.plan)

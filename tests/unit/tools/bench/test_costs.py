@@ -4,26 +4,50 @@ import pytest
 
 from modiff_trt.core.costs import load_costs
 from modiff_trt.core.errors import InputError
-from modiff_trt.core.files import write_signed
+from modiff_trt.core.files import read_signed, write_signed
 from modiff_trt.core.kinds import Mode
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.tools.bench.costs import MIXTURES, groups, measure_costs
 
 
-@pytest.fixture(scope="module")
-def content(tiny):
-    scales = tiny.scales()
+def measured(case, part, make):
     return measure_costs(
-        tiny.network,
-        scales,
-        lambda chosen: trained.native(tiny.network, tiny.checkpoint.params, chosen),
+        case.network,
+        case.scales(),
+        make,
         [1, 2],
         runs=1,
         passes=2,
         device="cpu",
         where="a CPU",
         baselines={2: 123.0},
+        part=part,
     )
+
+
+@pytest.fixture(scope="module")
+def content(tiny, tmp_path_factory):
+    """Measured in two goes: the second takes what the first has left."""
+    part, made = tmp_path_factory.mktemp("costs") / "costs.json.part", []
+
+    def make(chosen):
+        made.append(chosen)
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        return trained.native(tiny.network, tiny.checkpoint.params, chosen)
+
+    with pytest.raises(KeyboardInterrupt):
+        measured(tiny, part, make)
+    kept = read_signed(part, "costs", "")["differences"]
+    assert len(kept) == 3
+    found = measured(tiny, part, make)
+    layers = tiny.scales().layers
+    changes = sum(1 + (layers[names[0]].mode == Mode.MODIFF) for names in groups(tiny.network, tiny.scales()))
+    # Of the second go: the base, what the first had not measured, and the mixtures.
+    assert len(made) == 5 + 1 + changes - 3 + MIXTURES
+    name, mode = next(iter(kept)).split(" ")[0].split(":")
+    assert found["batches"]["1"]["added"][name][mode] == next(iter(kept.values()))["1"] / len(next(iter(kept)).split(" "))
+    return found
 
 
 def test_every_layer_is_in_one_group_with_its_likes(tiny):

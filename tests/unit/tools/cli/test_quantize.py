@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import random_checkpoint, tiny_config
 from safetensors.torch import save_file
 
@@ -82,3 +83,50 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(job, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run(*job, "--out", tmp_path / "file" / "q") == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_diffusers_folder_stands_for_configuration_checkpoint_and_solver(tmp_path, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    down, up = ("DownBlock2D", "DownBlock2D"), ("UpBlock2D", "UpBlock2D")
+    settings = {"sample_size": 8, "block_out_channels": (32, 32), "down_block_types": down, "up_block_types": up}
+    settings |= {
+        "freq_shift": 1,
+        "flip_sin_to_cos": False,
+        "downsample_padding": 0,
+        "norm_eps": 1e-6,
+        "attention_head_dim": None,
+    }
+    model = diffusers.UNet2DModel(**settings, layers_per_block=1)
+    diffusers.DDPMPipeline(model, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "m")
+    job = [
+        "quantize",
+        "--model",
+        tmp_path / "m",
+        "--timesteps",
+        5,
+        "--num-samples",
+        2,
+        "--preset",
+        "fast",
+        "--min-intensity",
+        0,
+    ]
+    assert run(*job, "--out", tmp_path / "q") == 0
+    solver = load_scales(tmp_path / "q" / "scales.safetensors").solver
+    assert (solver.kind, solver.spacing, solver.clip_sample) == ("ddim", "leading", 1.0)
+    few = ("--num-samples", 1, "--out")
+    onnx, plain = tmp_path / "q" / "network.onnx", tmp_path / "float.onnx"
+    assert run("sample", "--backend", "onnx", "--onnx", onnx, *few, tmp_path / "q.npz") == 0
+    # In float the exported file and the folder give the same images; its scheduler must be said, as a float file carries none.
+    assert run("export", "--model", tmp_path / "m", "--out", plain) == 0
+    assert run("sample", "--model", tmp_path / "m", "--timesteps", 5, *few, tmp_path / "torch.npz") == 0
+    settings = ("--timesteps", 5, "--spacing", "leading", "--clip-sample", 1)
+    assert run("sample", "--backend", "onnx", "--onnx", plain, *settings, *few, tmp_path / "onnx.npz") == 0
+    with np.load(tmp_path / "torch.npz") as exact, np.load(tmp_path / "onnx.npz") as exported:
+        np.testing.assert_allclose(exact["samples"], exported["samples"], atol=1e-3)
+    assert run("sample", "--model", tmp_path / "m", "--config", "x.yml", *few, tmp_path / "x.npz") == 2
+    assert "leave these out" in capsys.readouterr().err
+    assert run("sample", "--backend", "onnx", "--onnx", onnx, "--model", tmp_path / "m", *few, tmp_path / "x.npz") == 2
+    # Another spacing has no use for what belongs to the folder's own.
+    assert run("sample", "--model", tmp_path / "m", "--timesteps", 5, "--spacing", "quad", *few, tmp_path / "quad.npz") == 0
