@@ -102,9 +102,10 @@ class Rounding(StrEnum):
 
 
 class Search(StrEnum):
-    """What is searched by trial trajectories."""
+    """What is searched by trial trajectories; `auto` is `rows` where the activations limit the image."""
 
     NONE = "none"
+    AUTO = "auto"
     SCALES = "scales"
     ROWS = "rows"
 

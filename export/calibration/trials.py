@@ -34,10 +34,12 @@ from modiff_trt.runtime.sampler import sample_trajectory
 Report = Callable[[str], None]
 Array = np.ndarray[Any, Any]
 
-MARGINS = (0.35, 0.5, 0.7, 1.0)
+MARGINS = (1.0, 0.7, 0.5, 0.35)
 # Shares of the residuals that a searched static grid holds.
 PERCENTILES = (0.99999, 0.9999, 0.9997, 0.999, 0.997, 0.99)
-# Trial trajectories of both searches, of shares and then of rows.
+# The PSNR in dB that a finer grid may lose to the best before the still finer ones are left.
+TOO_FAR = 3.0
+# Trial trajectories of both searches, at most, of shares and then of rows.
 SEARCH_TRIALS = len(PERCENTILES) + 2 + 1 + 2 * len(MARGINS)
 # A residual's row may need a coarser grid than the static one where quantization itself has made it larger.
 WIDEST = 4.0
@@ -109,11 +111,13 @@ class Trials:
 
 @dataclass(frozen=True)
 class Verdict:
-    """PSNR to FP32 in dB of the whole method and of the rounded weights alone, and the seconds that one trial took."""
+    """PSNR to FP32 in dB of the whole method, of the rounded weights alone, and of the same layers without state (None where
+    there is none), and the seconds that one trial took."""
 
     decibels: float
     weights_alone: float
     seconds: float
+    stateless: float | None = None
 
     @property
     def weights_limit(self) -> bool:
@@ -126,7 +130,8 @@ def judge(trials: Trials, scales: Scales) -> Verdict:
     begin = time.perf_counter()
     whole = trials.decibels(scales)
     seconds = time.perf_counter() - begin
-    return Verdict(whole, trials.weights_alone(scales), seconds)
+    stateless = trials.decibels(scales.without_modulation()) if scales.modulated else None
+    return Verdict(whole, trials.weights_alone(scales), seconds, stateless)
 
 
 def search_scales(trials: Trials, scales: Scales, candidates: Mapping[float, Mapping[str, float]], report: Report) -> Scales:
@@ -144,6 +149,8 @@ def search_scales(trials: Trials, scales: Scales, candidates: Mapping[float, Map
         report(f"scales: percentile {percentile}: {score:.2f} dB")
         if score > top_score:
             best, top_score, kept = candidate, score, f"percentile {percentile}"
+        if score < top_score - TOO_FAR:
+            break  # the others clip more
     if best.dither:
         plain = replace(best, dither=False)
         score = trials.decibels(plain)
@@ -165,15 +172,19 @@ def search_rows(trials: Trials, scales: Scales, report: Report) -> Scales:
         return scales
     best, kept, (top_score, seen) = scales, "static", trials.residuals(scales)
     report(f"rows: static: {top_score:.2f} dB")
+    finest = float("-inf")
     for margin in MARGINS:
-        residuals = seen
+        residuals, of_margin = seen, float("-inf")
         for attempt in (1, 2):
             candidate = replace(scales, rows=_covering(scales, residuals, margin))
             score, found = trials.residuals(candidate)
             report(f"rows: margin {margin}, attempt {attempt}: {score:.2f} dB")
             if score > top_score:
                 best, top_score, kept = candidate, score, f"margin {margin}, attempt {attempt}"
-            residuals = np.maximum(residuals, found)
+            residuals, of_margin = np.maximum(residuals, found), max(of_margin, score)
+        if of_margin < finest - TOO_FAR:
+            break
+        finest = max(finest, of_margin)
     report(f"rows: kept {kept}: {top_score:.2f} dB")
     return best
 

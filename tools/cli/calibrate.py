@@ -35,7 +35,8 @@ def calibrate(
     trajectories: Annotated[Path, typer.Option(help="file written by `collect`")],
     out: Annotated[Path, typer.Option(help="scales file to write (.safetensors)")],
     preset: Annotated[
-        Preset, typer.Option(help="fast: no search; balanced: a grid for every row, by trial; exact: learned weights too")
+        Preset,
+        typer.Option(help="fast: no search; balanced: searches grids where they limit; exact: learned weights too"),
     ] = Preset.BALANCED,
     method: Annotated[Method, typer.Option(help="modulated residuals, or stateless (Q-Diffusion)")] = Method.MODIFF,
     weight_bit: Annotated[int, typer.Option(help="bits of the weights, 2 to 8")] = 8,
@@ -62,7 +63,10 @@ def calibrate(
     ] = None,
     iterations: Annotated[int, typer.Option(help="adaround: training steps per block")] = ITERATIONS,
     search: Annotated[
-        Search | None, typer.Option(help="of residuals, by trial: none, static scales, then one a row (by --preset)")
+        Search | None,
+        typer.Option(
+            help="of residuals, by trial: static scales; rows: a grid a row too; auto: rows, unless weights limit (by --preset)"
+        ),
     ] = None,
     percentile: Annotated[
         float | None, typer.Option(help="of --scale-method percentile: the share of values that a grid holds (0.9999)")
@@ -187,13 +191,21 @@ def calibrate(
         Trials, network, checkpoint, scales.rows.timesteps, solver=scales.solver, seed=TRIAL_SEED, device=device
     )
     trials = try_images(images=trial_images) if trial_images else None
+    verdict = None
+    if trials and search == Search.AUTO:
+        verdict = judge(trials, scales)
+        if verdict.weights_limit:
+            typer.echo("search: none, since the weights limit the image")
+            search = Search.NONE
     if trials and scales.modulated and search != Search.NONE:
+        verdict = None
         candidates = {
             p: residual_scales(network, on_device, stored, ranges=ranges, recipe=recipe, scales=scales, percentile=p)
             for p in PERCENTILES
         }
-        scales = improve(trials, scales, candidates, rows=search == Search.ROWS)
+        scales = improve(trials, scales, candidates, rows=search != Search.SCALES)
     if trials and auto:
+        verdict = None
         limit = known.baseline / target_speed if known and known.baseline and target_speed else None
         prices = known or modelled_costs(network, scales)
         goal = Goal(prices, max_loss=MAX_LOSS if max_loss is None else max_loss, microseconds=limit)
@@ -208,7 +220,7 @@ def calibrate(
     only = "; for torch-sim only" if only_simulated(scales) is not None else ""
     typer.echo(f"{out}: {method} W{weight_bit}A{act_bit}, layers: {counts}; {len(scales.rows)} passes a trajectory{only}")
     if trials:
-        verdict = judge(trials, scales)
+        verdict = verdict or judge(trials, scales)
         work = Work(trial_images * len(scales.rows), len(stored.chosen) * stored.x.shape[1], len(units(network)))
         typer.echo(_verdict(verdict, scales, trial_images, work))
 
@@ -234,8 +246,10 @@ def _verdict(found: Verdict, scales: Scales, images: int, work: Work) -> str:
     """What the PSNR on trial images is, what limits it, and the option that helps most, with its price."""
     from modiff_trt.export.calibration.trials import SEARCH_TRIALS
 
+    beside = "" if found.stateless is None else f", without state (Q-Diffusion) {found.stateless:.1f}"
     said = (
-        f"PSNR of {images} trial images to FP32: {found.decibels:.1f} dB; with exact activations {found.weights_alone:.1f} dB"
+        f"PSNR of {images} trial images to FP32: {found.decibels:.1f} dB; "
+        f"with exact activations {found.weights_alone:.1f}{beside}"
     )
     if not math.isfinite(found.decibels):
         return f"the {images} trial images are not finite: these scales do not work; try a larger --act-bit or --weight-bit"

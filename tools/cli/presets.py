@@ -27,6 +27,6 @@ class Choices:
 
 PRESETS = {
     Preset.FAST: Choices(Rounding.NEAREST, Search.NONE, trial_images=2),
-    Preset.BALANCED: Choices(Rounding.NEAREST, Search.ROWS, trial_images=4),
-    Preset.EXACT: Choices(Rounding.ADAROUND, Search.ROWS, trial_images=8),
+    Preset.BALANCED: Choices(Rounding.NEAREST, Search.AUTO, trial_images=4),
+    Preset.EXACT: Choices(Rounding.ADAROUND, Search.AUTO, trial_images=8),
 }

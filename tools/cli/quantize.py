@@ -39,7 +39,8 @@ def quantize(
     model: Model = None,
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="folder for scales, ONNX file and report")],
     preset: Annotated[
-        Preset, typer.Option(help="fast: no search; balanced: a grid for every row, by trial; exact: learned weights too")
+        Preset,
+        typer.Option(help="fast: no search; balanced: searches grids where they limit; exact: learned weights too"),
     ] = Preset.BALANCED,
     timesteps: Annotated[int, typer.Option(help="steps of the solver")] = 100,
     solver: SolverName = None,

@@ -19,6 +19,8 @@ def trials(tiny):
 
 def test_the_verdict_names_what_limits_an_image(trials, tiny):
     fine = judge(trials, tiny.scales(weight_bits=4))
+    assert fine.stateless == trials.decibels(tiny.scales(weight_bits=4).without_modulation())
+    assert judge(trials, tiny.scales(method="qdiff")).stateless is None
     assert fine.weights_limit and fine.weights_alone == pytest.approx(fine.decibels, abs=3)
     coarse = judge(trials, tiny.scales(act_bits=3))
     assert not coarse.weights_limit and coarse.weights_alone > coarse.decibels + 3
@@ -45,14 +47,26 @@ def test_searched_scales_are_never_worse_on_the_trials_and_say_what_they_clip(tr
     half = {name: scales.layers[name].residual_scale / 2 for name in scales.modulated}
     best = search_scales(trials, scales, {0.9999: half, 0.5: {n: s / 50 for n, s in half.items()}}, lines.append)
     assert trials.decibels(best) >= trials.decibels(scales)
-    assert len(lines) == 5 and "0.9999" in lines[1] and "without dither" in lines[3]
-    assert lines[4].startswith("scales: kept ") and f"{trials.decibels(best):.2f} dB" in lines[4]
+    assert "0.9999" in lines[1] and "without dither" in lines[-2]
+    assert lines[-1].startswith("scales: kept ") and f"{trials.decibels(best):.2f} dB" in lines[-1]
     lines.clear()
     wide = refit(scales, {name: 8 * scales.layers[name].residual_scale for name in scales.modulated})
     best = search_scales(trials, wide, {0.999: {n: scales.layers[n].residual_scale for n in scales.modulated}}, lines.append)
     assert lines[-1].startswith("scales: kept percentile 0.999") and f"{trials.decibels(best):.2f} dB" in lines[-1]
     decibels = [float(line.split()[-2]) for line in lines]
     assert decibels[-1] == max(decibels)
+
+
+def test_grids_far_beyond_the_best_are_not_tried(trials, tiny):
+    scales = tiny.scales(act_bits=8)
+    fine = {name: scales.layers[name].residual_scale for name in scales.modulated}
+    lines = []
+    search_scales(trials, scales, {0.9999: {n: 100 * s for n, s in fine.items()}, 0.99: fine}, lines.append)
+    assert any("0.9999" in line for line in lines) and not any("0.99:" in line for line in lines)
+    lines.clear()
+    search_rows(trials, tiny.scales(act_bits=8), lines.append)
+    # The third margin is far enough below the best; the fourth is left.
+    assert [line.split()[2] for line in lines[1:-1]] == ["1.0,", "1.0,", "0.7,", "0.7,", "0.5,", "0.5,"]
 
 
 def test_residuals_are_those_that_the_quantized_network_rounds(trials, tiny):

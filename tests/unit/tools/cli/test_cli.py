@@ -65,6 +65,10 @@ def test_calibrate_leaves_layers_that_move_data_in_float_and_says_what_limits_it
     assert {scales.layers[name].mode for name in ("conv_in", "mid.attn_1.qkv", "conv_out")} == {"float"}
     assert "PSNR of 1 trial images to FP32" in said
     assert re.search(r"The weights limit it; what helps: --rounding adaround \(about \d+ (s|min)\)", said)
+    assert re.search(r"without state \(Q-Diffusion\) \d+\.\d\.", said)
+    assert run(*job, "--preset", "balanced", "--out", tmp_path / "b") == 0
+    assert "search: none, since the weights limit the image" in capsys.readouterr().out
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "s").read_bytes()
     assert run(*job, "--method", "qdiff", "--act-bit", 4, "--out", tmp_path / "q") == 0
     assert "The activations limit it; what helps: --method modiff" in capsys.readouterr().out
     assert run(*job, "--act-bit", 3, "--out", tmp_path / "m") == 0
@@ -138,6 +142,9 @@ def test_costs_decide_modes_and_the_choice_has_a_row_of_its_own(tmp_path, capsys
     assert run("collect", *model, "--timesteps", 4, "--num-samples", 2, "--calib-steps", 4, "--out", collected) == 0
     job = ["calibrate", *model, "--trajectories", collected, "--trial-images", 1, "--min-intensity", 0, "--preset", "fast"]
     assert run(*job, "--out", scales) == 0
+    capsys.readouterr()
+    assert run(*job[:-2], "--act-bit", 3, "--out", tmp_path / "rows") == 0
+    assert "rows: kept" in capsys.readouterr().out
     few = ["--num-runs", 1, "--num-passes", 1, "--num-warmup", 1, "--batch-sizes", "1"]
     timed = ["bench", *model, "--scales", scales, *few, "--out", tmp_path / "bench.json"]
     assert run(*timed, "--costs", costs, "--backends", "native-modiff") == 0
