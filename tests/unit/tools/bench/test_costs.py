@@ -1,13 +1,21 @@
 """Costs of modes, measured on this machine's CPU: their form, not their size."""
 
 import pytest
+from conftest import make_case, random_checkpoint, tiny_config
 
 from modiff_trt.core.costs import load_costs
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import read_signed, write_signed
 from modiff_trt.core.kinds import Mode
+from modiff_trt.networks.unet import trace
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.tools.bench.costs import MIXTURES, groups, measure_costs
+
+
+@pytest.fixture(scope="module")
+def small():
+    config = tiny_config(size=8, ch_mult=(1, 2), attn=(4,))
+    return make_case(trace(config), random_checkpoint(config), 3, 2, 3)
 
 
 def measured(case, part, make):
@@ -26,7 +34,7 @@ def measured(case, part, make):
 
 
 @pytest.fixture(scope="module")
-def content(tiny, tmp_path_factory):
+def content(small, tmp_path_factory):
     """Measured in two goes: the second takes what the first has left."""
     part, made = tmp_path_factory.mktemp("costs") / "costs.json.part", []
 
@@ -34,15 +42,15 @@ def content(tiny, tmp_path_factory):
         made.append(chosen)
         if len(made) == 5:
             raise KeyboardInterrupt
-        return trained.native(tiny.network, tiny.checkpoint.params, chosen)
+        return trained.native(small.network, small.checkpoint.params, chosen)
 
     with pytest.raises(KeyboardInterrupt):
-        measured(tiny, part, make)
+        measured(small, part, make)
     kept = read_signed(part, "costs", "")["differences"]
     assert len(kept) == 3
-    found = measured(tiny, part, make)
-    layers = tiny.scales().layers
-    changes = sum(1 + (layers[names[0]].mode == Mode.MODIFF) for names in groups(tiny.network, tiny.scales()))
+    found = measured(small, part, make)
+    layers = small.scales().layers
+    changes = sum(1 + (layers[names[0]].mode == Mode.MODIFF) for names in groups(small.network, small.scales()))
     # Of the second go: the base, what the first had not measured, and the mixtures.
     assert len(made) == 5 + 1 + changes - 3 + MIXTURES
     name, mode = next(iter(kept)).split(" ")[0].split(":")
@@ -50,19 +58,19 @@ def content(tiny, tmp_path_factory):
     return found
 
 
-def test_every_layer_is_in_one_group_with_its_likes(tiny):
-    scales = tiny.scales()
-    found = groups(tiny.network, scales)
+def test_every_layer_is_in_one_group_with_its_likes(small):
+    scales = small.scales()
+    found = groups(small.network, scales)
     assert sorted(name for names in found for name in names) == sorted(scales.layers)
     for names in found:
-        assert len({tiny.network.layer(name).in_shape for name in names}) == 1
+        assert len({small.network.layer(name).in_shape for name in names}) == 1
         assert len({scales.layers[name].mode for name in names}) == 1
 
 
-def test_costs_are_read_back_by_batch_size(tiny, content, tmp_path):
+def test_costs_are_read_back_by_batch_size(small, content, tmp_path):
     path = tmp_path / "costs.json"
     write_signed(path, content)
-    scales = tiny.scales()
+    scales = small.scales()
     costs = load_costs(path, scales.layers, None)
     assert costs.batch == 2 and costs.baseline == 123.0 and load_costs(path, scales.layers, 1).baseline is None
     base = {name: layer.mode for name, layer in scales.layers.items()}
@@ -76,8 +84,8 @@ def test_costs_are_read_back_by_batch_size(tiny, content, tmp_path):
         assert mixture["modiff"] + mixture["int8"] + mixture["float"] == len(base)
 
 
-def test_costs_that_do_not_fit_are_refused(tiny, content, tmp_path):
-    path, layers = tmp_path / "costs.json", tiny.scales().layers
+def test_costs_that_do_not_fit_are_refused(small, content, tmp_path):
+    path, layers = tmp_path / "costs.json", small.scales().layers
 
     def refused(changed, why, batch=None, names=layers):
         write_signed(path, changed)
