@@ -64,6 +64,7 @@ def quantize(
     """Quantize a checkpoint: trajectories, scales, ONNX file and report, each kept when the command is run again."""
     from modiff_trt.core.config import config_to_dict
     from modiff_trt.core.files import check_writable, locked, sha256
+    from modiff_trt.core.scales import load_scales
     from modiff_trt.runtime.backends.registry.options import check_device, checkpoint_manifest, load_model
     from modiff_trt.tools.cli.collect import collect
     from modiff_trt.tools.cli.export import export
@@ -135,7 +136,11 @@ def quantize(
     with locked(out):
         record = _record(out / RECORD, settings)
         for number, (name, (file, run)) in enumerate(stages.items(), 1):
-            _stage(out / RECORD, record, name, out / file, run, title=f"[{number}/{len(stages)}] {name}")
+            title = f"[{number}/{len(stages)}] {name}"
+            if name == "report" and not load_scales(scales).modulated:
+                typer.echo(f"{title}: none, since no layer has kept its state")
+                continue
+            _stage(out / RECORD, record, name, out / file, run, title=title)
     typer.echo(f"{out}: sample with `modiff-trt sample --backend onnx --onnx {out / NETWORK} --num-samples 16 --out FOLDER`")
 
 
