@@ -22,7 +22,7 @@ from modiff_trt.core.manifest import LayerEntry, check_layers
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.solvers import Solver, solver_from_dict
 
-KIND, SCHEMA = "scales", 5
+KIND, SCHEMA = "scales", 6
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -54,7 +54,8 @@ class LayerScales:
     """One layer: its mode, bits, the scale of its activation and of its residual, and its weight scales [C_out].
 
     `round_up` is AdaRound's decision for each weight, as packed bits in the weight's order; None rounds to nearest.
-    `skip_ratio` divides the skip channels of a concatenated input (see `split`); 1 leaves them alone.
+    `skip_ratio` divides the skip channels of a concatenated input (see `split`); 1 leaves them alone. `bias_shift` [C_out] is
+    added to the bias, and takes back what rounding the weights adds on average; None adds nothing.
     """
 
     mode: Mode
@@ -65,6 +66,7 @@ class LayerScales:
     weight_scale: FloatArray
     round_up: np.ndarray[Any, np.dtype[np.uint8]] | None = None
     skip_ratio: float = 1.0
+    bias_shift: FloatArray | None = None
 
     @property
     def scale(self) -> float:
@@ -157,6 +159,8 @@ def save_scales(path: Path, scales: Scales) -> None:
         arrays[f"layer.{name}.weight_scale"] = layer.weight_scale
         if layer.round_up is not None:
             arrays[f"layer.{name}.round_up"] = layer.round_up
+        if layer.bias_shift is not None:
+            arrays[f"layer.{name}.bias_shift"] = layer.bias_shift
         arrays[f"layer.{name}.scales"] = np.asarray(
             [layer.activation_scale, layer.residual_scale, layer.skip_ratio], np.float32
         )
@@ -183,6 +187,7 @@ def load_scales(path: Path, network: Layered | None = None, checkpoint_sha256: s
                 weight_scale=weight_scale,
                 round_up=round_up,
                 skip_ratio=ratio,
+                bias_shift=arrays.get(f"layer.{name}.bias_shift"),
             )
         rows = RowTable(arrays["rows.t"], arrays["rows.multipliers"], header["warmup"], exact_start=header["exact_start"])
         scales = Scales(
@@ -278,6 +283,9 @@ def _check_types(stored: Stored, path: Path) -> None:
         check(arrays[f"layer.{layer}.scales"].shape == (3,), f"layer.{layer}.scales")
         rounding = arrays.get(f"layer.{layer}.round_up")
         check(rounding is None or (rounding.dtype == np.uint8 and rounding.ndim == 1), f"layer.{layer}.round_up")
+        shift = arrays.get(f"layer.{layer}.bias_shift")
+        fits = shift is None or (shift.dtype == np.float32 and shift.shape == arrays[f"layer.{layer}.weight_scale"].shape)
+        check(fits and (shift is None or bool(np.isfinite(shift).all())), f"layer.{layer}.bias_shift")
     steps, layers = len(arrays["range.steps"]), len(header["layers"])
     for name in ("range.activation", "range.residual"):
         check(arrays[name].shape == (steps, layers), name)

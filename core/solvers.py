@@ -52,6 +52,17 @@ class Updates:
         """Whether a step needs the x0 of the one before it."""
         return bool((self.b1 != 0).any())
 
+    @property
+    def sensitivity(self) -> Array:
+        """What the final image changes by for each unit that the network's answer of a step is off, float64 [steps]; as if x0
+        were not clipped."""
+        found = np.zeros(len(self))
+        of_x, of_x0 = 1.0, 0.0  # of the image after the step, and of the x0 that the next step looks back to
+        for i in reversed(range(len(self))):
+            found[i] = of_x * self.y[i] + of_x0 * self.r[i]
+            of_x, of_x0 = of_x * self.x[i] + of_x0 * self.p[i], of_x * self.b1[i]
+        return found
+
     def equals(self, other: Updates) -> bool:
         names = ("p", "r", "x", "y", "b0", "b1", "n")
         return self.clip == other.clip and all(np.array_equal(getattr(self, k), getattr(other, k)) for k in names)

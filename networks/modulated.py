@@ -21,7 +21,7 @@ from torch import Tensor
 from modiff_trt.core.dither import dither_offset
 from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
 from modiff_trt.core.kinds import Granularity, Mode
-from modiff_trt.core.scales import Scales
+from modiff_trt.core.scales import LayerScales, Scales
 from modiff_trt.networks.quantizers import quantize, quantize_weight, unpack_rounding
 from modiff_trt.networks.split import divide_skip, fold_skip
 from modiff_trt.networks.torch_ops import Params, convolve, float_layer, layer_bias, layer_weight, run_unet
@@ -59,6 +59,12 @@ class QuantizedLayer:
     skip_ratio: float = 1.0
 
 
+def shifted_bias(spec: LayerSpec, params: Params, entry: LayerScales) -> Tensor:
+    """The bias [C_out] of a layer as its scales have it (see `LayerScales.bias_shift`)."""
+    bias = layer_bias(spec, params)
+    return bias if entry.bias_shift is None else bias + torch.from_numpy(entry.bias_shift).to(bias)
+
+
 def quantize_layers(
     network: Network, params: Params, scales: Scales, dtype: torch.dtype = torch.float32
 ) -> dict[str, QuantizedLayer]:
@@ -71,7 +77,7 @@ def quantize_layers(
         weight = fold_skip(spec, layer_weight(spec, params), entry.skip_ratio)
         weight_scale = torch.from_numpy(entry.weight_scale).to(weight)
         integers = quantize_weight(weight, weight_scale, entry.weight_bits, round_up=unpack_rounding(entry.round_up, weight))
-        bias = layer_bias(spec, params)
+        bias = shifted_bias(spec, params, entry)
         layers[spec.name] = QuantizedLayer(
             spec,
             entry.mode,

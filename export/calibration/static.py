@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modiff_trt.core.errors import InputError, shown
@@ -128,6 +129,32 @@ class LayerRanges(InputRanges):
     """The ranges of a layer's input; of a concatenated one also for the main half and the skip half."""
 
     halves: tuple[InputRanges, InputRanges] | None = None
+    _patches: list[list[tuple[int, Tensor]]] = field(default_factory=list)
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        self._patches.append([])
+
+    def see_patches(self, spec: LayerSpec, value: Tensor) -> None:
+        """Takes the mean of what each element of the layer's kernel meets at this step, padding included."""
+        top, left, bottom, right = spec.padding
+        padded, (_, height, width) = F.pad(value, (left, right, top, bottom)), spec.out_shape
+        down, across = spec.stride * (height - 1) + 1, spec.stride * (width - 1) + 1
+        means = [
+            padded[:, :, i : i + down : spec.stride, j : j + across : spec.stride].mean((0, 2, 3), dtype=torch.float64)
+            for i in range(spec.kernel)
+            for j in range(spec.kernel)
+        ]
+        self._patches[-1].append((len(value), torch.stack(means, 1).reshape(-1, spec.kernel, spec.kernel).cpu()))
+
+    @property
+    def patch_means(self) -> Tensor:
+        """float64 [chosen steps, C_in, K, K]: the mean over all images and output pixels."""
+        means = []
+        for parts in self._patches:
+            images = sum(count for count, _ in parts)
+            means.append(torch.stack([count / images * mean for count, mean in parts]).sum(0))
+        return torch.stack(means)
 
 
 def measure_ranges(
@@ -168,6 +195,7 @@ def measure_ranges(
                             raise InputError(f"the input of layer '{name}' is not finite at step {step}; check the checkpoint")
                         entry, split = ranges[name], network.layer(name).split
                         entry.update(value, before.get(name))
+                        entry.see_patches(network.layer(name), value)
                         for part, channels in zip(entry.halves or (), (slice(0, split), slice(split, None)), strict=False):
                             part.update(value[:, channels], before[name][:, channels] if name in before else None)
                 before = recorder.inputs

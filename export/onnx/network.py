@@ -103,15 +103,15 @@ def _constants(network: Network, checkpoint: Checkpoint, scales: Scales | None) 
     quantized = quantize_layers(network, checkpoint.params, scales) if scales is not None else {}
     constants = {}
     for spec in network.layers:
-        bias = layer_bias(spec, checkpoint.params).numpy()
         if scales is None or spec.name not in quantized:
             weight = layer_weight(spec, checkpoint.params).numpy()
             none = LayerScales(
                 Mode.FLOAT, 8, 8, activation_scale=1.0, residual_scale=1.0, weight_scale=np.ones(spec.out_shape[0], np.float32)
             )
-            constants[spec.name] = LayerConstants(weight, bias, none)
+            constants[spec.name] = LayerConstants(weight, layer_bias(spec, checkpoint.params).numpy(), none)
         else:
-            constants[spec.name] = LayerConstants(quantized[spec.name].weight.numpy(), bias, scales.layers[spec.name])
+            layer = quantized[spec.name]
+            constants[spec.name] = LayerConstants(layer.weight.numpy(), layer.bias.numpy(), scales.layers[spec.name])
     return constants
 
 

@@ -93,6 +93,13 @@ def calibrate(
         typer.Option(help="images of trial trajectories, and of the PSNR said at the end; 0: none of both (by --preset)"),
     ] = None,
     seed: Annotated[int, typer.Option(help="adaround: seed of its batches")] = 0,
+    correct_bias: Annotated[
+        bool | None,
+        typer.Option(
+            "--correct-bias/--no-correct-bias",
+            help="take what rounding the weights adds on average from the biases (where trial images are nearer with it)",
+        ),
+    ] = None,
     dither: Annotated[bool, typer.Option(help="start a_hat from a random place inside the grid")] = True,
     batch_size: BatchSize = 8,
     weights: Weights = None,
@@ -103,6 +110,7 @@ def calibrate(
     from modiff_trt.core.files import check_writable
     from modiff_trt.core.scales import only_simulated, save_scales
     from modiff_trt.export.calibration.adaround import AdaRoundOptions
+    from modiff_trt.export.calibration.biases import correct_biases
     from modiff_trt.export.calibration.modes import Goal, modelled_costs
     from modiff_trt.export.calibration.pipeline import (
         TRIAL_SEED,
@@ -183,14 +191,21 @@ def calibrate(
         scales = learn_weights(
             network, checkpoint, stored, scales=scales, options=AdaRoundOptions(iterations), seed=seed, device=device, part=part
         )
-    if scales.modulated and (residuals == Residuals.QUANTIZED or scale_method == ScaleMethod.LEARNED):
-        scales = refit_residuals(
-            network, checkpoint, stored, scales=scales, recipe=recipe, batch_size=batch_size, device=device
-        )
     try_images = partial(
         Trials, network, checkpoint, scales.rows.timesteps, solver=scales.solver, seed=TRIAL_SEED, device=device
     )
     trials = try_images(images=trial_images) if trial_images else None
+    if correct_bias is not False:
+        corrected = correct_biases(network, checkpoint.params, scales, ranges)
+        if correct_bias is None and trials:
+            before, after = (trials.weights_alone(tried) for tried in (scales, corrected))
+            typer.echo(f"biases: with exact activations {before:.1f} dB, corrected {after:.1f} dB")
+            corrected = corrected if after > before else scales
+        scales = corrected
+    if scales.modulated and (residuals == Residuals.QUANTIZED or scale_method == ScaleMethod.LEARNED):
+        scales = refit_residuals(
+            network, checkpoint, stored, scales=scales, recipe=recipe, batch_size=batch_size, device=device
+        )
     verdict = None
     if trials and search == Search.AUTO:
         verdict = judge(trials, scales)

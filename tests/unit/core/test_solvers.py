@@ -222,3 +222,23 @@ def test_files_carry_every_setting():
         assert solver_from_dict(json.loads(json.dumps(made.to_dict())), "f") == made
     said = "--solver ddim --timesteps 9 --spacing leading --prediction v --clip-sample 2.5 --steps-offset 1 --final-alpha first"
     assert solver.describe(9) == said
+
+
+@pytest.mark.parametrize("solver", [Solver(), Solver(SolverKind.DPMPP_2M, Spacing.LOGSNR), Solver(prediction=Prediction.V)])
+def test_sensitivity_is_what_a_wrong_answer_does_to_the_image(solver):
+    """By running the updates once with each answer off by one."""
+    timesteps = solver.timesteps(CONFIG, 9)
+    updates = solver.updates(CONFIG, timesteps)
+    answers = np.random.default_rng(0).standard_normal(len(timesteps))
+
+    def final(answers):
+        x, before = 0.7, 0.0
+        for i, y in enumerate(answers):
+            x0 = updates.p[i] * x + updates.r[i] * y
+            x, before = updates.x[i] * x + updates.y[i] * y + updates.b1[i] * before, x0
+        return x
+
+    for i, found in enumerate(updates.sensitivity):
+        off = answers.copy()
+        off[i] += 1
+        assert found == pytest.approx(final(off) - final(answers), rel=1e-9, abs=1e-12)
