@@ -32,3 +32,13 @@ def mode_curves(data: dict[str, Any]) -> str:
         cells = [[str(p["layers_with_state"]) for p in points], [f"{p['psnr_db']:.1f}" for p in points]]
         parts += [f"{name}:", "", *table("layers with state", cells[0], {"PSNR, dB": cells[1]}), ""]
     return "\n".join(parts[:-1])
+
+
+def biases(data: dict[str, Any]) -> str:
+    """PSNR of rounded weights alone, before and after bias correction."""
+    lines = {}
+    for row in data["rows"]:
+        cells = [row["before"], row["equal"], row["final image"]]
+        lines[f"{row['network']}, {row['images']} images"] = ["" if cell is None else f"{cell:.1f}" for cell in cells]
+    headings = ["without", "corrected, steps alike", "corrected, steps by the final image"]
+    return "\n".join(table("weights alone, dB to FP32", headings, lines))

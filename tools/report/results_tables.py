@@ -17,7 +17,7 @@ import typer
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path, read_result
 from modiff_trt.tools.report.keyed_tables import by_bits
-from modiff_trt.tools.report.mode_tables import mode_costs, mode_curves
+from modiff_trt.tools.report.mode_tables import biases, mode_costs, mode_curves
 from modiff_trt.tools.report.solver_tables import grids, nearness, quality
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -325,6 +325,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench_cpu_cifar10": ("bench_cpu_cifar10", bench),
     "bench_cpu_demo": ("bench_cpu_demo", bench),
     "quantize": ("quantize_cpu", quantize),
+    "biases": ("bias_correction_cpu", biases),
     "mode_costs": ("modes_h200", mode_costs),
     "mode_curves": ("modes_h200", mode_curves),
     "nearness": ("solver_study_h200", nearness),
