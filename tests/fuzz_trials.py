@@ -72,13 +72,14 @@ HUGE = ["2147483648", "9223372036854775807", "18446744073709551616", "1" + "0" *
 # Options that may ask for more work than anybody wants to wait for.
 AMOUNTS = {"num_runs", "num_passes", "num_warmup", "iterations", "passes", "max_batch", "trial_images"}
 PATH_OPTIONS = {"config", "ckpt", "scales", "onnx", "plan", "plans", "noise", "trajectories", "samples", "reference"}
-PATH_OPTIONS |= {"same_noise", "inception", "evaluation", "plots", "bench"}
+PATH_OPTIONS |= {"same_noise", "inception", "evaluation", "plots", "bench", "model", "costs", "auto_scales"}
 PATHS = ["", ".", "in", "in/fifo", "in/loop", "in/dangling", "in/file", "in/file/x", "n" * 300, "n" * 100_000, "\udcff.npz"]
 PATHS += ["/dev/zero", "/dev/full", "/dev/null", "/proc/self/mem", "/proc/version", "/proc/x/y", "a\nb", "in/dir.npz"]
 PATHS += ["in/loop/x.npz"]
 COMMANDS = {
     "collect": f"collect {setup.MODEL} {setup.COLLECT}",
     "calibrate": f"calibrate {setup.MODEL} --trajectories {{base}}/t.safetensors --preset fast --out OUT/s.safetensors",
+    "quantize": f"quantize {setup.MODEL} --timesteps 2 --num-samples 1 --preset fast --out OUT/q",
     "export": f"export {setup.MODEL} --scales {{base}}/s.safetensors --out OUT/m.onnx",
     "sample": f"sample {setup.MODEL} --timesteps 2 --num-samples 1 --out OUT/s.npz",
     "sample ": f"sample {setup.MODEL} --timesteps 2 --num-samples 1 --out OUT/folder",

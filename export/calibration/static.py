@@ -241,6 +241,20 @@ def _grid(ranges: LayerRanges, mode: Mode, recipe: Recipe, bits: int) -> _Grid:
     return _Grid(max(main, skip / ratio), max(main_residual, skip_residual / ratio), first, skip_ratio=ratio)
 
 
+def check_recipe(network: Network, recipe: Recipe, steps: int) -> None:
+    """Raises InputError where a recipe cannot be for this network and number of steps, before anything is computed."""
+    if recipe.method == Method.MODIFF and steps == 1:
+        raise InputError(
+            "one step has no change from a step before it, so nothing to modulate; use --method qdiff, or more --timesteps"
+        )
+    most = max(spec.intensity for spec in network.layers)
+    if most < recipe.min_intensity:
+        raise InputError(
+            f"no layer does --min-intensity {recipe.min_intensity:g} multiply-accumulates an element (the most is {most:.0f}), "
+            "so that nothing would be quantized; pass --min-intensity 0"
+        )
+
+
 def make_scales(
     network: Network, checkpoint: Checkpoint, trajectories: Trajectories, ranges: dict[str, LayerRanges], recipe: Recipe
 ) -> Scales:
@@ -249,11 +263,8 @@ def make_scales(
     A layer is modulated only where its residual range is smaller than its activation range, and quantized only where it
     has the recipe's intensity.
     """
+    check_recipe(network, recipe, len(trajectories.timesteps))
     if recipe.method == Method.MODIFF and not any(step > 0 for step in trajectories.chosen):
-        if len(trajectories.timesteps) == 1:
-            raise InputError(
-                "one step has no change from a step before it, so nothing to modulate; use --method qdiff, or more --timesteps"
-            )
         raise InputError("the trajectories hold no step after the first, so no residuals; collect with more --calib-steps")
     layers: dict[str, LayerScales] = {}
     full_range, bits = [], []
@@ -280,12 +291,6 @@ def make_scales(
             first = max(grid.first_max, float(np.finfo(np.float32).tiny))
             full_range.append(first / grid_max(act_bits) / grid.residual)
             bits.append(act_bits)
-    if all(layer.mode == Mode.FLOAT for layer in layers.values()):
-        most = max(spec.intensity for spec in network.layers)
-        raise InputError(
-            f"no layer does --min-intensity {recipe.min_intensity:g} multiply-accumulates an element (the most is {most:.0f}), "
-            "so that nothing would be quantized; pass --min-intensity 0"
-        )
     rows: RowTable
     if bits:
         rows = modulated_rows(trajectories.timesteps, np.asarray(full_range), np.asarray(bits), start=recipe.start)

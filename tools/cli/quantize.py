@@ -63,19 +63,42 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint: trajectories, scales, ONNX file and report, each kept when the command is run again."""
     from modiff_trt.core.config import config_to_dict
+    from modiff_trt.core.costs import load_costs
     from modiff_trt.core.files import check_writable, locked, sha256
     from modiff_trt.core.scales import load_scales
-    from modiff_trt.runtime.backends.registry.options import check_device, checkpoint_manifest, load_model
+    from modiff_trt.export.calibration.static import Recipe, check_recipe
+    from modiff_trt.runtime.backends.registry.options import (
+        SolverOptions,
+        check_device,
+        checkpoint_manifest,
+        default_solver,
+        load_model,
+    )
     from modiff_trt.tools.cli.collect import collect
     from modiff_trt.tools.cli.export import export
     from modiff_trt.tools.cli.report import report
 
     check_device(device)
+    if min(num_samples, batch_size) < 1:
+        raise InputError("--num-samples and --batch-size must be at least 1")
+    if costs is not None and modes != Modes.AUTO:
+        raise InputError("--costs is for --modes auto")
     network, checkpoint = load_model(config, ckpt, weights, model=model)
+    # What a later stage would refuse is refused before the first.
+    options = SolverOptions(
+        solver, spacing, prediction, clip_sample=clip_sample, steps_offset=steps_offset, final_alpha=final_alpha
+    )
+    steps = options.over(default_solver(model)).timesteps(network.config.diffusion, timesteps)
+    recipe = Recipe(weight_bits=weight_bit, act_bits=act_bit, min_intensity=min_intensity)
+    check_recipe(network, recipe, len(steps))
+    if costs is not None:
+        load_costs(costs, [spec.name for spec in network.layers], batch=None)
     check_writable(out / RECORD)
     settings = {
         "config": config_to_dict(network.config),
         **checkpoint_manifest(checkpoint),
+        # Of a diffusers folder: its scheduler.
+        "default_solver": default_solver(model).to_dict(),
         "preset": preset,
         "timesteps": timesteps,
         "solver": solver,

@@ -130,3 +130,24 @@ def test_a_diffusers_folder_stands_for_configuration_checkpoint_and_solver(tmp_p
     assert run("sample", "--backend", "onnx", "--onnx", onnx, "--model", tmp_path / "m", *few, tmp_path / "x.npz") == 2
     # Another spacing has no use for what belongs to the folder's own.
     assert run("sample", "--model", tmp_path / "m", "--timesteps", 5, "--spacing", "quad", *few, tmp_path / "quad.npz") == 0
+
+
+REFUSED = {
+    "bits": (["--act-bit", 9], "--act-bit must lie between 2 and 8"),
+    "nothing to quantize": (["--min-intensity", 1e6], "nothing would be quantized"),
+    "one step": (["--timesteps", 1], "nothing to modulate"),
+    "no steps": (["--timesteps", 0], "--timesteps must lie between"),
+    "no images": (["--num-samples", 0], "must be at least 1"),
+    "costs of nothing": (["--costs", "x.json"], "--costs is for --modes auto"),
+    "no costs": (["--modes", "auto", "--costs", "x.json"], "does not exist"),
+    "a solver's setting": (["--steps-offset", 1], "--steps-offset is for --spacing leading"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first(job, tmp_path, capsys, name):
+    options, why = REFUSED[name]
+    assert run(*job, *options, "--out", tmp_path / "q") == 2
+    captured = capsys.readouterr()
+    assert why in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert not (tmp_path / "q").exists()
