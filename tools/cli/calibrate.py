@@ -111,7 +111,7 @@ def calibrate(
     from modiff_trt.core.scales import only_simulated, save_scales
     from modiff_trt.export.calibration.adaround import AdaRoundOptions
     from modiff_trt.export.calibration.biases import correct_biases
-    from modiff_trt.export.calibration.modes import Goal, modelled_costs
+    from modiff_trt.export.calibration.modes import Goal, modelled_costs, possible_changes, reach_goal
     from modiff_trt.export.calibration.pipeline import (
         TRIAL_SEED,
         choose_modes,
@@ -187,6 +187,12 @@ def calibrate(
     ranges = measure(network, checkpoint, stored, batch_size, check_device(device))
     on_device = replace(checkpoint, params={key: value.to(device) for key, value in checkpoint.params.items()})
     scales = make_scales(network, on_device, stored, ranges=ranges, recipe=recipe)
+    goal = None
+    if auto:
+        limit = known.baseline / target_speed if known and known.baseline and target_speed else None
+        prices = known or modelled_costs(network, scales)
+        goal = Goal(prices, max_loss=MAX_LOSS if max_loss is None else max_loss, microseconds=limit)
+        reach_goal(scales, goal, possible_changes(scales, prices))  # before what takes long
     if rounding == Rounding.ADAROUND:
         scales = learn_weights(
             network, checkpoint, stored, scales=scales, options=AdaRoundOptions(iterations), seed=seed, device=device, part=part
@@ -219,11 +225,8 @@ def calibrate(
             for p in PERCENTILES
         }
         scales = improve(trials, scales, candidates, rows=search != Search.SCALES)
-    if trials and auto:
+    if trials and goal is not None:
         verdict = None
-        limit = known.baseline / target_speed if known and known.baseline and target_speed else None
-        prices = known or modelled_costs(network, scales)
-        goal = Goal(prices, max_loss=MAX_LOSS if max_loss is None else max_loss, microseconds=limit)
         scales = choose_modes(trials, try_images(images=max(1, trial_images // 4)), scales, goal)
         assert scales.curve is not None
         print_curve(scales.curve)

@@ -59,7 +59,17 @@ def test_pipeline_writes_what_it_says(files):
 
 
 def test_calibrate_leaves_layers_that_move_data_in_float_and_says_what_limits_it(files, tmp_path, capsys):
-    job = ["calibrate", *MODEL, "--trajectories", files["traj.safetensors"], "--trial-images", 1, "--preset", "fast"]
+    job = [
+        "calibrate",
+        *MODEL,
+        "--trajectories",
+        files["traj.safetensors"],
+        "--trial-images",
+        1,
+        "--preset",
+        "fast",
+        "--no-correct-bias",
+    ]
     assert run(*job, "--out", tmp_path / "s") == 0
     scales, said = load_scales(tmp_path / "s"), capsys.readouterr().out
     assert {scales.layers[name].mode for name in ("conv_in", "mid.attn_1.qkv", "conv_out")} == {"float"}
@@ -75,6 +85,12 @@ def test_calibrate_leaves_layers_that_move_data_in_float_and_says_what_limits_it
     assert re.search(r"what helps: --search rows \(about \d+ s\)", capsys.readouterr().out)
     assert run(*job, "--trial-images", 0, "--out", tmp_path / "n") == 0
     assert "PSNR" not in capsys.readouterr().out
+    assert run(*job[:-1], "--out", tmp_path / "c") == 0
+    said = capsys.readouterr().out
+    assert (
+        re.search(r"biases: with exact activations 40\.\d dB, corrected 5\d\.\d dB", said)
+        and "The activations limit it" in said
+    )
 
 
 def test_backends_agree_from_given_noise(files, tmp_path):
