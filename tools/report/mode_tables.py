@@ -19,10 +19,49 @@ def mode_costs(data: dict[str, Any]) -> str:
     headings = ["layers", "mode", "as INT8", "modelled", "as float", "modelled"]
     note = (
         f"\nMicroseconds an image and pass that one such layer adds in the other mode, batch 256, {data['machine']['gpu']}; "
-        f"the whole pass takes {data['whole_us']:.2f} (`results/modes_h200.json`). Cut off by the time limit: kinds are "
-        "missing, and the check on mixtures."
+        f"the whole pass takes {data['whole_us']:.2f} (`results/modes_h200.json`)."
     )
     return "\n".join([*table("kind of layer (the first)", headings, lines), note])
+
+
+def mode_mixtures(data: dict[str, Any]) -> str:
+    """Passes of random mixtures of modes, as the costs predict them and as they came."""
+    lines = {
+        ", ".join(f"{mixture[mode]} {mode}" for mode in ("modiff", "int8", "float")): [
+            f"{mixture['predicted']:.2f}",
+            f"{mixture['measured']:.2f}",
+            f"{100 * mixture['error']:+.1f} %",
+        ]
+        for mixture in data["mixtures"]
+    }
+    return "\n".join(table("layers", ["predicted, us", "came, us", "error"], lines))
+
+
+def mode_times(data: dict[str, Any]) -> str:
+    """Chosen modes beside full modulation, none, and floating point, in one call."""
+    lines = {}
+    for batch, rows in data["timed"].items():
+        exact = rows["torch-fp16-compiled"]["microseconds_an_image"]
+        for name, row in rows.items():
+            time = row["microseconds_an_image"]
+            lines[f"{name}, {batch}"] = [f"{time:.1f}", f"{exact / time:.2f}x", f"{row['state_bytes_an_image'] / 1e6:.1f}"]
+    return "\n".join(table("backend, batch", ["us an image", "to FP16 compiled", "state, MB an image"], lines))
+
+
+def adaround_seeds(data: dict[str, Any]) -> str:
+    """PSNR of weights alone by the seed of trajectories and training."""
+    seeds = data["adaround"]["seeds"]
+    lines = {}
+    for key, title in (
+        ("nearest", "nearest"),
+        ("nearest_corrected", "nearest, biases corrected"),
+        ("adaround", "AdaRound"),
+        ("adaround_corrected", "AdaRound, biases corrected"),
+    ):
+        values = [seed[key] for seed in seeds.values()]
+        cells = [f"{value:.1f}" for value in values]
+        lines[title] = [*cells, f"{sum(values) / len(values):.1f}", f"{max(values) - min(values):.1f}"]
+    return "\n".join(table("weights alone, dB", [*(f"seed {seed}" for seed in seeds), "mean", "spread"], lines))
 
 
 def mode_curves(data: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ import typer
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path, read_result
 from modiff_trt.tools.report.keyed_tables import by_bits
-from modiff_trt.tools.report.mode_tables import biases, mode_costs, mode_curves
+from modiff_trt.tools.report.mode_tables import adaround_seeds, biases, mode_costs, mode_curves, mode_mixtures, mode_times
 from modiff_trt.tools.report.solver_tables import grids, nearness, quality
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -328,6 +328,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "biases": ("bias_correction_cpu", biases),
     "mode_costs": ("modes_h200", mode_costs),
     "mode_curves": ("modes_h200", mode_curves),
+    "mode_mixtures": ("modes_h200", mode_mixtures),
+    "mode_times": ("modes_h200", mode_times),
+    "adaround_seeds": ("modes_h200", adaround_seeds),
     "nearness": ("solver_study_h200", nearness),
     "quality": ("solver_study_h200", quality),
     "grids": ("solver_grids_h200", grids),
