@@ -121,3 +121,11 @@ def chosen(kind: type[K], value: str, option: str) -> K:
     if value not in tuple(kind):
         raise InputError(f"{option} must be one of {', '.join(kind)}, found {shown(str(value))}")
     return kind(value)
+
+
+class Resampling(StrEnum):
+    """How a level's image is halved or doubled: a convolution, a residual block, or averages and copies alone."""
+
+    CONV = "conv"
+    RESNET = "resnet"
+    PLAIN = "plain"

@@ -30,10 +30,10 @@ CONV_ATTRIBUTES = ("kernel_shape", "pads", "strides")
 MANIFEST_KEY = "modiff.manifest"
 # The manifest in a folder of images.
 MANIFEST = "manifest.json"
-MANIFEST_SCHEMA = 5
+MANIFEST_SCHEMA = 6
 DIGEST = "content_sha256"
 # The manifest beside a plan, and the arrays that a trajectory begins from.
-PLAN_SCHEMA = 4
+PLAN_SCHEMA = 5
 START_KIND, START_SCHEMA = "start state", 1
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from modiff_trt.core.config import Config, config_from_dict, config_to_dict, model_fingerprint
+from modiff_trt.core.config import Config, config_to_dict, model_fingerprint, stored_config
 from modiff_trt.core.costs import ModeCurve, curve_from_dict, curve_to_dict
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import Stored, load_arrays, save_arrays
@@ -22,7 +22,7 @@ from modiff_trt.core.manifest import LayerEntry, check_layers
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.solvers import Solver, solver_from_dict
 
-KIND, SCHEMA = "scales", 6
+KIND, SCHEMA = "scales", 7
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -191,7 +191,7 @@ def load_scales(path: Path, network: Layered | None = None, checkpoint_sha256: s
             )
         rows = RowTable(arrays["rows.t"], arrays["rows.multipliers"], header["warmup"], exact_start=header["exact_start"])
         scales = Scales(
-            config_from_dict(header["config"], str(path)),
+            stored_config(header["config"], str(path)),
             header["checkpoint_sha256"],
             Method(header["method"]),
             scale_method=ScaleMethod(header["scale_method"]),

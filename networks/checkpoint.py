@@ -9,6 +9,7 @@ import pickle
 import warnings
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from modiff_trt.core.errors import InputError, is_out_of_memory, one_line
 from modiff_trt.core.files import digest_of, read_file
+from modiff_trt.networks.ddim_names import ddim_names
 from modiff_trt.networks.foreign import recognize, recognize_content, recognize_path
-from modiff_trt.networks.unet import Network
+from modiff_trt.networks.operations import Network
 from modiff_trt.networks.weight_sets import State, Weights, choose
 
 KNOWN_MD5 = {
@@ -71,7 +73,11 @@ def load_checkpoint(path: Path, network: Network, weights: str | None = None) ->
     if foreign is not None:
         raise InputError(f"checkpoint {path} {foreign}")
     found = choose(content, Weights(weights) if weights is not None else None, f"checkpoint {path}")
-    params = fitted(found.state, network, path)
+    names = _names(found.state, network)
+    foreign = recognize(found.state) if not set(names.values()) <= found.state.keys() else None
+    if foreign is not None:
+        raise InputError(f"checkpoint {path} does not fit: {foreign}")
+    params = fitted(found.state, network, path, names=names)
     raw_beside_ema = found.kind is Weights.RAW and found.other
     known = "" if path.suffix == ".safetensors" else KNOWN_MD5.get(hashlib.md5(data).hexdigest(), "")
     wrapped = found.other or found.place != "the top level"
@@ -84,21 +90,34 @@ def read_tensors(data: bytes, path: Path) -> Any:
     return _read_safetensors(data, path) if path.suffix == ".safetensors" else _read_torch(data, path)
 
 
-def fitted(state: State, network: Network, path: Path) -> dict[str, Tensor]:
-    """The network's parameters in float32. Raises InputError for keys and shapes that do not fit, and for values that are not
-    finite."""
-    _check(state, network, path)
-    params = {key: _plain(state[key]) for key in network.parameters}
+def fitted(state: State, network: Network, path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The network's parameters in float32; `names` are those that they have in `state`. Linear layers become 1x1 convolutions.
+    Raises InputError for keys and shapes that do not fit, and for values that are not finite."""
+    wanted = {names[key]: shape for key, shape in network.parameters.items()}
+    _check(state, wanted, path)
+    params = {key: _plain(state[names[key]]).reshape(shape) for key, shape in network.parameters.items()}
     for key, value in params.items():
         if not torch.isfinite(value).all():
             raise InputError(
-                f"checkpoint {path} has NaN or infinite values in '{key}'; export it again from a sound training run"
+                f"checkpoint {path} has NaN or infinite values in '{names[key]}'; export it again from a sound training run"
             )
     return params
 
 
+def _names(state: State, network: Network) -> dict[str, str]:
+    """Those of diffusers where a file has them, or those of DDIM."""
+    if "time_embedding.linear_1.weight" in state:
+        return {key: key for key in network.parameters}
+    return ddim_names(network.parameters, len(network.config.architecture.channels))
+
+
 def _plain(value: Tensor) -> Tensor:
     return value.detach().resolve_neg().to(torch.float32).contiguous()
+
+
+def _fits(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the parameter, or that of a linear layer which is a 1x1 convolution here."""
+    return found == shape or (len(shape) == 4 and shape[2:] == (1, 1) and found == shape[:2])
 
 
 def _read_safetensors(data: bytes, path: Path) -> State:
@@ -142,11 +161,7 @@ def _check_archive(data: bytes, path: Path) -> None:
         raise InputError(f"checkpoint {path} is damaged: the checksum of '{damaged}' in it is wrong; copy or download it again")
 
 
-def _check(state: State, network: Network, path: Path) -> None:
-    wanted = network.parameters
-    foreign = recognize(state) if not wanted.keys() <= state.keys() else None
-    if foreign is not None:
-        raise InputError(f"checkpoint {path} does not fit: {foreign}")
+def _check(state: State, wanted: Mapping[str, tuple[int, ...]], path: Path) -> None:
     unusual = {key for key, value in state.items() if not _usual(value)}
     problems = [f"missing {key}" for key in wanted if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in wanted]
@@ -154,7 +169,7 @@ def _check(state: State, network: Network, path: Path) -> None:
     problems += [
         f"{key} has shape {tuple(state[key].shape)}, expected {shape}"
         for key, shape in wanted.items()
-        if key in state and key not in unusual and tuple(state[key].shape) != shape
+        if key in state and key not in unusual and not _fits(tuple(state[key].shape), shape)
     ]
     if problems:
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""

@@ -1,7 +1,7 @@
 """Reads a diffusers folder: a `UNet2DModel` beside its scheduler, or a whole pipeline. diffusers itself is not needed.
 
-The settings become a configuration of this network and a solver, and the weights take its parameter names. What this network or
-these solvers cannot express is refused by the setting's name and value. Nothing that a file pickles is executed.
+The settings become a configuration of this network and a solver. What the network or the solvers cannot express is refused by
+the setting's name and value. Nothing that a file pickles is executed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from modiff_trt.core.config import Config, config_from_dict
+from modiff_trt.core.config import Config, stored_config
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import digest_of, read_file, read_json
-from modiff_trt.core.kinds import FinalAlpha, Prediction, SolverKind, Spacing
+from modiff_trt.core.kinds import FinalAlpha, Prediction, Resampling, SolverKind, Spacing
 from modiff_trt.core.solvers import Solver
 from modiff_trt.networks.checkpoint import Checkpoint, fitted, read_tensors
-from modiff_trt.networks.unet import Network
+from modiff_trt.networks.operations import Network
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet", "scheduler"
 MODEL_CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
@@ -36,26 +36,31 @@ KINDS = {
 }
 SPACINGS = {"leading": Spacing.LEADING, "trailing": Spacing.TRAILING, "linspace": Spacing.LINSPACE}
 PREDICTIONS = {"epsilon": Prediction.EPSILON, "v_prediction": Prediction.V, "sample": Prediction.SAMPLE}
-# What diffusers takes where a file leaves a setting out, and the only value that this network has.
+# What diffusers takes where a file leaves a setting out, and the values of it that this network has.
 ONLY: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "norm_eps": (1e-5, (1e-6,)),
-    "norm_num_groups": (32, (32,)),
-    "attn_norm_num_groups": (None, (None, 32)),
-    "freq_shift": (0, (1,)),
-    "flip_sin_to_cos": (True, (False,)),
     "time_embedding_type": ("positional", ("positional",)),
-    "downsample_padding": (1, (0,)),
-    "resnet_time_scale_shift": ("default", ("default",)),
-    "downsample_type": ("conv", ("conv",)),
-    "upsample_type": ("conv", ("conv",)),
     "mid_block_scale_factor": (1, (1,)),
     "mid_block_type": ("UNetMidBlock2D", ("UNetMidBlock2D",)),
-    "add_attention": (True, (True,)),
     "class_embed_type": (None, (None,)),
     "num_class_embeds": (None, (None,)),
     "center_input_sample": (False, (False,)),
     "act_fn": ("silu", ("silu", "swish")),
+    "dropout": (0.0, (0.0,)),
+    "num_train_timesteps": (None, (None,)),
 }
+# A block of each side: whether it has attention, and the setting that says how it resamples. Plain blocks have a convolution,
+# whatever that setting says.
+DOWN = {
+    "DownBlock2D": (False, None),
+    "AttnDownBlock2D": (True, "downsample_type"),
+    "ResnetDownsampleBlock2D": (False, Resampling.RESNET),
+}
+UP = {
+    "UpBlock2D": (False, None),
+    "AttnUpBlock2D": (True, "upsample_type"),
+    "ResnetUpsampleBlock2D": (False, Resampling.RESNET),
+}
+RESAMPLING = {"conv": Resampling.CONV, "resnet": Resampling.RESNET}
 # Of a scheduler: settings that change the image and that a row table does not have.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "trained_betas": (None,),
@@ -72,15 +77,8 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "euler_at_final": (False,),
     "final_sigmas_type": ("zero",),
 }
-# Part of a module's path in diffusers, and here. The second line is of files from before diffusers 0.17.
-RESNET = {"time_emb_proj": "temb_proj", "conv_shortcut": "nin_shortcut"}
-ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-ATTENTION |= {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
-TOP = {
-    "conv_norm_out": "norm_out",
-    "time_embedding.linear_1": "temb.dense.0",
-    "time_embedding.linear_2": "temb.dense.1",
-}
+# Names of attention's layers in files from before diffusers 0.17.
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass(frozen=True)
@@ -123,16 +121,13 @@ def load_folder(folder: Folder, network: Network) -> Checkpoint:
         for file in files:
             if not file.is_file():
                 raise InputError(f"{file} is missing, which {folder.weights.name} names; copy the folder again")
-    levels = len(network.config.model.ch_mult)
     state: dict[str, Tensor] = {}
     digests = []
     for file in files:
         data = read_file(file, "checkpoint")
         digests.append(digest_of(data))
-        for key, value in read_tensors(data, file).items():
-            name, value = _renamed(key, levels, folder.weights), value
-            state[name] = value[:, :, None, None] if _is_linear(name, value) else value
-    params = fitted(state, network, folder.weights)
+        state |= {_renamed(key): value for key, value in read_tensors(data, file).items()}
+    params = fitted(state, network, folder.weights, names={key: key for key in network.parameters})
     return Checkpoint(params, digests[0] if len(digests) == 1 else digest_of("".join(digests).encode()), "")
 
 
@@ -198,44 +193,73 @@ def _configuration(settings: Mapping[str, Any], process: dict[str, Any], path: P
     for key, (default, values) in ONLY.items():
         if settings.get(key, default) not in values:
             raise _refusal(path, key, settings.get(key, default))
+    scale_shift = settings.get("resnet_time_scale_shift", "default")
+    if scale_shift not in ("default", "scale_shift"):
+        raise _refusal(path, "resnet_time_scale_shift", scale_shift)
+    channels = settings.get("in_channels", 3)
+    if settings.get("out_channels", 3) != channels:
+        raise _refusal(path, "out_channels", settings.get("out_channels", 3))
     try:
-        widths, down, up = (list(settings[key]) for key in ("block_out_channels", "down_block_types", "up_block_types"))
-        size, base = settings["sample_size"], int(widths[0])
-        channels, heads = settings.get("in_channels", 3), settings.get("attention_head_dim", 8)
-        attended = [width for width, kind in zip(widths, down, strict=True) if kind == "AttnDownBlock2D"] + [widths[-1]]
-        mirrored = ["AttnUpBlock2D" if kind == "AttnDownBlock2D" else "UpBlock2D" for kind in reversed(down)]
-        uneven = [width for width in widths if width % base]
+        widths = tuple(settings["block_out_channels"])
+        layers = settings.get("layers_per_block", 2)
+        head, groups = settings.get("attention_head_dim", 8), settings.get("norm_num_groups", 32)
+        down, down_sampling = _side(settings, "down_block_types", DOWN, path)
+        up, up_sampling = _side(settings, "up_block_types", UP, path)
+        size = settings["sample_size"]
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        # Of attention: all channels in one head, or heads of so many channels.
+        heads = tuple(wide // (head or wide) for wide in widths)
+        if any(wide % (head or wide) for wide, has in zip((*widths, widths[-1]), (*down, True), strict=True) if has):
+            raise _refusal(path, "attention_head_dim", head)
+        tree = {
+            "architecture": {
+                "in_channels": channels,
+                "out_channels": channels,
+                "height": height,
+                "width": width,
+                "base": widths[0],
+                "channels": widths,
+                "layers": tuple(layers) if isinstance(layers, list | tuple) else (layers,) * len(widths),
+                "down_heads": tuple(count * has for count, has in zip(heads, down, strict=True)),
+                "mid_heads": heads[-1] if settings.get("add_attention", True) else 0,
+                "up_heads": tuple(count * has for count, has in zip(heads[::-1], up, strict=True)),
+                "down_sampling": down_sampling,
+                "up_sampling": up_sampling,
+                "down_padding": settings.get("downsample_padding", 1),
+                "groups": groups,
+                "eps": settings.get("norm_eps", 1e-5),
+                "scale_shift": scale_shift == "scale_shift",
+                "mid_norm": scale_shift == "default" or settings.get("attn_norm_num_groups") is not None,
+                "time_channels": settings.get("time_embedding_dim") or 4 * widths[0],
+                "freq_shift": settings.get("freq_shift", 0),
+                "flip_sin_to_cos": settings.get("flip_sin_to_cos", True),
+            },
+            "diffusion": process,
+        }
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise InputError(f"{path} lacks settings of a UNet2DModel, or damaged ones: {type(error).__name__}: {error}") from None
-    if isinstance(size, list):
-        if len(set(size)) != 1:
-            raise _refusal(path, "sample_size", size)
-        size = size[0]
-    other = [kind for kind in down if kind not in ("DownBlock2D", "AttnDownBlock2D")]
-    if other:
-        raise _refusal(path, "down_block_types", other[0])
-    if up != mirrored:
-        raise _refusal(path, "up_block_types", up)
-    if uneven:
-        raise _refusal(path, "block_out_channels", widths)
-    if heads is not None and any(width != heads for width in attended):
-        raise _refusal(path, "attention_head_dim", heads)
-    if settings.get("time_embedding_dim") not in (None, 4 * base):
-        raise _refusal(path, "time_embedding_dim", settings["time_embedding_dim"])
-    tree = {
-        "data": {"image_size": size, "channels": channels},
-        "model": {
-            "in_channels": channels,
-            "out_ch": settings.get("out_channels", 3),
-            "ch": base,
-            "ch_mult": [width // base for width in widths],
-            "num_res_blocks": settings.get("layers_per_block", 2),
-            "attn_resolutions": [size >> level for level, kind in enumerate(down) if kind == "AttnDownBlock2D"],
-            "resamp_with_conv": True,
-        },
-        "diffusion": process,
-    }
-    return config_from_dict(tree, str(path))
+    if settings.get("attn_norm_num_groups") not in (None, groups):
+        raise _refusal(path, "attn_norm_num_groups", settings["attn_norm_num_groups"])
+    return stored_config(tree, str(path))
+
+
+def _side(
+    settings: Mapping[str, Any], key: str, known: Mapping[str, tuple[bool, str | Resampling | None]], path: Path
+) -> tuple[tuple[bool, ...], tuple[Resampling, ...]]:
+    """(whether a block has attention, how it resamples) of each block of one side."""
+    attention, resampling = [], []
+    for kind in settings[key]:
+        if kind not in known:
+            raise _refusal(path, key, kind)
+        has, how = known[kind]
+        if isinstance(how, str) and not isinstance(how, Resampling):
+            setting = settings.get(how, "conv")
+            if setting not in RESAMPLING:
+                raise _refusal(path, how, setting)
+            how = RESAMPLING[setting]
+        attention.append(has)
+        resampling.append(how or Resampling.CONV)
+    return tuple(attention), tuple(resampling)
 
 
 def _refusal(path: Path, key: str, value: Any) -> InputError:
@@ -249,33 +273,8 @@ def _weights_file(unet: Path) -> Path:
     return found
 
 
-def _renamed(key: str, levels: int, path: Path) -> str:
-    """A parameter's name here."""
-    name, _, leaf = key.rpartition(".")
-    if name in TOP:
-        return f"{TOP[name]}.{leaf}"
-    parts = name.split(".")
-    try:
-        inside = ".".join(parts[3:]) if parts[0] == "mid_block" else ".".join(parts[4:])
-        if parts[0] == "mid_block" and parts[1] == "resnets":
-            return f"mid.block_{int(parts[2]) + 1}.{RESNET.get(inside, inside)}.{leaf}"
-        if parts[0] == "mid_block" and parts[1] == "attentions":
-            return f"mid.attn_1.{ATTENTION[inside]}.{leaf}"
-        if parts[0] in ("down_blocks", "up_blocks"):
-            side = parts[0].removesuffix("_blocks")
-            # diffusers counts the levels of the way up from the smallest image.
-            level = int(parts[1]) if side == "down" else levels - 1 - int(parts[1])
-            if parts[2] == "resnets":
-                return f"{side}.{level}.block.{int(parts[3])}.{RESNET.get(inside, inside)}.{leaf}"
-            if parts[2] == "attentions":
-                return f"{side}.{level}.attn.{int(parts[3])}.{ATTENTION[inside]}.{leaf}"
-            if parts[2] in ("downsamplers", "upsamplers"):
-                return f"{side}.{level}.{parts[2].removesuffix('rs')}.conv.{leaf}"
-    except (KeyError, ValueError, IndexError):
-        raise InputError(f"{path} has a parameter '{key}', which this network does not") from None
-    return key
-
-
-def _is_linear(name: str, value: Tensor) -> bool:
-    """Whether it is an attention's linear layer, which is a 1x1 convolution here."""
-    return value.ndim == 2 and "attn" in name
+def _renamed(key: str) -> str:
+    """A parameter's name as diffusers has it now."""
+    module, _, leaf = key.rpartition(".")
+    parent, _, last = module.rpartition(".")
+    return f"{parent}.{OLD[last]}.{leaf}" if last in OLD and ".attentions." in f".{parent}." else key

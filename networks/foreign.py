@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-READS = "this program reads UNets of the DDPM/DDIM family (keys like 'down.0.block.0.conv1.weight')"
+READS = "this program reads diffusers folders (--model) and DDIM checkpoints (keys like 'down.0.block.0.conv1.weight')"
 CALIBRATE = "pass the float checkpoint as --ckpt and make scales with `modiff-trt calibrate`"
 # What a file is, by what some of its keys begin with or contain; the first that fits counts.
 BEGINS = {
     "diffusion_model.": "a CompVis latent-diffusion or Stable Diffusion checkpoint",
     "input_blocks.": "a checkpoint of OpenAI's guided-diffusion or improved-diffusion",
-    "down_blocks.": "a diffusers UNet",
     "transformer_blocks.": "a diffusion transformer",
     "map_layer": "a checkpoint of EDM",
     "all_modules.": "a checkpoint of score_sde",
@@ -31,6 +30,8 @@ def recognize(keys: Iterable[str]) -> str | None:
     for part, what in CONTAINS.items():
         if any(part in name for name in names):
             return f"this is {what}, whose scales are not read; {CALIBRATE}"
+    if any(name.startswith("down_blocks.") for name in names):
+        return "this is a diffusers UNet of another configuration; pass its folder as --model, for --config and --ckpt"
     for start, what in BEGINS.items():
         if any(name.startswith(start) for name in names):
             return f"this is {what}, which is not read yet: {READS}"
@@ -41,7 +42,7 @@ def recognize_path(path: Path) -> str | None:
     """What a path given as a checkpoint is, if it is something of another project's that is no such file."""
     if path.is_dir():
         if any((path / name).is_file() for name in ("model_index.json", "config.json")) or (path / "unet").is_dir():
-            return f"is a diffusers folder, which is not read yet: {READS}"
+            return "is a diffusers folder; pass it as --model, in the place of --config and --ckpt"
         return "is a folder; pass the file of the weights in it"
     if path.suffix == ".pkl":
         return "is a pickle, as EDM and StyleGAN write them: it holds Python code, which is never executed; save a state dict"

@@ -22,10 +22,10 @@ from modiff_trt.core.dither import dither_offset
 from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
 from modiff_trt.core.kinds import Granularity, Mode
 from modiff_trt.core.scales import LayerScales, Scales
+from modiff_trt.networks.operations import LayerSpec, Network
 from modiff_trt.networks.quantizers import quantize, quantize_weight, unpack_rounding
 from modiff_trt.networks.split import divide_skip, fold_skip
 from modiff_trt.networks.torch_ops import Params, convolve, float_layer, layer_bias, layer_weight, run_unet
-from modiff_trt.networks.unet import LayerSpec, Network
 
 
 class LayerState(NamedTuple):

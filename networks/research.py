@@ -16,8 +16,8 @@ from torch import Tensor
 
 from modiff_trt.core.scales import Scales
 from modiff_trt.networks.modulated import State, initial_state, quantize_layers, simulate
+from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Params, run_unet, time_table
-from modiff_trt.networks.unet import Network
 
 
 class QuantModel:

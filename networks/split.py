@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from modiff_trt.networks.unet import LayerSpec
+from modiff_trt.networks.operations import LayerSpec
 
 
 def fold_skip(spec: LayerSpec, weight: Tensor, ratio: float) -> Tensor:

@@ -6,7 +6,7 @@ from math import prod
 
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import Scales
-from modiff_trt.networks.unet import Network
+from modiff_trt.networks.operations import Network
 
 
 def state_elements(scales: Scales, network: Network) -> dict[str, int]:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modiff_trt.core.config import Config
-from modiff_trt.networks.unet import GROUPS, NORM_EPS, LayerSpec, Network, trace
+from modiff_trt.networks.operations import Block, LayerSpec, Network
+from modiff_trt.networks.unet2d import trace
 
 Params = Mapping[str, Tensor]
 LayerFn = Callable[[LayerSpec, Tensor], Tensor]
@@ -54,11 +55,15 @@ class TorchOps:
     def layer(self, spec: LayerSpec, x: Tensor) -> Tensor:
         return self._layer(spec, x)
 
-    def norm(self, name: str, x: Tensor) -> Tensor:
-        return F.group_norm(x, GROUPS, self._params[f"{name}.weight"], self._params[f"{name}.bias"], NORM_EPS)
+    def norm(self, name: str, x: Tensor, groups: int, eps: float) -> Tensor:
+        return F.group_norm(x, groups, self._params[f"{name}.weight"], self._params[f"{name}.bias"], eps)
 
-    def norm_silu(self, name: str, x: Tensor) -> Tensor:
-        return F.silu(self.norm(name, x))
+    def norm_silu(self, name: str, x: Tensor, groups: int, eps: float) -> Tensor:
+        return F.silu(self.norm(name, x, groups, eps))
+
+    def timed_norm_silu(self, block: str, name: str, x: Tensor, groups: int, eps: float) -> Tensor:
+        scale, shift = self._time_bias[block][:, :, None, None].chunk(2, dim=1)
+        return F.silu(self.norm(name, x, groups, eps) * (1 + scale) + shift)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
@@ -69,8 +74,13 @@ class TorchOps:
     def concat(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a, b], dim=1)
 
-    def attention(self, qkv: Tensor, channels: int) -> Tensor:
+    def attention(self, qkv: Tensor, channels: int, heads: int) -> Tensor:
         n, _, height, width = qkv.shape
+        if heads > 1:
+            parts = qkv.reshape(n, 3, heads, channels // heads, height * width).transpose(3, 4)
+            q, k, v = (part.contiguous() for part in parts.unbind(1))
+            mixed = F.scaled_dot_product_attention(q, k, v)
+            return mixed.transpose(2, 3).reshape(n, channels, height, width)
         q, k, v = qkv.reshape(n, 3, channels, height * width).transpose(2, 3).unbind(1)
         if qkv.dtype == torch.float16:
             # Fused attention exists for four axes with the channels of a pixel side by side; anything else runs in float32.
@@ -86,34 +96,38 @@ class TorchOps:
     def avg_pool(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 2)
 
-    def block_done(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        return y
+    def block(self, name: str, body: Block, x: Tensor) -> Tensor:
+        return body(self, x)
 
 
-def timestep_embedding(t: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal embedding [N, channels] of integer timesteps [N] (DDPM, arXiv 2006.11239)."""
+def timestep_embedding(t: Tensor, channels: int, dtype: torch.dtype, *, freq_shift: int, flip_sin_to_cos: bool) -> Tensor:
+    """Sinusoidal embedding [N, channels] of integer timesteps [N] (DDPM, arXiv 2006.11239): sines, then cosines, or `flip`ped;
+    `freq_shift` 1 lets the slowest have a period of 10000."""
     half = channels // 2
-    frequency = torch.exp(torch.arange(half, dtype=dtype, device=t.device) * (-math.log(10000) / (half - 1)))
+    frequency = torch.exp(torch.arange(half, dtype=dtype, device=t.device) * (-math.log(10000) / (half - freq_shift)))
     angle = t.to(dtype)[:, None] * frequency[None, :]
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
+    parts = [angle.sin(), angle.cos()]
+    return torch.cat(parts[::-1] if flip_sin_to_cos else parts, dim=1)
 
 
 def time_bias(network: Network, params: Params, t: Tensor) -> dict[str, Tensor]:
-    """What each residual block adds for timesteps `t` [N]: block name -> [N, C]. Depends on `t` alone."""
-    first = params["temb.dense.0.weight"]
-    h = timestep_embedding(t, network.config.model.ch, first.dtype)
-    h = F.linear(h, first, params["temb.dense.0.bias"])
-    h = F.linear(F.silu(h), params["temb.dense.1.weight"], params["temb.dense.1.bias"])
+    """What the timesteps `t` [N] give each residual block: block name -> [N, C] to add, or [N, 2C] to scale and shift by.
+    Depends on `t` alone."""
+    a = network.config.architecture
+    first = params["time_embedding.linear_1.weight"]
+    h = timestep_embedding(t, a.base, first.dtype, freq_shift=a.freq_shift, flip_sin_to_cos=a.flip_sin_to_cos)
+    h = F.linear(h, first, params["time_embedding.linear_1.bias"])
+    h = F.linear(F.silu(h), params["time_embedding.linear_2.weight"], params["time_embedding.linear_2.bias"])
     h = F.silu(h)
     return {
-        block: F.linear(h, params[f"{block}.temb_proj.weight"], params[f"{block}.temb_proj.bias"])
+        block: F.linear(h, params[f"{block}.time_emb_proj.weight"], params[f"{block}.time_emb_proj.bias"])
         for block in network.time_channels
     }
 
 
 def time_table(network: Network, params: Params) -> dict[str, Tensor]:
     """`time_bias` for every timestep of the diffusion process: block name -> [T, C]."""
-    device = params["temb.dense.0.weight"].device
+    device = params["time_embedding.linear_1.weight"].device
     with torch.no_grad():
         return time_bias(network, params, torch.arange(network.config.diffusion.num_diffusion_timesteps, device=device))
 

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from modiff_trt.core.config import Config, DataConfig, DiffusionConfig, ModelConfig, load_config
+from modiff_trt.core.config import Config
+from modiff_trt.core.ddim_yaml import config_from_dict, load_config
 from modiff_trt.core.scales import Scales
 from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.static import LayerRanges, Recipe, make_scales, measure_ranges
 from modiff_trt.export.calibration.trajectories import Trajectories, choose_steps
 from modiff_trt.networks.checkpoint import Checkpoint, load_checkpoint
+from modiff_trt.networks.ddim_names import ddim_names
+from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import UNet
-from modiff_trt.networks.unet import Network, trace
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.cores import usable_cores
 from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
 from modiff_trt.runtime.images.noise import ImageNoise
@@ -102,21 +105,26 @@ def make_case(
     return Case(network, checkpoint, timesteps, trajectories, measure_ranges(network, checkpoint.params, trajectories, images))
 
 
-def tiny_config(size: int = 12, ch_mult: tuple[int, ...] = (1, 3), attn: tuple[int, ...] = (6,), **model) -> Config:
-    return Config(
-        DataConfig(image_size=size, channels=3),
-        ModelConfig(
-            in_channels=3,
-            out_ch=3,
-            ch=32,
-            ch_mult=ch_mult,
-            num_res_blocks=1,
-            attn_resolutions=attn,
-            resamp_with_conv=model.pop("resamp_with_conv", True),
+def tiny_tree(size: int = 12, ch_mult: tuple[int, ...] = (1, 3), attn: tuple[int, ...] = (6,), **model) -> dict:
+    """A DDIM configuration file of a tiny network."""
+    return {
+        "data": {"image_size": size, "channels": 3},
+        "model": {
+            "in_channels": 3,
+            "out_ch": 3,
+            "ch": 32,
+            "ch_mult": list(ch_mult),
+            "num_res_blocks": 1,
+            "attn_resolutions": list(attn),
+            "resamp_with_conv": True,
             **model,
-        ),
-        DiffusionConfig("linear", 1e-4, 0.02, 1000),
-    )
+        },
+        "diffusion": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_diffusion_timesteps": 1000},
+    }
+
+
+def tiny_config(*args, **model) -> Config:
+    return config_from_dict(tiny_tree(*args, **model), "tiny")
 
 
 def random_checkpoint(config: Config, seed: int = 0) -> Checkpoint:
@@ -126,6 +134,12 @@ def random_checkpoint(config: Config, seed: int = 0) -> Checkpoint:
         if p.ndim == 1:
             p.data.add_(0.1 * torch.randn_like(p))
     return Checkpoint({k: p.detach() for k, p in module.named_parameters()}, f"random-{seed}", "")
+
+
+def ddim_state(params: dict[str, torch.Tensor], levels: int) -> dict[str, torch.Tensor]:
+    """The parameters as a DDIM checkpoint has them."""
+    names = ddim_names(params, levels)
+    return {names[key]: value for key, value in params.items()}
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,11 @@ import fuzz_alterations as alterations
 import numpy as np
 import torch
 import yaml
-from conftest import ROOT, random_checkpoint, tiny_config
+from conftest import ROOT, random_checkpoint, tiny_config, tiny_tree
 from fuzz_alterations import BYTES, JSON, NAMES, SPECIAL
 from PIL import Image
 from safetensors.torch import save_file
 
-from modiff_trt.core.config import config_to_dict
 from modiff_trt.core.files import digest_of, save_arrays, write_signed
 from modiff_trt.core.manifest import PLAN_SCHEMA, START_KIND, START_SCHEMA
 from modiff_trt.core.start_state import start_state
@@ -33,7 +32,7 @@ SIZE, CLASSIFIER = 12, ROOT / "calib_cache/fd_cifar/classifier.safetensors"
 
 
 def config_file(path):
-    tree = config_to_dict(tiny_config(SIZE, (1, 2), (6,)))
+    tree = tiny_tree(SIZE, (1, 2), (6,))
     tree = {name: {k: list(v) if isinstance(v, tuple) else v for k, v in section.items()} for name, section in tree.items()}
     path.write_text(yaml.safe_dump(tree))
 

@@ -7,8 +7,10 @@ from small_network import random_params
 
 from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.networks.checkpoint import Checkpoint
-from modiff_trt.networks.unet import Role, attention_block, convolution, resnet_block, traced
+from modiff_trt.networks.operations import Role, convolution, traced
+from modiff_trt.networks.unet2d import attention, resnet
 
+A = tiny_config(8, (1,), ()).architecture
 SIZE, MOST_CHANNELS, CHANNELS = 8, 128, (32, 64)
 
 
@@ -44,11 +46,11 @@ class RandomFunction:
 
     def _do_norm(self, ops, rng, name, values):
         x, shape = rng.choice(values[-3:])
-        return ops.norm(name, x), shape
+        return ops.norm(name, x, A.groups, A.eps), shape
 
     def _do_norm_silu(self, ops, rng, name, values):
         x, shape = rng.choice(values[-3:])
-        return ops.norm_silu(name, x), shape
+        return ops.norm_silu(name, x, A.groups, A.eps), shape
 
     def _do_time(self, ops, rng, name, values):
         x, shape = rng.choice(values[-3:])
@@ -71,7 +73,7 @@ class RandomFunction:
         if shape[0] % 96:
             spec = convolution(name, shape, 96, 1, role=Role.QKV)
             x, shape = ops.layer(spec, x), spec.out_shape
-        return ops.attention(x, shape[0] // 3), (shape[0] // 3, *shape[1:])
+        return ops.attention(x, shape[0] // 3, 1), (shape[0] // 3, *shape[1:])
 
     def _do_upsample(self, ops, rng, name, values):
         x, shape = rng.choice(values[-3:])
@@ -95,11 +97,11 @@ class RandomFunction:
     def _do_resnet_block(self, ops, rng, name, values):
         x, shape = rng.choice(values[-3:])
         channels = rng.choice(CHANNELS)
-        return resnet_block(ops, name, x, shape, channels, 0), (channels, *shape[1:])
+        return resnet(ops, A, name, x, shape, channels), (channels, *shape[1:])
 
     def _do_attention_block(self, ops, rng, name, values):
         x, shape = rng.choice(values[-3:])
-        return attention_block(ops, name, x, shape), shape
+        return attention(ops, A, name, x, shape, 1), shape
 
 
 def random_case(seed, function=None):

@@ -11,14 +11,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from modiff_trt.core.config import load_config
+from modiff_trt.core.ddim_yaml import load_config
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import write_json
 from modiff_trt.core.npy import read_npz
 from modiff_trt.core.scales import Scales, load_scales
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.networks.checkpoint import Checkpoint, load_checkpoint
-from modiff_trt.networks.unet import Network, trace
+from modiff_trt.networks.operations import Network
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
 from modiff_trt.runtime.backends.registry import exported, trained
 from modiff_trt.runtime.denoiser import Denoiser

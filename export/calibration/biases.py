@@ -18,10 +18,10 @@ import torch
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import Scales
 from modiff_trt.export.calibration.static import LayerRanges
+from modiff_trt.networks.operations import Network
 from modiff_trt.networks.quantizers import quantize_weight, unpack_rounding
 from modiff_trt.networks.split import fold_skip, skip_factors
 from modiff_trt.networks.torch_ops import Params, layer_weight
-from modiff_trt.networks.unet import Network
 
 
 def correct_biases(network: Network, params: Params, scales: Scales, ranges: Mapping[str, LayerRanges]) -> Scales:

@@ -21,8 +21,8 @@ from modiff_trt.core.kinds import Mode
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.scales import Scales
 from modiff_trt.export.calibration.trials import Array, Report, Trials
+from modiff_trt.networks.operations import Network
 from modiff_trt.networks.state_elements import state_elements
-from modiff_trt.networks.unet import Network
 from modiff_trt.plugins.modulated_conv.geometry import SMALL
 from modiff_trt.runtime.backends.native.floors import layer_work
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from modiff_trt.export.calibration.adaround import AdaRoundOptions, SoftRounding, learn_rounding
+from modiff_trt.networks.operations import Block, LayerSpec, Network
 from modiff_trt.networks.quantizers import quantize_weight
 from modiff_trt.networks.split import divide_skip, fold_skip
 from modiff_trt.networks.torch_ops import LayerFn, Params, TorchOps, convolve, float_layer, layer_bias, layer_weight, time_table
-from modiff_trt.networks.unet import LayerSpec, Network, Role, attention_block, resnet_block
 
 # What one block's cached inputs and outputs may take, in bytes; beyond it fewer samples are used at a time.
 CACHE_BYTES = 4 * 2**30
@@ -82,7 +82,8 @@ class _CaptureOps(TorchOps):
             raise _Done
         return y
 
-    def block_done(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+    def block(self, name: str, body: Block, x: Tensor) -> Tensor:
+        y = body(self, x)
         if name == self._unit.name:
             self.captured = (x, y)
             raise _Done
@@ -99,13 +100,8 @@ def _capture(
     return ops.captured
 
 
-def _run_unit(ops: TorchOps, unit: Unit, x: Tensor) -> Tensor:
-    first = unit.layers[0]
-    if not unit.is_block:
-        return ops.layer(first, x)
-    if first.role is Role.QKV:
-        return attention_block(ops, unit.name, x, shape=first.in_shape)
-    return resnet_block(ops, unit.name, x, in_shape=first.in_shape, out_channels=first.out_shape[0], split=first.split)
+def _run_unit(network: Network, ops: TorchOps, unit: Unit, x: Tensor) -> Tensor:
+    return network.blocks[unit.name](ops, x) if unit.is_block else ops.layer(unit.layers[0], x)
 
 
 def reconstruct(
@@ -208,7 +204,7 @@ def _train_unit(
     def loss(indices: Tensor) -> Tensor:
         ops = TorchOps(params, _bias(table, t[indices]), layer)
         at = indices.to(device)
-        difference = _run_unit(ops, unit, cached[at]) - target[at]
+        difference = _run_unit(network, ops, unit, cached[at]) - target[at]
         return difference.square().sum(1).mean()
 
     return learn_rounding(soft, loss, len(window), options=options, generator=generator)

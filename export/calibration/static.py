@@ -19,10 +19,10 @@ from modiff_trt.core.rows import RowTable, modulated_rows, plain_rows
 from modiff_trt.core.scales import LayerScales, Scales
 from modiff_trt.export.calibration.trajectories import Trajectories
 from modiff_trt.networks.checkpoint import Checkpoint
+from modiff_trt.networks.operations import LayerSpec, Network
 from modiff_trt.networks.quantizers import RangeHistogram, minmax_weight_scale, mse_weight_scale
 from modiff_trt.networks.split import fold_skip
 from modiff_trt.networks.torch_ops import Params, float_layer, layer_weight, run_unet, time_table
-from modiff_trt.networks.unet import LayerSpec, Network
 
 # How the scale of a weight's channel is found.
 WEIGHT_SCALES = {ScaleMethod.MINMAX: minmax_weight_scale, ScaleMethod.MSE: mse_weight_scale}

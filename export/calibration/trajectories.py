@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from modiff_trt.core.config import Config, config_from_dict, config_to_dict, model_fingerprint
+from modiff_trt.core.config import Config, config_to_dict, model_fingerprint, stored_config
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import load_arrays, save_arrays
 from modiff_trt.core.solvers import Solver, solver_from_dict
 
-KIND, SCHEMA = "trajectories", 2
+KIND, SCHEMA = "trajectories", 3
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def load_trajectories(path: Path, config: Config, checkpoint_sha256: str) -> Tra
     header, arrays, _ = load_arrays(path, KIND, SCHEMA)
     try:
         result = Trajectories(
-            config_from_dict(header["config"], str(path)),
+            stored_config(header["config"], str(path)),
             header["checkpoint_sha256"],
             solver_from_dict(header["solver"], f"trajectories file {path}"),
             timesteps=tuple(header["timesteps"]),

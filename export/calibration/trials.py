@@ -24,7 +24,7 @@ from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.residuals import refit
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import LayerState, QuantizedLayer
-from modiff_trt.networks.unet import Network
+from modiff_trt.networks.operations import Network
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr

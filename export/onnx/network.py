@@ -31,8 +31,8 @@ from modiff_trt.core.scales import LayerScales, Scales, only_simulated
 from modiff_trt.export.onnx.ops import IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import quantize_layers
+from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import layer_bias, layer_weight, time_table
-from modiff_trt.networks.unet import Network
 
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 LARGEST_FILE = 2**31 - 1

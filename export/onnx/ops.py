@@ -17,8 +17,8 @@ from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.manifest import CONV_ATTRIBUTES, DOMAIN, FUNCTION, PLUGIN_VERSION
 from modiff_trt.core.scales import LayerScales
+from modiff_trt.networks.operations import Block, LayerSpec, Network
 from modiff_trt.networks.split import skip_factors
-from modiff_trt.networks.unet import GROUPS, NORM_EPS, LayerSpec, Network
 
 OPSET = 21
 IR_VERSION = 10
@@ -216,18 +216,18 @@ class OnnxOps:
         smallest = max(top * SMALLEST_SCALE, float(np.finfo(self._dtype).tiny))
         return self.node("Max", [peak, self.real(f"smallest.{top}", smallest)], output)
 
-    def norm(self, name: str, x: Value) -> Value:
-        """GroupNorm with statistics in float32, over [N, 32, C/32 * H * W]."""
+    def norm(self, name: str, x: Value, groups: int, eps: float) -> Value:
+        """GroupNorm with statistics in float32, over [N, groups, C/groups * H * W]."""
         channels, height, width = x.shape
         wide = self.cast(x.name, f"{name}.wide", TensorProto.FLOAT)
-        grouped = self.constant(f"shape.groups.{channels}.{height}", np.asarray([0, GROUPS, -1], np.int64))
+        grouped = self.constant(f"shape.groups.{groups}", np.asarray([0, groups, -1], np.int64))
         h = self.node("Reshape", [wide, grouped], f"{name}.grouped")
         ones, zeros = (
-            self.constant("groups.one", np.ones(GROUPS, np.float32)),
-            self.constant("groups.zero", np.zeros(GROUPS, np.float32)),
+            self.constant(f"groups.one.{groups}", np.ones(groups, np.float32)),
+            self.constant(f"groups.zero.{groups}", np.zeros(groups, np.float32)),
         )
-        h = self.node("InstanceNormalization", [h, ones, zeros], f"{name}.normalized", epsilon=NORM_EPS)
-        back = self.constant(f"shape.image.{channels}.{height}", np.asarray([0, channels, height, width], np.int64))
+        h = self.node("InstanceNormalization", [h, ones, zeros], f"{name}.normalized", epsilon=eps)
+        back = self.constant(f"shape.image.{channels}.{height}.{width}", np.asarray([0, channels, height, width], np.int64))
         h = self.node("Reshape", [h, back], f"{name}.image")
         gain = self.constant(f"{name}.weight", self._norms[f"{name}.weight"].astype(np.float32).reshape(-1, 1, 1))
         shift = self.constant(f"{name}.bias", self._norms[f"{name}.bias"].astype(np.float32).reshape(-1, 1, 1))
@@ -235,10 +235,24 @@ class OnnxOps:
         h = self.node("Add", [h, shift], f"{name}.shifted")
         return Value(self.cast(h, f"{name}.out", self._type), x.shape)
 
-    def norm_silu(self, name: str, x: Value) -> Value:
-        h = self.norm(name, x)
+    def norm_silu(self, name: str, x: Value, groups: int, eps: float) -> Value:
+        return self._silu(name, self.norm(name, x, groups, eps))
+
+    def timed_norm_silu(self, block: str, name: str, x: Value, groups: int, eps: float) -> Value:
+        channels = x.shape[0]
+        h = self.norm(name, x, groups, eps)
+        shape = self.constant(f"shape.time.{2 * channels}", np.asarray([0, 2 * channels, 1, 1], np.int64))
+        both = self.node("Reshape", [f"{block}.time", shape], f"{block}.time_both")
+        scale, shift = f"{block}.time_scale", f"{block}.time_shift"
+        sizes = self.constant(f"sizes.time.{channels}", np.full(2, channels, np.int64))
+        self.nodes.append(helper.make_node("Split", [both, sizes], [scale, shift], name=f"{block}.time_parts", axis=1))
+        gain = self.node("Add", [scale, self.real("one", 1.0)], f"{block}.time_gain")
+        gained = self.node("Mul", [h.name, gain], f"{block}.gained")
+        return self._silu(name, Value(self.node("Add", [gained, shift], f"{block}.timed"), x.shape))
+
+    def _silu(self, name: str, h: Value) -> Value:
         gate = self.node("Sigmoid", [h.name], f"{name}.gate")
-        return Value(self.node("Mul", [h.name, gate], f"{name}.silu"), x.shape)
+        return Value(self.node("Mul", [h.name, gate], f"{name}.silu"), h.shape)
 
     def add(self, a: Value, b: Value) -> Value:
         return Value(self.node("Add", [a.name, b.name], f"{a.name}+{b.name}"), a.shape)
@@ -252,23 +266,28 @@ class OnnxOps:
         out = self.node("Concat", [a.name, b.name], f"concat.{len(self.nodes)}", axis=1)
         return Value(out, (a.shape[0] + b.shape[0], *a.shape[1:]))
 
-    def attention(self, qkv: Value, channels: int) -> Value:
+    def attention(self, qkv: Value, channels: int, heads: int) -> Value:
         _, height, width = qkv.shape
         prefix = f"attention.{len(self.nodes)}"
-        flat = self.constant(f"shape.flat.{channels}.{height}", np.asarray([0, 3 * channels, height * width], np.int64))
+        each = channels // heads
+        # One head needs no axis of its own.
+        parts = [0, 3 * channels, height * width] if heads == 1 else [0, 3 * heads, each, height * width]
+        flat = self.constant(f"shape.flat.{'.'.join(map(str, parts))}", np.asarray(parts, np.int64))
         flat_qkv = self.node("Reshape", [qkv.name, flat], f"{prefix}.qkv")
-        sizes = self.constant(f"sizes.qkv.{channels}", np.full(3, channels, np.int64))
+        sizes = self.constant(f"sizes.qkv.{parts[1] // 3}", np.full(3, parts[1] // 3, np.int64))
         q, k, v = (f"{prefix}.{part}" for part in "qkv")
         self.nodes.append(helper.make_node("Split", [flat_qkv, sizes], [q, k, v], name=f"{prefix}.split", axis=1))
-        q = self.node("Transpose", [q], f"{prefix}.qt", perm=[0, 2, 1])
-        q = self.node("Mul", [q, self.real(f"attention.scale.{channels}", channels**-0.5)], f"{prefix}.q_scaled")
+        swapped = [0, 2, 1] if heads == 1 else [0, 1, 3, 2]
+        q = self.node("Transpose", [q], f"{prefix}.qt", perm=swapped)
+        q = self.node("Mul", [q, self.real(f"attention.scale.{each}", each**-0.5)], f"{prefix}.q_scaled")
         scores = self.node("MatMul", [q, k], f"{prefix}.scores")
         scores = self.cast(scores, f"{prefix}.scores_wide", TensorProto.FLOAT)
         weights = self.node("Softmax", [scores], f"{prefix}.softmax", axis=-1)
         weights = self.cast(weights, f"{prefix}.softmax_cast", self._type)
-        weights = self.node("Transpose", [weights], f"{prefix}.weights", perm=[0, 2, 1])
+        weights = self.node("Transpose", [weights], f"{prefix}.weights", perm=swapped)
         out = self.node("MatMul", [v, weights], f"{prefix}.mixed")
-        back = self.constant(f"shape.image.{channels}.{height}", np.asarray([0, channels, height, width], np.int64))
+        shape = [0, channels, height, width]
+        back = self.constant(f"shape.image.{channels}.{height}.{width}", np.asarray(shape, np.int64))
         return Value(self.node("Reshape", [out, back], f"{prefix}.out"), (channels, height, width))
 
     def upsample(self, x: Value) -> Value:
@@ -281,5 +300,5 @@ class OnnxOps:
         out = self.node("AveragePool", [x.name], f"pool.{len(self.nodes)}", kernel_shape=[2, 2], strides=[2, 2])
         return Value(out, (x.shape[0], x.shape[1] // 2, x.shape[2] // 2))
 
-    def block_done(self, name: str, x: Value, y: Value) -> Value:
-        return y
+    def block(self, name: str, body: Block, x: Value) -> Value:
+        return body(self, x)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from modiff_trt.core.rows import plain_rows
 from modiff_trt.core.solvers import Solver
+from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Params, run_unet, time_table
-from modiff_trt.networks.unet import Network
 from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
 from modiff_trt.runtime.denoiser import StateInfo
 

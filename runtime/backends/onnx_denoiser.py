@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from modiff_trt.core.config import Config, config_from_dict
+from modiff_trt.core.config import Config, stored_config
 from modiff_trt.core.errors import InputError, is_out_of_memory
 from modiff_trt.core.manifest import NetworkManifest
 from modiff_trt.core.onnx_file import read_onnx
@@ -68,7 +68,7 @@ def load_onnx(path: Path, device: str = "cpu", threads: int = 0, gpu: int = 0, s
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"ONNX file {path} cannot be loaded (truncated or altered?): {first}") from None
     try:
-        config = config_from_dict(manifest["config"], str(path))
+        config = stored_config(manifest["config"], str(path))
         model = OnnxModel(path, session, proto, config=config, manifest=manifest, sha256=data.sha256, gpu=gpu)
         _ = model.calibrated_rows
     except (ValueError, KeyError, TypeError):

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from modiff_trt.core.config import Config, config_from_dict
+from modiff_trt.core.config import Config, stored_config
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import digest_of, load_arrays, read_file, read_signed
 from modiff_trt.core.manifest import PLAN_SCHEMA, START_KIND, START_SCHEMA, PlanManifest, check_manifest
@@ -47,7 +47,7 @@ def load_plan(path: Path) -> Plan:
     data = read_file(path, "plan")
     header, start, start_sha256 = load_arrays(path.with_suffix(".start.safetensors"), START_KIND, START_SCHEMA)
     try:
-        config = config_from_dict(manifest["network"]["config"], str(path))
+        config = stored_config(manifest["network"]["config"], str(path))
         check_manifest(manifest["network"], f"the manifest of {path}")
         if digest_of(data) != manifest["plan_sha256"]:
             raise InputError(f"{path} is not the plan that its manifest describes (truncated or altered?); build it again")

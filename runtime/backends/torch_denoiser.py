@@ -14,8 +14,8 @@ from modiff_trt.core.kinds import Granularity
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.scales import Scales
 from modiff_trt.networks.modulated import OnLayer, QuantizedLayer, State, initial_state, quantize_layers, simulate
+from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Params, run_unet, time_table
-from modiff_trt.networks.unet import Network
 from modiff_trt.runtime.denoiser import StateInfo
 
 # A study may change the state before the pass of a row: (row, layers, state) -> state.

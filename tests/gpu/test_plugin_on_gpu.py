@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from modiff_trt.core.config import load_config
+from modiff_trt.core.ddim_yaml import load_config
 from modiff_trt.core.errors import InputError
-from modiff_trt.networks.unet import trace
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.plugins.modulated_conv.kernels.device_code import current_capability
 from modiff_trt.plugins.modulated_conv.tensorrt import plugin as trt_plugin
 

@@ -9,9 +9,9 @@ import torch
 from conftest import ROOT, make_case
 from reference import ReferenceUNet, linear_alpha_bar, reference_ddim
 
-from modiff_trt.core.config import load_config
+from modiff_trt.core.ddim_yaml import load_config
 from modiff_trt.networks.checkpoint import load_checkpoint
-from modiff_trt.networks.unet import trace
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.images.noise import ImageNoise

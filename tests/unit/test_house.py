@@ -9,7 +9,7 @@ from conftest import ROOT
 ROOMS = ("core", "networks", "plugins", "runtime", "export", "engines", "tools")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 # Parts of layer names, which only `networks/` writes down.
-LAYERS = re.compile(r"\b(conv_in|conv_out|nin_shortcut|conv1|conv2|proj_out)\b")
+LAYERS = re.compile(r"\b(conv_in|conv_out|conv_shortcut|conv1|conv2|to_out|to_qkv)\b")
 LONGEST = 400
 
 

@@ -23,7 +23,7 @@ from modiff_trt.core.kinds import Mode
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.core.scales import Scales
 from modiff_trt.export.calibration.modes import with_modes
-from modiff_trt.networks.unet import Network
+from modiff_trt.networks.operations import Network
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.tools.bench.run import run_passes, whole_intervals

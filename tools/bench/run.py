@@ -26,7 +26,7 @@ from modiff_trt.core.files import write_signed
 from modiff_trt.core.kinds import Granularity
 from modiff_trt.core.scales import Scales
 from modiff_trt.networks.checkpoint import Checkpoint
-from modiff_trt.networks.unet import Network
+from modiff_trt.networks.operations import Network
 from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
 from modiff_trt.runtime.backends.registry import exported, trained
 from modiff_trt.runtime.denoiser import Denoiser

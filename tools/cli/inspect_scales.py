@@ -14,7 +14,7 @@ def inspect(
 ) -> None:
     """Show what a scales file decided for every layer."""
     from modiff_trt.core.scales import load_scales
-    from modiff_trt.networks.unet import trace
+    from modiff_trt.networks.unet2d import trace
     from modiff_trt.tools.report.inspecting import print_table, save_plots
 
     loaded = load_scales(scales)

@@ -12,7 +12,7 @@ from modiff_trt.core.manifest import quantization
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.core.scales import Scales
 from modiff_trt.networks.checkpoint import Checkpoint
-from modiff_trt.networks.unet import Network
+from modiff_trt.networks.operations import Network
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.images.noise import ImageNoise

@@ -13,8 +13,8 @@ from modiff_trt.core.files import atomic_path
 from modiff_trt.core.grid import grid_max
 from modiff_trt.core.kinds import Granularity, Rounding
 from modiff_trt.core.scales import Scales
+from modiff_trt.networks.operations import Network
 from modiff_trt.networks.state_elements import state_elements
-from modiff_trt.networks.unet import Network
 
 
 def print_table(scales: Scales, network: Network) -> None:

@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from modiff_trt.core.config import Config, load_config
+from modiff_trt.core.config import Config
+from modiff_trt.core.ddim_yaml import load_config
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path
 from modiff_trt.core.schedule import alphas_cumprod
@@ -54,7 +55,7 @@ def loss_fn(model: Callable[[Tensor, Tensor], Tensor], x0: Tensor, alpha_bar: Te
 
 
 def train(config: Config, images: np.ndarray, out: Path, minutes: float, seed: int) -> None:
-    if config.model.dropout > 0:
+    if config.training.dropout > 0:
         raise InputError("this trainer has no dropout; set model.dropout to 0.0 in the configuration")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
@@ -117,7 +118,7 @@ def train(config: Config, images: np.ndarray, out: Path, minutes: float, seed: i
             torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
             optimizer.step()
             step += 1
-            decay = min(config.model.ema_rate, (1 + step) / (10 + step))
+            decay = min(config.training.ema_rate, (1 + step) / (10 + step))
             with torch.no_grad():
                 names = [k for k, _ in model.named_parameters()]
                 torch._foreach_lerp_([ema[k] for k in names], [p.detach() for p in model.parameters()], 1 - decay)
@@ -147,7 +148,7 @@ def main(
 ) -> None:
     """Trains the UNet of a configuration on an image set."""
     settings = load_config(config)
-    train(settings, load_images(images, settings.data.image_size), out, minutes=minutes, seed=seed)
+    train(settings, load_images(images, settings.architecture.height), out, minutes=minutes, seed=seed)
 
 
 if __name__ == "__main__":

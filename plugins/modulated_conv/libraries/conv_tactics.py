@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path, cache_folder
-from modiff_trt.networks.unet import LayerSpec
+from modiff_trt.networks.operations import LayerSpec
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 
 if TYPE_CHECKING:

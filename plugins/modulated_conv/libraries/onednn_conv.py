@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modiff_trt.networks.unet import LayerSpec
+from modiff_trt.networks.operations import LayerSpec
 
 ZERO_POINT = 128
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import Scales
+from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Params
-from modiff_trt.networks.unet import Network
 from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
 from modiff_trt.runtime.backends.native.layers import NativeModel, aligned, build
 from modiff_trt.runtime.backends.native.ops import (
@@ -106,7 +106,7 @@ class NativeDenoiser(GraphedDenoiser):
         pixels = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)
         answer = model.network.function(ops, LazyValue(Source(pixels), channels, height, width=width))
         out = answer.main.tensor() if answer.is_plain else ops.written(answer)
-        return out[:, :, :channels].reshape(n, height, width, channels).permute(0, 3, 1, 2)
+        return out[:, :, : answer.channels].reshape(n, height, width, answer.channels).permute(0, 3, 1, 2)
 
     def _starts(self) -> dict[str, tuple[Tensor, Tensor]]:
         """State and o_hat to begin from; a shared accumulator begins from the sum of both layers'."""

@@ -8,7 +8,7 @@ from math import prod
 
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import Scales
-from modiff_trt.networks.unet import LayerSpec, Network, Role
+from modiff_trt.networks.operations import LayerSpec, Network, Role
 from modiff_trt.plugins.modulated_conv.geometry import SMALL
 
 REAL = 2  # bytes of float16

@@ -13,9 +13,9 @@ from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Granularity, Mode
 from modiff_trt.core.scales import Scales, only_simulated
 from modiff_trt.networks.modulated import QuantizedLayer, implied_o_hat, initial_a_hat, quantize_layers
+from modiff_trt.networks.operations import LayerSpec, Network
 from modiff_trt.networks.split import skip_factors
 from modiff_trt.networks.torch_ops import Params, layer_bias, layer_weight, time_table
-from modiff_trt.networks.unet import LayerSpec, Network
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX
 

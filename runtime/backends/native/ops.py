@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modiff_trt.core.kinds import Mode
-from modiff_trt.networks.unet import GROUPS, NORM_EPS, LayerSpec, Role
+from modiff_trt.networks.operations import Block, LayerSpec, Role
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.native.layers import NativeLayer
 
@@ -142,7 +142,7 @@ def output_type(spec: LayerSpec, kernels: Kernels) -> torch.dtype:
 
 
 class NativeOps:
-    """The operations of `unet` for one pass; `Ops` of `networks.unet` over lazy values."""
+    """The operations of a network for one pass; `Ops` of `networks.operations` over lazy values."""
 
     def __init__(
         self,
@@ -196,6 +196,9 @@ class NativeOps:
             self._kernels.product(layer, q, scale, addend=layer.bias, out=out, steps=steps)
         if name in self._partners:
             self._outputs[name] = out
+        if layer.out_channels != channels and spec.role is not Role.OUTPUT:
+            # What reads it next counts on the channels that there are.
+            out = out[:, :, :channels].contiguous()
         shared = self._shared.get(name, name if name in self._partners else None)
         return LazyValue(Source(out), channels, height, width=width, accumulator=shared)
 
@@ -264,13 +267,23 @@ class NativeOps:
             raise ValueError(f"the output of layer '{x.accumulator}' is used before its shortcut has been added")
         return x
 
-    def norm(self, name: str, x: LazyValue) -> LazyValue:
+    def norm(self, name: str, x: LazyValue, groups: int, eps: float) -> LazyValue:
+        return self._normed(x, self._norms[f"{name}.weight"], self._norms[f"{name}.bias"], groups=groups, eps=eps)
+
+    def _normed(self, x: LazyValue, gain: Tensor, shift: Tensor, groups: int, eps: float) -> LazyValue:
         if self._whole(x).norm is not None or x.silu or x.repeated:
             x = self._written_value(x)
-        return replace(x, norm=(self._norms[f"{name}.weight"], self._norms[f"{name}.bias"], GROUPS, NORM_EPS))
+        return replace(x, norm=(gain, shift, groups, eps))
 
-    def norm_silu(self, name: str, x: LazyValue) -> LazyValue:
-        return replace(self.norm(name, x), silu=True)
+    def norm_silu(self, name: str, x: LazyValue, groups: int, eps: float) -> LazyValue:
+        return replace(self.norm(name, x, groups, eps), silu=True)
+
+    def timed_norm_silu(self, block: str, name: str, x: LazyValue, groups: int, eps: float) -> LazyValue:
+        """Scale and shift by the timestep are another gain and shift of the normalization, which depend on the row alone."""
+        gain, shift = self._norms[f"{name}.weight"], self._norms[f"{name}.bias"]
+        at, row = self._time_at[block], self._buffers.row
+        scale, more = row[at : at + x.channels] + 1, row[at + x.channels : at + 2 * x.channels]
+        return replace(self._normed(x, gain * scale, shift * scale + more, groups=groups, eps=eps), silu=True)
 
     def add(self, a: LazyValue, b: LazyValue) -> LazyValue:
         if a.accumulator is not None and a.accumulator == b.accumulator:  # it holds the sum already
@@ -288,12 +301,12 @@ class NativeOps:
         a, b = (x if self._whole(x).is_plain else self._written_value(x) for x in (a, b))
         return replace(a, skip=b.main, channels=a.channels + b.channels)
 
-    def attention(self, qkv: LazyValue, channels: int) -> LazyValue:
+    def attention(self, qkv: LazyValue, channels: int, heads: int) -> LazyValue:
         qkv = self._written_value(qkv)
         tensor = qkv.main.tensor()
         n, pixels, _ = tensor.shape
-        q, k, v = tensor.view(n, pixels, 3, channels).permute(2, 0, 1, 3).unsqueeze(2).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v, scale=channels**-0.5)
+        q, k, v = tensor.view(n, pixels, 3, heads, channels // heads).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v, scale=(channels // heads) ** -0.5)
         return replace(qkv, main=Source(out.transpose(1, 2).reshape(n, pixels, channels)), channels=channels)
 
     def upsample(self, x: LazyValue) -> LazyValue:
@@ -309,5 +322,5 @@ class NativeOps:
         pooled = F.avg_pool2d(image, 2).permute(0, 2, 3, 1).reshape(len(tensor), -1, x.channels)
         return replace(x, main=Source(pooled), height=x.height // 2, width=x.width // 2)
 
-    def block_done(self, name: str, x: LazyValue, y: LazyValue) -> LazyValue:
-        return y
+    def block(self, name: str, body: Block, x: LazyValue) -> LazyValue:
+        return body(self, x)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from modiff_trt.core.config import Config, load_config, model_fingerprint
+from modiff_trt.core.config import Config, model_fingerprint
+from modiff_trt.core.ddim_yaml import load_config
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import sha256
 from modiff_trt.core.kinds import UNQUANTIZED, FinalAlpha, Granularity, Method, Prediction, SolverKind, Spacing
@@ -17,7 +18,8 @@ from modiff_trt.core.scales import load_scales
 from modiff_trt.core.solvers import Solver, solver_from_dict
 from modiff_trt.networks.checkpoint import RAW_SUFFIX, Checkpoint, load_checkpoint
 from modiff_trt.networks.diffusers_folder import load_folder, read_folder
-from modiff_trt.networks.unet import Network, trace
+from modiff_trt.networks.operations import Network
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.sampling import Backend, Rank
 

@@ -9,8 +9,8 @@ import torch
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.scales import Scales
 from modiff_trt.core.solvers import Solver
+from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Params
-from modiff_trt.networks.unet import Network
 
 if TYPE_CHECKING:
     from modiff_trt.runtime.backends.compiled_denoiser import CompiledDenoiser

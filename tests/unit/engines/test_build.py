@@ -6,7 +6,7 @@ import onnx
 import pytest
 from conftest import ROOT, random_checkpoint
 
-from modiff_trt.core.config import load_config
+from modiff_trt.core.ddim_yaml import load_config
 from modiff_trt.core.errors import InputError
 from modiff_trt.engines.build import BuildOptions, build_plan
 from modiff_trt.engines.onnx_network import load_network
@@ -15,7 +15,7 @@ from modiff_trt.engines.report import read_layers, summarize
 from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.export.calibration.static import Recipe, make_scales, measure_ranges
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
-from modiff_trt.networks.unet import trace
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.plugins.modulated_conv.tensorrt.library import open_library
 
 
@@ -56,7 +56,7 @@ def test_every_method_that_is_exported_builds_in_int8(rtx, tiny, tmp_path, recip
 
 
 def test_layers_in_float_are_told_from_those_that_fell_back(rtx, tiny, tmp_path):
-    scales = with_modes(tiny.scales(), {"conv_in": "float", "mid.attn_1.qkv": "float"})
+    scales = with_modes(tiny.scales(), {"conv_in": "float", "mid_block.attentions.0.to_qkv": "float"})
     _, report = report_of(rtx, exported(tiny, scales, tmp_path / "m.onnx"), BuildOptions(target="sm89"))
     assert report["quantized_layers"] == len(tiny.network.layers) - 2
     assert report["fell_back"] == [] and report["int8_convolutions"] == report["quantized_layers"]

@@ -94,8 +94,8 @@ def test_the_kernels_travel_in_the_plan(plan_file):
 PTX = """
 import sys
 from pathlib import Path
-from modiff_trt.core.config import load_config
-from modiff_trt.networks.unet import trace
+from modiff_trt.core.ddim_yaml import load_config
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.plugins.modulated_conv.kernels.device_code import compile_variant
 from modiff_trt.plugins.modulated_conv.geometry import Geometry, conv_variant
 variants = set()
@@ -194,9 +194,9 @@ def test_what_the_plugin_cannot_compute_is_refused(tiny, onnx_file, tmp_path):
 def test_the_full_cifar10_network_with_the_plugin(tmp_path):
     from conftest import make_case
 
-    from modiff_trt.core.config import load_config
+    from modiff_trt.core.ddim_yaml import load_config
     from modiff_trt.export.calibration.static import Recipe, make_scales, measure_ranges
-    from modiff_trt.networks.unet import trace
+    from modiff_trt.networks.unet2d import trace
 
     network = trace(load_config(ROOT / "configs/cifar10.yml"))
     case = make_case(network, random_checkpoint(network.config), 2, 1, 2)

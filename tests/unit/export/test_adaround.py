@@ -63,7 +63,11 @@ def test_units_hold_every_layer_once(tiny):
     found = [spec.name for unit in units(tiny.network) for spec in unit.layers]
     assert found == [spec.name for spec in tiny.network.layers]
     by_name = {unit.name: unit for unit in units(tiny.network)}
-    assert len(by_name["up.0.block.0"].layers) == 3 and by_name["mid.attn_1"].is_block and not by_name["conv_in"].is_block
+    assert (
+        len(by_name["up_blocks.1.resnets.0"].layers) == 3
+        and by_name["mid_block.attentions.0"].is_block
+        and not by_name["conv_in"].is_block
+    )
 
 
 def eps_error(case, decisions, grids):

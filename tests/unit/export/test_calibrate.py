@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, ddim_state
 from reference import ReferenceUNet
 
 from modiff_trt.core.errors import InputError
@@ -12,7 +12,7 @@ from modiff_trt.core.rows import modulated_rows
 from modiff_trt.core.scales import load_scales, save_scales
 from modiff_trt.export.calibration.static import Recipe, measure_ranges
 from modiff_trt.export.calibration.trajectories import choose_steps, load_trajectories, save_trajectories
-from modiff_trt.networks.unet import trace
+from modiff_trt.networks.unet2d import trace
 
 
 class Spy(ReferenceUNet):
@@ -29,10 +29,10 @@ class Spy(ReferenceUNet):
 
 
 def test_ranges_equal_an_independent_measurement(tiny):
-    spy = Spy(tiny.checkpoint.params, 32)
+    spy = Spy(ddim_state(tiny.checkpoint.params, 2), 32)
     trajectories = tiny.trajectories
-    layer, key = "up.0.block.1.conv1", "up.0.block.1.conv1"
-    qkv, q = "mid.attn_1.qkv", "mid.attn_1.q"
+    layer, key = "up_blocks.1.resnets.1.conv1", "up.0.block.1.conv1"
+    qkv, q = "mid_block.attentions.0.to_qkv", "mid.attn_1.q"
     by_step = [spy.run(torch.from_numpy(x), t) for x, t in zip(trajectories.x, trajectories.timesteps, strict=True)]
     for name, conv in ((layer, key), (qkv, q)):
         activation = [float(s[conv].abs().max()) for s in by_step]
@@ -128,7 +128,11 @@ def test_activations_that_are_not_finite_are_refused(tiny, bad):
 
 def test_edge_bits(tiny):
     layers = tiny.scales(act_bits=4, weight_bits=4, edge_bits=8).layers
-    assert (layers["conv_in"].act_bits, layers["conv_out"].weight_bits, layers["mid.attn_1.qkv"].act_bits) == (8, 8, 4)
+    assert (layers["conv_in"].act_bits, layers["conv_out"].weight_bits, layers["mid_block.attentions.0.to_qkv"].act_bits) == (
+        8,
+        8,
+        4,
+    )
     assert tiny.scales(act_bits=4).layers["conv_in"].act_bits == 4
 
 

@@ -21,7 +21,7 @@ from modiff_trt.runtime.sampler import sample_trajectory
 @pytest.mark.parametrize("bits", [3, 8])
 def test_grid_spans_each_samples_own_range(tiny, granularity, bits):
     layer = quantize_layers(tiny.network, tiny.checkpoint.params, tiny.scales(granularity=granularity, act_bits=bits))[
-        "mid.attn_1.qkv"
+        "mid_block.attentions.0.to_qkv"
     ]
     x = torch.randn(3, *layer.spec.in_shape) * torch.tensor([0.01, 1.0, 50.0])[:, None, None, None]
     top = 2 ** (bits - 1) - 1

@@ -14,7 +14,7 @@ from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import LayerState, initial_state, integer_product, quantize_layers
 from modiff_trt.networks.split import divide_skip
 from modiff_trt.networks.torch_ops import run_unet, time_bias, time_table
-from modiff_trt.networks.unet import trace
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr

@@ -10,7 +10,7 @@ from modiff_trt.networks.modulated import LayerState, integer_product, modulated
 def test_a_learned_scale_beats_min_max_on_the_output(tiny):
     """A few outliers make min-max coarse: the learned grid gives most values more cells."""
     layers = quantize_layers(tiny.network, tiny.checkpoint.params, tiny.scales(act_bits=4))
-    name = "up.0.block.1.conv2"
+    name = "up_blocks.1.resnets.1.conv2"
     generator = torch.Generator().manual_seed(0)
     a_hat = torch.randn(3, *layers[name].spec.in_shape, generator=generator)
     residual = 0.1 * torch.randn(a_hat.shape, generator=generator)

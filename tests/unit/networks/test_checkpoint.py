@@ -5,14 +5,14 @@ import zipfile
 
 import pytest
 import torch
-from conftest import random_checkpoint, tiny_config
+from conftest import ddim_state, random_checkpoint, tiny_config
 from safetensors.torch import save_file
 
-from modiff_trt.core.config import load_config
+from modiff_trt.core.ddim_yaml import load_config
 from modiff_trt.core.errors import InputError
 from modiff_trt.networks import checkpoint as module
 from modiff_trt.networks.checkpoint import load_checkpoint
-from modiff_trt.networks.unet import trace
+from modiff_trt.networks.unet2d import trace
 
 CONFIG = tiny_config()
 NETWORK = trace(CONFIG)
@@ -20,7 +20,7 @@ NETWORK = trace(CONFIG)
 
 @pytest.fixture
 def state():
-    return dict(random_checkpoint(CONFIG).params)
+    return ddim_state(random_checkpoint(CONFIG).params, 2)
 
 
 def write(path, content):
@@ -100,7 +100,7 @@ def test_the_ema_of_every_trainer_is_found_and_either_can_be_chosen(tmp_path, st
     found = {wanted: load_checkpoint(file, NETWORK, wanted) for wanted in (None, "ema", "raw")}
     for wanted, expected in ((None, ema), ("ema", ema), ("raw", state)):
         for key, value in expected.items():
-            assert torch.equal(found[wanted].params[key], value), (wanted, key)
+            assert torch.equal(ddim_state(found[wanted].params, 2)[key], value), (wanted, key)
         assert found[wanted].chosen and found[wanted].weights.startswith("raw" if wanted == "raw" else "ema")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert found[None].sha256 == found["ema"].sha256 == digest != found["raw"].sha256  # scales of one do not fit the other

@@ -11,7 +11,7 @@ from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import FinalAlpha, Prediction, SolverKind, Spacing
 from modiff_trt.networks.diffusers_folder import KINDS, load_folder, read_folder
 from modiff_trt.networks.torch_ops import run_unet, time_bias
-from modiff_trt.networks.unet import trace
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.registry.options import load_model
 from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
 from modiff_trt.runtime.images.folders import to_uint8
@@ -101,7 +101,7 @@ def test_the_large_networks_have_the_same_parameters(tmp_path):
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     network = trace(read_folder(folder).config)
     assert network.parameter_count == sum(p.numel() for p in model.parameters()) == 113_673_219
-    assert network.config.input_shape == (3, 256, 256) and network.config.model.attn_resolutions == (16,)
+    assert network.config.input_shape == (3, 256, 256) and network.config.architecture.down_heads == (0, 0, 0, 0, 1, 0)
 
 
 @pytest.mark.parametrize("steps", [10])
@@ -196,12 +196,15 @@ REFUSED = {
     "a transformer": (MODEL, {"_class_name": "DiTTransformer2DModel"}, "DiTTransformer2DModel"),
     "a conditional network": (MODEL, {"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
     "class labels": (MODEL, {"num_class_embeds": 10}, "'num_class_embeds' 10"),
-    "scale and shift": (MODEL, {"resnet_time_scale_shift": "scale_shift"}, "'resnet_time_scale_shift'"),
-    "heads": (MODEL, {"attention_head_dim": 8}, "'attention_head_dim' 8"),
-    "a left-out setting of another default": (MODEL, {"norm_eps": 1e-5}, "'norm_eps'"),
-    "no square": (MODEL, {"sample_size": [8, 16]}, "'sample_size'"),
+    "a spatial embedding": (MODEL, {"resnet_time_scale_shift": "spatial"}, "'resnet_time_scale_shift'"),
+    "heads": (MODEL, {"attention_head_dim": 24}, "'attention_head_dim' 24"),
+    "groups": (MODEL, {"norm_num_groups": 24}, "multiples of the 24 groups"),
+    "groups of attention": (MODEL, {"attn_norm_num_groups": 16}, "'attn_norm_num_groups'"),
+    "another size": (MODEL, {"sample_size": 9}, "9 is not divisible by 2"),
+    "other output": (MODEL, {"out_channels": 6}, "'out_channels' 6"),
+    "no convolution": (MODEL, {"downsample_type": "nearest"}, "'downsample_type'"),
     "other blocks": (MODEL, {"down_block_types": ["DownBlock2D", "SkipDownBlock2D"]}, "SkipDownBlock2D"),
-    "one-sided attention": (MODEL, {"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "'up_block_types'"),
+    "a side too long": (MODEL, {"up_block_types": ["UpBlock2D"] * 3}, "damaged ones"),
     "damaged": (MODEL, {"block_out_channels": "wide"}, "damaged ones"),
     "no row table": (SCHEDULER, {"_class_name": "EulerDiscreteScheduler"}, "EulerDiscreteScheduler"),
     "thresholding": (SCHEDULER, {"thresholding": True}, "'thresholding'"),
@@ -245,4 +248,4 @@ def test_folders_that_lack_something(saved, tmp_path):
     pipeline(state, SMALL | {"layers_per_block": 2})
     with pytest.raises(InputError, match="unexpected"):
         load_folder(read_folder(state), other)
-    assert set(KINDS) >= {"DDPMScheduler", "DDIMScheduler"} and folder.config.model.ch == 32
+    assert set(KINDS) >= {"DDPMScheduler", "DDIMScheduler"} and folder.config.architecture.channels == (32, 64)

@@ -4,7 +4,7 @@ import torch
 from reference import integer_conv
 
 from modiff_trt.networks.modulated import LayerState, QuantizedLayer, initial_state, modulated_layer, stateless_layer
-from modiff_trt.networks.unet import LayerSpec
+from modiff_trt.networks.operations import LayerSpec
 
 SHAPES = [
     (1, 3, 5, 7, 9, 3, 1, (1, 1, 1, 1)),

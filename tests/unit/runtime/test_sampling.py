@@ -15,7 +15,7 @@ from PIL import Image
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.solvers import Solver
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
-from modiff_trt.networks.unet import trace
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
 from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
 from modiff_trt.runtime.sampling import Backend, Rank, run_sampling
@@ -113,7 +113,7 @@ def test_bad_ranks_are_refused(monkeypatch, network, tmp_path):
 def test_images_of_channels_that_are_no_picture_go_to_an_npz(tmp_path):
     """Four channels would be written as red, green, blue and transparency, without a word."""
     config = tiny_config()
-    config = replace(config, data=replace(config.data, channels=4), model=replace(config.model, in_channels=4, out_ch=4))
+    config = replace(config, architecture=replace(config.architecture, in_channels=4, out_channels=4))
     network, checkpoint = trace(config), random_checkpoint(config)
     backend = Backend(TorchDenoiser(network, checkpoint.params, (500, 0)), config, Solver(), {})
     job = {"indices": range(2), "seed": 0, "batch_size": 2, "eta": 0.0, "noise_file": None}

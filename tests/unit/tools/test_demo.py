@@ -31,7 +31,7 @@ def test_demo_shows_the_method(tmp_path):
 
 def test_training_runs_and_writes_a_loadable_checkpoint(tmp_path):
     from modiff_trt.networks.checkpoint import load_checkpoint
-    from modiff_trt.networks.unet import trace
+    from modiff_trt.networks.unet2d import trace
 
     config = replace(tiny_config(), training=TrainingConfig(batch_size=4))
     images = np.random.default_rng(0).integers(0, 255, (16, 12, 12, 3), dtype=np.uint8)

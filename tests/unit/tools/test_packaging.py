@@ -25,7 +25,12 @@ OPTIONAL = ("tensorrt", "tensorrt_rtx", "triton", "cudnn", "cuda", "pycuda", "po
 # core runs without torch, and so does the deployed sampler, with all that it packs.
 TORCH_FREE = [module for module in MODULES if module.startswith("modiff_trt.core.")]
 TORCH_FREE += [*modules(), "modiff_trt.tools.package.packing", "modiff_trt.export.calibration.trajectories"]
-TORCH_FREE += ["modiff_trt.tools.evaluation.frechet", "modiff_trt.networks.unet", f"{LAYER}.tensorrt.library"]
+TORCH_FREE += [
+    "modiff_trt.tools.evaluation.frechet",
+    "modiff_trt.networks.unet2d",
+    "modiff_trt.networks.operations",
+    f"{LAYER}.tensorrt.library",
+]
 
 
 def without(blocked: tuple[str, ...], modules: list[str]) -> None:

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_checkpoint, tiny_config
+from conftest import ROOT, ddim_state, random_checkpoint, tiny_config
 from reference import ReferenceUNet, linear_alpha_bar, reference_ddim
 
 from modiff_trt.core.kinds import Spacing
 from modiff_trt.core.solvers import Solver
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
-from modiff_trt.networks.unet import trace
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser
 from modiff_trt.runtime.images.folders import psnr
@@ -37,7 +37,7 @@ class ResetsInside:
 
 @pytest.mark.slow
 def test_torch_backend_equals_float64_ddim(demo):
-    state = {k: v.double() for k, v in demo.checkpoint.params.items()}
+    state = ddim_state({k: v.double() for k, v in demo.checkpoint.params.items()}, 4)
     unet = ReferenceUNet(state, 64)
     x = torch.from_numpy(ImageNoise(0, range(2), (3, 32, 32)).draw()).double()
     expected = reference_ddim(unet, x, list(reversed(demo.timesteps)), linear_alpha_bar()).numpy()

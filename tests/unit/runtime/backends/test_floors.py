@@ -4,7 +4,7 @@ import pytest
 from conftest import make_case, random_checkpoint, tiny_config
 
 from modiff_trt.export.calibration.modes import with_modes
-from modiff_trt.networks.unet import trace
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.native.floors import Work, floors, pass_floor, work
 
 CEILINGS = {"copy_bytes_a_second": 2e12, "int8_operations_a_second": 1e15, "fp16_operations_a_second": 5e14}
@@ -17,9 +17,9 @@ def small():
 
 
 def test_bytes_and_operations_are_those_of_the_shapes(small):
-    scales = with_modes(small.scales(), {"conv_in": "float", "down.0.block.0.conv1": "int8"})
+    scales = with_modes(small.scales(), {"conv_in": "float", "down_blocks.0.resnets.0.conv1": "int8"})
     items = work(small.network, scales)
-    stem, first = small.network.layer("conv_in"), small.network.layer("down.0.block.0.conv1")
+    stem, first = small.network.layer("conv_in"), small.network.layer("down_blocks.0.resnets.0.conv1")
     channels = stem.out_shape[0]
     assert items[0] == Work("float products", 2 * (3 + channels) * 64, fp16=2 * stem.macs)
     # Plain INT8: read float16 and write int8; then read int8 and write float16.
@@ -27,7 +27,7 @@ def test_bytes_and_operations_are_those_of_the_shapes(small):
     assert Work("INT8 convolution", (1 + 2) * channels * 64, int8=2 * first.macs) in items
     # With MoDiff: state int16 is read and written too, and o_hat of float16 is read and written.
     assert Work("quantize", (2 + 4 + 1) * channels * 64) in items
-    second = small.network.layer("down.0.block.0.conv2")
+    second = small.network.layer("down_blocks.0.resnets.0.conv2")
     assert Work("INT8 convolution", (1 + 4) * channels * 64, int8=2 * second.macs) in items
     assert sum(item.int8 for item in items) + sum(item.fp16 for item in items) == 2 * sum(s.macs for s in small.network.layers)
 

@@ -54,7 +54,7 @@ def test_grids_that_follow_each_image_are_those_of_the_simulation(small, recipe)
 def test_sums_that_leave_their_range_are_refused(small, whole, monkeypatch):
     """A sum in the middle: the next layer's integers hide it."""
     denoiser = native(small, small.scales())
-    begin, name = denoiser._begin, "mid.block_1.conv1"
+    begin, name = denoiser._begin, "mid_block.resnets.0.conv1"
 
     def overflowed(size):
         begin(size)
@@ -72,7 +72,9 @@ def test_sums_that_leave_their_range_are_refused(small, whole, monkeypatch):
 
 
 def test_layers_in_float_and_stateless_pairs(small):
-    scales = with_modes(small.scales(), {"conv_in": "float", "up.0.block.0.conv2": "int8", "mid.block_1.conv1": "int8"})
+    scales = with_modes(
+        small.scales(), {"conv_in": "float", "up_blocks.1.resnets.0.conv2": "int8", "mid_block.resnets.0.conv1": "int8"}
+    )
     assert_images_of_the_simulation(small, scales)
 
 
@@ -106,7 +108,7 @@ def test_state_is_exact_multiples_and_shared_accumulators_are_counted_once(tiny)
     denoiser = native(tiny, tiny.scales())
     names = [info.name for info in denoiser.state_info]
     assert len(names) == len(set(names))
-    assert not any(name.startswith("o_hat.") and name.endswith("nin_shortcut") for name in names)
+    assert not any(name.startswith("o_hat.") and name.endswith("conv_shortcut") for name in names)
     denoiser.reset(2)
     assert all(t.dtype == torch.int16 for t in denoiser._buffers.state.values())
 

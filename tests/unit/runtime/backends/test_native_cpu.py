@@ -13,7 +13,7 @@ from modiff_trt.core.kinds import SolverKind, Spacing
 from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.networks.checkpoint import Checkpoint
-from modiff_trt.networks.unet import LayerSpec, traced
+from modiff_trt.networks.operations import LayerSpec, traced
 from modiff_trt.plugins.modulated_conv.libraries.onednn_conv import OneDnnConv
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels, _group_norm
@@ -66,7 +66,8 @@ def test_images_are_those_of_the_simulation(demo, recipe):
 
 def test_modes_can_be_mixed(tiny):
     scales = with_modes(
-        tiny.scales(split=True), {"conv_in": "float", "up.0.block.0.conv2": "int8", "up.1.upsample.conv": "float"}
+        tiny.scales(split=True),
+        {"conv_in": "float", "up_blocks.1.resnets.0.conv2": "int8", "up_blocks.0.upsamplers.0.conv": "float"},
     )
     simulated = tiny.sample(SimDenoiser(tiny.network, tiny.checkpoint.params, scales))
     assert psnr(tiny.sample(native(tiny, scales)), simulated) > 20

@@ -12,7 +12,7 @@ from modiff_trt.runtime.backends.native import denoiser as native_denoiser
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 from modiff_trt.tools.bench.run import whole_intervals
 
-MIXED = {"conv_in": "float", "up.0.block.0.conv2": "int8", "mid.block_1.conv1": "int8"}
+MIXED = {"conv_in": "float", "up_blocks.1.resnets.0.conv2": "int8", "mid_block.resnets.0.conv1": "int8"}
 
 
 class HalfKernels(ReferenceKernels):

@@ -6,9 +6,10 @@ import torch
 from conftest import tiny_config
 from native_reference import ReferenceKernels
 from native_snapped import Snapped
-from random_network import SIZE, RandomFunction, in_float, random_case, random_modes
+from random_network import SIZE, A, RandomFunction, in_float, random_case, random_modes
 
-from modiff_trt.networks.unet import Role, convolution, resnet_block, traced
+from modiff_trt.networks.operations import Role, convolution, traced
+from modiff_trt.networks.unet2d import resnet
 from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
@@ -74,7 +75,7 @@ def test_a_part_of_a_shared_sum_cannot_be_used():
         h = ops.layer(first, x)
         conv2 = convolution("conv2", first.out_shape, 64, 3)
         y = ops.layer(conv2, h)
-        spoilt = ops.norm_silu("norm", y)
+        spoilt = ops.norm_silu("norm", y, 32, 1e-6)
         shortcut = convolution("shortcut", first.out_shape, 64, 1, role=Role.SHORTCUT, added_to="conv2", beside="conv2")
         y = ops.add(ops.layer(shortcut, h), ops.add(y, spoilt))
         return ops.layer(convolution("conv_out", (64, SIZE, SIZE), 3, 3, role=Role.OUTPUT), y)
@@ -101,7 +102,7 @@ def test_one_state_for_four_pixels_needs_an_input_that_repeats():
 def test_a_block_s_shortcut_is_found_by_its_role_and_not_by_its_name():
     def function(ops, x):
         first = convolution("conv_in", (3, SIZE, SIZE), 32, 3, role=Role.INPUT)
-        h = resnet_block(ops, "any.name", ops.layer(first, x), first.out_shape, 64, 0)
+        h = resnet(ops, A, "any.name", ops.layer(first, x), first.out_shape, 64)
         return ops.layer(convolution("conv_out", (64, SIZE, SIZE), 3, 3, role=Role.OUTPUT), h)
 
     network = random_case(0, function).network

@@ -11,8 +11,8 @@ from small_network import small_case
 from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 
-BLOCK = "up.0.block.0"
-SHORTCUT = f"{BLOCK}.nin_shortcut"
+BLOCK = "up_blocks.1.resnets.0"
+SHORTCUT = f"{BLOCK}.conv_shortcut"
 
 
 class Stream:
@@ -60,8 +60,8 @@ def test_a_shortcut_runs_beside_its_block_s_convolutions(case, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "stream", on)
-    every = [name for name in case.scales().layers if name.endswith("nin_shortcut")]
-    shortcuts = [name for name in every if name.startswith("up.0.")]  # the others are quantized, and stay in line
+    every = [name for name in case.scales().layers if name.endswith("conv_shortcut")]
+    shortcuts = [name for name in every if name.startswith("up_blocks.1.")]  # the others are quantized, and stay in line
     assert 1 <= len(shortcuts) < len(every)
     scales = with_modes(case.scales(), dict.fromkeys(shortcuts, "float"))
     denoiser = NativeDenoiser(case.network, case.checkpoint.params, scales, WrittenDown(log, current), "cpu")

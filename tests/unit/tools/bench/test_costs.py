@@ -7,7 +7,7 @@ from modiff_trt.core.costs import load_costs
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import read_signed, write_signed
 from modiff_trt.core.kinds import Mode
-from modiff_trt.networks.unet import trace
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.tools.bench.costs import MIXTURES, groups, measure_costs
 

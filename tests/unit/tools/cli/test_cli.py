@@ -7,11 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, random_checkpoint, tiny_config
+from conftest import ROOT, random_checkpoint, tiny_config, tiny_tree
 from PIL import Image
 from safetensors.torch import save_file
 
-from modiff_trt.core.config import config_to_dict
 from modiff_trt.core.files import load_arrays, save_arrays
 from modiff_trt.core.scales import SCHEMA, load_scales
 from modiff_trt.tools.cli.main import main
@@ -54,7 +53,7 @@ def files(tmp_path_factory):
 
 def test_pipeline_writes_what_it_says(files):
     scales = load_scales(files["scales.safetensors"])
-    assert scales.layers["mid.attn_1.qkv"].act_bits == 6 and len(scales.rows) - scales.rows.warmup == 8
+    assert scales.layers["mid_block.attentions.0.to_qkv"].act_bits == 6 and len(scales.rows) - scales.rows.warmup == 8
     assert not list(files["m.onnx"].parent.glob("*.part"))
 
 
@@ -72,7 +71,7 @@ def test_calibrate_leaves_layers_that_move_data_in_float_and_says_what_limits_it
     ]
     assert run(*job, "--out", tmp_path / "s") == 0
     scales, said = load_scales(tmp_path / "s"), capsys.readouterr().out
-    assert {scales.layers[name].mode for name in ("conv_in", "mid.attn_1.qkv", "conv_out")} == {"float"}
+    assert {scales.layers[name].mode for name in ("conv_in", "mid_block.attentions.0.to_qkv", "conv_out")} == {"float"}
     assert "PSNR of 1 trial images to FP32" in said
     assert re.search(r"The weights limit it; what helps: --rounding adaround \(about \d+ (s|min)\)", said)
     assert re.search(r"without state \(Q-Diffusion\) \d+\.\d\.", said)
@@ -150,7 +149,7 @@ def test_bench_times_every_backend_at_every_size(files, tmp_path):
 
 def test_costs_decide_modes_and_the_choice_has_a_row_of_its_own(tmp_path, capsys):
     config = tiny_config(size=16, ch_mult=(1,), attn=())
-    (tmp_path / "tiny.yml").write_text(json.dumps(config_to_dict(config)))
+    (tmp_path / "tiny.yml").write_text(json.dumps(tiny_tree(size=16, ch_mult=(1,), attn=())))
     save_file(dict(random_checkpoint(config).params), tmp_path / "tiny.safetensors")
     model = ["--config", tmp_path / "tiny.yml", "--ckpt", tmp_path / "tiny.safetensors"]
     scales, auto, costs = (tmp_path / name for name in ("scales", "auto", "costs.json"))

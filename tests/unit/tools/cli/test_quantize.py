@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import random_checkpoint, tiny_config
+from conftest import random_checkpoint, tiny_config, tiny_tree
 from safetensors.torch import save_file
 
-from modiff_trt.core.config import config_to_dict
 from modiff_trt.core.scales import load_scales
 from modiff_trt.tools.cli import quantize as command
 from modiff_trt.tools.cli.main import main
@@ -24,7 +23,7 @@ def run(*arguments) -> int:
 def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     config = tiny_config(size=8, ch_mult=(1,), attn=())
-    (folder / "tiny.yml").write_text(json.dumps(config_to_dict(config)))
+    (folder / "tiny.yml").write_text(json.dumps(tiny_tree(size=8, ch_mult=(1,), attn=())))
     save_file(dict(random_checkpoint(config).params), folder / "tiny.safetensors")
     model = ["--config", folder / "tiny.yml", "--ckpt", folder / "tiny.safetensors"]
     return ["quantize", *model, "--timesteps", 3, "--num-samples", 2, "--preset", "fast", "--min-intensity", 0]

@@ -160,7 +160,7 @@ def test_inputs_that_are_no_files_are_one_line(tmp_path, capsys):
 def test_another_number_of_steps_is_said_before_sampling(tmp_path, capsys, caplog):
     """The right numbers are those of DDIM's code: every 1000 // 53 = 18th timestep are 56, every 1000 // 600 = 1st are 1000."""
     assert len(range(0, 1000, 1000 // 53)) == 56 and len(range(0, 1000, 1000 // 600)) == 1000
-    from modiff_trt.core.config import load_config
+    from modiff_trt.core.ddim_yaml import load_config
     from modiff_trt.core.kinds import Spacing
     from modiff_trt.core.solvers import Solver
 

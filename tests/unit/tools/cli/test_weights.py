@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import random_checkpoint, tiny_config
+from conftest import random_checkpoint, tiny_config, tiny_tree
 from safetensors.torch import save_file
 
-from modiff_trt.core.config import config_to_dict
 from modiff_trt.tools.cli.main import main
 
 STEPS = ("--timesteps", 3)
@@ -25,7 +24,7 @@ def run(*arguments) -> int:
 def model(tmp_path_factory):
     """A configuration, a training checkpoint with raw and averaged weights, and each of them alone."""
     folder, config = tmp_path_factory.mktemp("model"), tiny_config()
-    tree = json.loads(json.dumps(config_to_dict(config)))
+    tree = tiny_tree()
     (folder / "c.yml").write_text(yaml.safe_dump(tree))
     raw, ema = (dict(random_checkpoint(config, seed).params) for seed in (0, 1))
     torch.save({"state_dict": raw, "ema": ema}, folder / "both.pt")

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import random_checkpoint, tiny_config
+from conftest import random_checkpoint, tiny_config, tiny_tree
 from safetensors.torch import save_file
 
-from modiff_trt.core.config import config_to_dict
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.tools.research.states import rounded_between
 from modiff_trt.tools.research.study import METHODS, SCALE_RECIPES, STARTS, ladder, main
@@ -17,7 +16,7 @@ from modiff_trt.tools.research.study import METHODS, SCALE_RECIPES, STARTS, ladd
 def model(tmp_path_factory):
     """Configuration and checkpoint of a network of one level, as files."""
     folder, config = tmp_path_factory.mktemp("model"), tiny_config(8, (1,), (8,))
-    (folder / "tiny.yml").write_text(yaml.safe_dump(json.loads(json.dumps(config_to_dict(config)))))
+    (folder / "tiny.yml").write_text(yaml.safe_dump(tiny_tree(8, (1,), (8,))))
     save_file({k: v.contiguous() for k, v in random_checkpoint(config).params.items()}, folder / "tiny.safetensors")
     return folder / "tiny.yml", folder / "tiny.safetensors"
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from conftest import ROOT, random_checkpoint, tiny_config
+from conftest import ROOT, ddim_state, random_checkpoint, tiny_config
 from reference import ReferenceUNet
 
-from modiff_trt.core.config import load_config
+from modiff_trt.core.ddim_yaml import load_config
 from modiff_trt.networks.torch_ops import UNet, run_unet, time_bias, time_table
-from modiff_trt.networks.unet import trace
+from modiff_trt.networks.unet2d import trace
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_equals_independent_reference_in_float64(size, ch_mult, attn):
     for t in (0, 7, 999):
         bias = time_bias(network, params, torch.full((3,), t))
         out = run_unet(network, params, x, bias)
-        expected = ReferenceUNet(params, 32)(x, t)
+        expected = ReferenceUNet(ddim_state(params, len(ch_mult)), 32)(x, t)
         assert (out - expected).norm() / expected.norm() < 1e-12
 
 
@@ -38,12 +38,16 @@ def test_cifar10_network_is_the_published_one():
     network = trace(load_config(ROOT / "configs/cifar10.yml"))
     assert network.parameter_count == 35_746_307
     assert len(network.parameters) == 328
-    assert network.parameters["up.0.block.0.nin_shortcut.weight"] == (128, 384, 1, 1)
-    qkv = network.layer("down.1.attn.0.qkv")
+    assert network.parameters["up_blocks.3.resnets.0.conv_shortcut.weight"] == (128, 384, 1, 1)
+    qkv = network.layer("down_blocks.1.attentions.0.to_qkv")
     assert qkv.out_shape == (768, 16, 16)
-    assert qkv.params == ("down.1.attn.0.q", "down.1.attn.0.k", "down.1.attn.0.v")
-    assert network.layer("up.3.block.0.conv1").split == 256
-    assert not any("temb" in spec.name for spec in network.layers)
+    assert qkv.params == (
+        "down_blocks.1.attentions.0.to_q",
+        "down_blocks.1.attentions.0.to_k",
+        "down_blocks.1.attentions.0.to_v",
+    )
+    assert network.layer("up_blocks.0.resnets.0.conv1").split == 256
+    assert not any("time_emb" in spec.name for spec in network.layers)
 
 
 def test_module_has_the_checkpoint_keys_and_the_same_function():
@@ -54,7 +58,7 @@ def test_module_has_the_checkpoint_keys_and_the_same_function():
     x, t = torch.randn(2, 3, 12, 12), torch.tensor([3, 500])
     out = module(x, t)
     for i in range(2):
-        expected = ReferenceUNet({k: v.detach() for k, v in params.items()}, 32)(x[i : i + 1], int(t[i]))
+        expected = ReferenceUNet(ddim_state({k: v.detach() for k, v in params.items()}, 2), 32)(x[i : i + 1], int(t[i]))
         torch.testing.assert_close(out[i : i + 1], expected, rtol=1e-3, atol=1e-4)
 
 

@@ -1,0 +1,239 @@
+"""What networks are made of: layers, and the operations that interpret them.
+
+A network is a pure function over `Ops`. What it computes is decided by them: torch tensors (`torch_ops`), ONNX nodes, lazy
+values of native kernels, or shapes alone (`ShapeOps`, which is how layers and parameters are listed).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from math import prod
+from typing import Any, Protocol, TypeVar
+
+from modiff_trt.core.config import Config
+
+V = TypeVar("V")
+
+
+Shape = tuple[int, int, int]
+
+
+class Role(StrEnum):
+    """What a layer is in its network. `input` reads the network's input and `output` gives its answer. A `shortcut` reads what
+    the first convolution of its block reads, and is added to what the block's last one gives. `qkv` is q, k and v stacked."""
+
+    INPUT = "input"
+    OUTPUT = "output"
+    SHORTCUT = "shortcut"
+    QKV = "qkv"
+    INNER = "inner"
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A convolution that can be quantized and modulated. Shapes are (C, H, W) of one image.
+
+    `params` are the checkpoint prefixes whose weights are stacked along the output channels (three for `qkv`).
+    `padding` is (top, left, bottom, right), `split` the channel at which a concatenated skip begins (0: none). `upsampled` says
+    that each 2x2 block of the input repeats one value (nearest upsampling), so that one value of a_hat stands for four.
+    `normalized` says that the input comes from a normalization. `block` is the residual or attention block it belongs to. A
+    shortcut is computed `beside` one layer, whose input it shares, and `added_to` the output of another, which runs before it.
+    """
+
+    name: str
+    params: tuple[str, ...]
+    in_shape: Shape
+    out_shape: Shape
+    kernel: int
+    stride: int
+    padding: tuple[int, int, int, int]
+    split: int = 0
+    upsampled: bool = False
+    role: Role = Role.INNER
+    normalized: bool = False
+    block: str = ""
+    beside: str = ""
+    added_to: str = ""
+
+    @property
+    def is_edge(self) -> bool:
+        """Whether the layer stands at the network's input or output."""
+        return self.role in (Role.INPUT, Role.OUTPUT)
+
+    @property
+    def intensity(self) -> float:
+        """Multiply-accumulates for each element of input and output: what tells arithmetic from moving data."""
+        return self.macs / (prod(self.in_shape) + prod(self.out_shape))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one image."""
+        channels, height, width = self.out_shape
+        return channels * height * width * self.in_shape[0] * self.kernel**2
+
+
+class Block(Protocol):
+    """A part of the network with one input, over any operations."""
+
+    def __call__(self, ops: Ops[V], x: V) -> V: ...
+
+
+class Ops(Protocol[V]):
+    """What the network is made of. `V` is a tensor, or whatever stands for one."""
+
+    def layer(self, spec: LayerSpec, x: V) -> V:
+        """The convolution `spec` of x, in whatever mode it has."""
+        ...
+
+    def norm(self, name: str, x: V, groups: int, eps: float) -> V:
+        """Group norm, statistics over the pixels and channels of a group."""
+        ...
+
+    def norm_silu(self, name: str, x: V, groups: int, eps: float) -> V: ...
+    def timed_norm_silu(self, block: str, name: str, x: V, groups: int, eps: float) -> V:
+        """SiLU of the group norm times 1 + scale, plus shift, which the timestep gives to `block`."""
+        ...
+
+    def add(self, a: V, b: V) -> V: ...
+    def add_time(self, block: str, x: V, channels: int) -> V: ...
+    def concat(self, a: V, b: V) -> V: ...
+    def attention(self, qkv: V, channels: int, heads: int) -> V:
+        """Attention of all pixels to all. `qkv` has `channels` of each, head by head, scaled by the root of a head's."""
+        ...
+
+    def upsample(self, x: V) -> V: ...
+    def avg_pool(self, x: V) -> V: ...
+    def block(self, name: str, body: Block, x: V) -> V:
+        """`body(self, x)`: a residual block or an attention, which calibration learns as a whole. Blocks hold no others."""
+        ...
+
+
+class Function(Protocol):
+    """A network: what it answers to x, over any operations. The timestep is bound into `ops` (see `Ops.add_time`)."""
+
+    def __call__(self, ops: Ops[V], x: V) -> V: ...
+
+
+def convolution(
+    name: str, in_shape: Shape, out_channels: int, kernel: int, *, stride: int = 1, params: tuple[str, ...] = (), **more: Any
+) -> LayerSpec:
+    """The layer that keeps height and width, or halves them. A strided one is padded at the bottom and the right alone, if
+    `padding` does not say otherwise."""
+    pad = kernel // 2
+    padding = more.pop("padding", (pad, pad, pad, pad) if stride == 1 else (0, 0, 1, 1))
+    out_shape = (out_channels, in_shape[1] // stride, in_shape[2] // stride)
+    return LayerSpec(
+        name, params or (name,), in_shape, out_shape=out_shape, kernel=kernel, stride=stride, padding=padding, **more
+    )
+
+
+class ShapeOps:
+    """Runs the network on (C, H, W) alone and records its layers, its parameters and its time projections."""
+
+    def __init__(self, base: int, time_channels: int) -> None:
+        """`base` channels of sines and cosines become `time_channels` of an embedding."""
+        self.layers: list[LayerSpec] = []
+        self.norms: list[str] = []
+        self.time_channels: dict[str, int] = {}
+        self.blocks: dict[str, Block] = {}
+        self.parameters: dict[str, tuple[int, ...]] = {
+            "time_embedding.linear_1.weight": (time_channels, base),
+            "time_embedding.linear_1.bias": (time_channels,),
+            "time_embedding.linear_2.weight": (time_channels, time_channels),
+            "time_embedding.linear_2.bias": (time_channels,),
+        }
+        self._time_channels = time_channels
+
+    def layer(self, spec: LayerSpec, x: Shape) -> Shape:
+        assert spec.in_shape == x, f"{spec.name} is described for {spec.in_shape} and given {x}"
+        self.layers.append(spec)
+        channels = spec.out_shape[0] // len(spec.params)
+        for part in spec.params:
+            self.parameters[f"{part}.weight"] = (channels, x[0], spec.kernel, spec.kernel)
+            self.parameters[f"{part}.bias"] = (channels,)
+        return spec.out_shape
+
+    def norm(self, name: str, x: Shape, groups: int, eps: float) -> Shape:
+        assert x[0] % groups == 0, f"{name} normalizes {x[0]} channels in {groups} groups"
+        self.norms.append(name)
+        self.parameters[f"{name}.weight"] = self.parameters[f"{name}.bias"] = (x[0],)
+        return x
+
+    norm_silu = norm
+
+    def timed_norm_silu(self, block: str, name: str, x: Shape, groups: int, eps: float) -> Shape:
+        self._times(block, 2 * x[0])
+        return self.norm(name, x, groups, eps)
+
+    def add(self, a: Shape, b: Shape) -> Shape:
+        assert a == b
+        return a
+
+    def add_time(self, block: str, x: Shape, channels: int) -> Shape:
+        self._times(block, channels)
+        return x
+
+    def _times(self, block: str, channels: int) -> None:
+        self.time_channels[block] = channels
+        self.parameters[f"{block}.time_emb_proj.weight"] = (channels, self._time_channels)
+        self.parameters[f"{block}.time_emb_proj.bias"] = (channels,)
+
+    def concat(self, a: Shape, b: Shape) -> Shape:
+        return (a[0] + b[0], *a[1:])
+
+    def attention(self, qkv: Shape, channels: int, heads: int) -> Shape:
+        assert qkv[0] == 3 * channels and channels % heads == 0
+        return (channels, *qkv[1:])
+
+    def upsample(self, x: Shape) -> Shape:
+        return (x[0], 2 * x[1], 2 * x[2])
+
+    def avg_pool(self, x: Shape) -> Shape:
+        return (x[0], x[1] // 2, x[2] // 2)
+
+    def block(self, name: str, body: Block, x: Shape) -> Shape:
+        self.blocks[name] = body
+        return body(self, x)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a configuration implies: its function, layers and normalizations in execution order, parameter shapes, time
+    projections by block, and what the blocks do."""
+
+    config: Config
+    function: Function
+    layers: tuple[LayerSpec, ...]
+    norms: tuple[str, ...]
+    parameters: dict[str, tuple[int, ...]]
+    time_channels: dict[str, int]
+    blocks: dict[str, Block]
+
+    def layer(self, name: str) -> LayerSpec:
+        return self.by_name[name]
+
+    @cached_property
+    def by_name(self) -> dict[str, LayerSpec]:
+        return {spec.name: spec for spec in self.layers}
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(prod(shape) for shape in self.parameters.values())
+
+
+def traced(config: Config, function: Function) -> Network:
+    """Lists a function's network, for inputs and timesteps as `config` has them."""
+    a = config.architecture
+    ops = ShapeOps(a.base, a.time_channels)
+    function(ops, config.input_shape)
+    return Network(
+        config,
+        function,
+        tuple(ops.layers),
+        norms=tuple(ops.norms),
+        parameters=ops.parameters,
+        time_channels=ops.time_channels,
+        blocks=ops.blocks,
+    )
