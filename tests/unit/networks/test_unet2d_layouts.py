@@ -105,8 +105,8 @@ def test_the_exported_file_answers_the_same(layout, tmp_path):
 
 
 def test_integers_are_those_of_the_simulation(layout, tmp_path):
-    """Native kernels and onnxruntime beside the simulation, every layer quantized, over the passes of a float trajectory. A value
-    at the edge of two steps may round either way, which random weights enlarge: that is less than quantization itself."""
+    """Native kernels and onnxruntime beside the simulation, every layer quantized, over the passes of a float trajectory. A
+    value at the edge of two steps may round either way, which random weights enlarge: that is less than quantization itself."""
     _, case = layout
     scales = case.scales()
     assert len(scales.modulated) > len(case.network.layers) // 2
