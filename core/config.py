@@ -29,6 +29,10 @@ class Architecture:
     lets the timestep scale and shift a block's second normalization instead of being added before it. `down_padding` 0 pads a
     strided convolution at the bottom and the right alone, as DDIM does; 1 pads all sides. `mid_norm` says whether the attention
     in the middle normalizes its input.
+
+    Where a level has attention, a depth of 0 is that of its pixels alone, and another is so many transformer blocks, which
+    attend to a prompt of `cross_channels` too. `classes` is the number of class labels, 0 where there are none. SDXL's
+    `text_embeds` and `time_ids` have `added_channels` together, `added_times` of them sines and cosines of each time id.
     """
 
     in_channels: int
@@ -51,6 +55,13 @@ class Architecture:
     time_channels: int
     freq_shift: int
     flip_sin_to_cos: bool
+    down_depth: tuple[int, ...]
+    mid_depth: int
+    up_depth: tuple[int, ...]
+    cross_channels: int
+    classes: int
+    added_channels: int
+    added_times: int
 
 
 @dataclass(frozen=True)
@@ -79,10 +90,12 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A network, its diffusion process, and how it is trained, which matters for training alone."""
+    """A network, its diffusion process, and how it is trained, which matters for training alone. What a `latent` network makes
+    is no picture before an autoencoder has decoded it."""
 
     architecture: Architecture
     diffusion: DiffusionConfig
+    latent: bool = False
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -119,7 +132,7 @@ def check_config(config: Config, source: str) -> None:
     a = config.architecture
     levels = len(a.channels)
     check(0 < levels <= MOST_LEVELS, f"a network has 1 to {MOST_LEVELS} levels, not {levels}")
-    for name in ("layers", "down_heads", "up_heads", "down_sampling", "up_sampling"):
+    for name in ("layers", "down_heads", "up_heads", "down_sampling", "up_sampling", "down_depth", "up_depth"):
         check(len(getattr(a, name)) == levels, f"'{name}' must have an entry for each of the {levels} levels")
     check(a.groups > 0 and all(0 < width <= MOST_CHANNELS for width in a.channels), "channels and groups must be positive")
     check(not any(width % a.groups for width in (a.base, *a.channels)), f"channels must be multiples of the {a.groups} groups")
@@ -135,6 +148,13 @@ def check_config(config: Config, source: str) -> None:
         check(0 < size <= LARGEST_IMAGE and size % factor == 0, f"an image size of {size} is not divisible by {factor}")
     check(a.down_padding in (0, 1), f"'down_padding' must be 0 or 1, found {a.down_padding}")
     check(0 < a.time_channels <= MOST_CHANNELS and a.freq_shift in (0, 1), "the time embedding must have channels")
+    depths = (*a.down_depth, a.mid_depth, *a.up_depth)
+    check(all(0 <= depth <= MOST_LAYERS for depth in depths), f"an attention has 0 to {MOST_LAYERS} transformer blocks")
+    check(0 <= a.cross_channels <= MOST_CHANNELS, "a prompt has no negative number of channels")
+    check(not any(depths) or a.cross_channels > 0, "transformer blocks need a prompt's number of channels")
+    check(0 <= a.classes <= MOST_CHANNELS, f"'classes' must lie between 0 and {MOST_CHANNELS}")
+    check(0 <= a.added_times <= a.added_channels <= MOST_CHANNELS, "'added_times' are among the 'added_channels'")
+    check(a.added_times % 2 == 0, "'added_times' must be even: half are sines")
     diffusion = config.diffusion
     check(
         diffusion.beta_schedule in BETA_SCHEDULES,

@@ -134,7 +134,7 @@ def config_from_dict(tree: Any, source: str, ignored: list[str] | None = None) -
     file: DdimConfig = build(DdimConfig, tree, source, unknown=unknown)
     _validate(file, source)
     training = TrainingConfig(file.training.batch_size, file.model.dropout, file.model.ema_rate)
-    config = Config(_architecture(file), file.diffusion, training, file.optim)
+    config = Config(_architecture(file), file.diffusion, training=training, optim=file.optim)
     check_config(config, source)
     return config
 
@@ -164,6 +164,13 @@ def _architecture(file: DdimConfig) -> Architecture:
         time_channels=TIME_WIDTH * model.ch,
         freq_shift=1,
         flip_sin_to_cos=False,
+        down_depth=(0,) * levels,
+        mid_depth=0,
+        up_depth=(0,) * levels,
+        cross_channels=0,
+        classes=0,
+        added_channels=0,
+        added_times=0,
     )
 
 

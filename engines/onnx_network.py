@@ -11,6 +11,8 @@ import onnx
 import onnx.inliner
 from onnx import numpy_helper
 
+from modiff_trt.core.config import stored_config
+from modiff_trt.core.context import context_arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.grid import grid_max
 from modiff_trt.core.manifest import FUNCTION, NetworkManifest
@@ -36,6 +38,8 @@ def load_network(path: Path, plugin: bool = False) -> OnnxNetwork:
     anything else."""
     file = read_onnx(path)
     model, manifest = file.proto, file.manifest
+    if context_arrays(stored_config(manifest["config"], str(path)).architecture):
+        raise InputError(f"{path} is of a network with a context, whose plans cannot be built yet; use `sample --backend onnx`")
     modulated = [node.name for node in model.graph.node if node.op_type == FUNCTION]
     if plugin:
         changed = _to_plugins(model, path, manifest)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from rich.console import Console
 
+from modiff_trt.core.context import Arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.rows import RowTable
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxModel
@@ -31,7 +32,7 @@ class Observable(Protocol):
     def rows(self) -> RowTable: ...
     @property
     def state(self) -> dict[str, Array]: ...
-    def reset(self, batch: int) -> None: ...
+    def reset(self, batch: int, context: Arrays | None = None) -> None: ...
     def __call__(self, x: Any, row: int) -> Any: ...
 
 

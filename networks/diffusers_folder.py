@@ -1,4 +1,4 @@
-"""Reads a diffusers folder: a `UNet2DModel` beside its scheduler, or a whole pipeline. diffusers itself is not needed.
+"""Reads a diffusers folder: a UNet beside its scheduler, or a whole pipeline. diffusers itself is not needed.
 
 The settings become a configuration of this network and a solver. What the network or the solvers cannot express is refused by
 the setting's name and value. Nothing that a file pickles is executed.
@@ -7,7 +7,7 @@ the setting's name and value. Nothing that a file pickles is executed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from modiff_trt.networks.operations import Network
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet", "scheduler"
 MODEL_CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
+# Beside the UNet of a pipeline whose UNet works on latents.
+AUTOENCODERS = ("vae", "vqvae")
 STEM = "diffusion_pytorch_model"
 # In the order of preference; an index names the parts of a model in several files.
 WEIGHTS = tuple(
@@ -40,26 +42,60 @@ PREDICTIONS = {"epsilon": Prediction.EPSILON, "v_prediction": Prediction.V, "sam
 ONLY: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "time_embedding_type": ("positional", ("positional",)),
     "mid_block_scale_factor": (1, (1,)),
-    "mid_block_type": ("UNetMidBlock2D", ("UNetMidBlock2D",)),
     "class_embed_type": (None, (None,)),
-    "num_class_embeds": (None, (None,)),
     "center_input_sample": (False, (False,)),
     "act_fn": ("silu", ("silu", "swish")),
     "dropout": (0.0, (0.0,)),
     "num_train_timesteps": (None, (None,)),
+    "only_cross_attention": (False, (False,)),
+    "mid_block_only_cross_attention": (None, (None, False)),
+    "dual_cross_attention": (False, (False,)),
+    "addition_embed_type": (None, (None, "text_time")),
+    "addition_embed_type_num_heads": (64, (64,)),
+    "encoder_hid_dim": (None, (None,)),
+    "encoder_hid_dim_type": (None, (None,)),
+    "resnet_skip_time_act": (False, (False,)),
+    "resnet_out_scale_factor": (1.0, (1.0,)),
+    "time_embedding_act_fn": (None, (None,)),
+    "timestep_post_act": (None, (None,)),
+    "time_cond_proj_dim": (None, (None,)),
+    "conv_in_kernel": (3, (3,)),
+    "conv_out_kernel": (3, (3,)),
+    "attention_type": ("default", ("default",)),
+    "class_embeddings_concat": (False, (False,)),
+    "cross_attention_norm": (None, (None,)),
 }
-# A block of each side: whether it has attention, and the setting that says how it resamples. Plain blocks have a convolution,
-# whatever that setting says.
-DOWN = {
-    "DownBlock2D": (False, None),
-    "AttnDownBlock2D": (True, "downsample_type"),
-    "ResnetDownsampleBlock2D": (False, Resampling.RESNET),
-}
-UP = {
-    "UpBlock2D": (False, None),
-    "AttnUpBlock2D": (True, "upsample_type"),
-    "ResnetUpsampleBlock2D": (False, Resampling.RESNET),
-}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of diffusers' networks: its middle, and its blocks. Of a block: whether it has attention, and how it resamples, or
+    the setting that says so. Plain blocks have a convolution, whatever that setting says."""
+
+    middle: str
+    down: Mapping[str, tuple[bool, str | Resampling]]
+    up: Mapping[str, tuple[bool, str | Resampling]]
+
+
+PIXELS = Kind(
+    "UNetMidBlock2D",
+    {
+        "DownBlock2D": (False, Resampling.CONV),
+        "AttnDownBlock2D": (True, "downsample_type"),
+        "ResnetDownsampleBlock2D": (False, Resampling.RESNET),
+    },
+    {
+        "UpBlock2D": (False, Resampling.CONV),
+        "AttnUpBlock2D": (True, "upsample_type"),
+        "ResnetUpsampleBlock2D": (False, Resampling.RESNET),
+    },
+)
+PROMPTED = Kind(
+    "UNetMidBlock2DCrossAttn",
+    {"DownBlock2D": (False, Resampling.CONV), "CrossAttnDownBlock2D": (True, Resampling.CONV)},
+    {"UpBlock2D": (False, Resampling.CONV), "CrossAttnUpBlock2D": (True, Resampling.CONV)},
+)
+NETWORKS = {"UNet2DModel": PIXELS, "UNet2DConditionModel": PROMPTED}
 RESAMPLING = {"conv": Resampling.CONV, "resnet": Resampling.RESNET}
 # Of a scheduler: settings that change the image and that a row table does not have.
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -105,7 +141,9 @@ def read_folder(path: Path) -> Folder:
     model = _settings(unet / MODEL_CONFIG)
     process = _settings(scheduler)
     diffusion, solver = _schedule(process, scheduler)
-    return Folder(_configuration(model, diffusion, unet / MODEL_CONFIG), solver, weights=_weights_file(unet))
+    config = _configuration(model, diffusion, unet / MODEL_CONFIG)
+    latent = any((place / part).is_dir() for place in (path, path.parent) for part in AUTOENCODERS)
+    return Folder(replace(config, latent=latent), solver, weights=_weights_file(unet))
 
 
 def load_folder(folder: Folder, network: Network) -> Checkpoint:
@@ -188,63 +226,88 @@ def _schedule(settings: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], 
 
 
 def _configuration(settings: Mapping[str, Any], process: dict[str, Any], path: Path) -> Config:
-    if settings["_class_name"] != "UNet2DModel":
-        raise InputError(f"{path}: {shown(settings['_class_name'])} is no network of this program, which has UNet2DModel")
-    for key, (default, values) in ONLY.items():
+    name = settings["_class_name"]
+    if name not in NETWORKS:
+        raise InputError(f"{path}: {shown(name)} is no network of this program, which has {' and '.join(NETWORKS)}")
+    kind = NETWORKS[name]
+    for key, (default, values) in {**ONLY, "mid_block_type": (kind.middle, (kind.middle,))}.items():
         if settings.get(key, default) not in values:
             raise _refusal(path, key, settings.get(key, default))
-    scale_shift = settings.get("resnet_time_scale_shift", "default")
-    if scale_shift not in ("default", "scale_shift"):
-        raise _refusal(path, "resnet_time_scale_shift", scale_shift)
-    channels = settings.get("in_channels", 3)
-    if settings.get("out_channels", 3) != channels:
-        raise _refusal(path, "out_channels", settings.get("out_channels", 3))
     try:
-        widths = tuple(settings["block_out_channels"])
-        layers = settings.get("layers_per_block", 2)
-        head, groups = settings.get("attention_head_dim", 8), settings.get("norm_num_groups", 32)
-        down, down_sampling = _side(settings, "down_block_types", DOWN, path)
-        up, up_sampling = _side(settings, "up_block_types", UP, path)
-        size = settings["sample_size"]
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        # Of attention: all channels in one head, or heads of so many channels.
-        heads = tuple(wide // (head or wide) for wide in widths)
-        if any(wide % (head or wide) for wide, has in zip((*widths, widths[-1]), (*down, True), strict=True) if has):
-            raise _refusal(path, "attention_head_dim", head)
-        tree = {
-            "architecture": {
-                "in_channels": channels,
-                "out_channels": channels,
-                "height": height,
-                "width": width,
-                "base": widths[0],
-                "channels": widths,
-                "layers": tuple(layers) if isinstance(layers, list | tuple) else (layers,) * len(widths),
-                "down_heads": tuple(count * has for count, has in zip(heads, down, strict=True)),
-                "mid_heads": heads[-1] if settings.get("add_attention", True) else 0,
-                "up_heads": tuple(count * has for count, has in zip(heads[::-1], up, strict=True)),
-                "down_sampling": down_sampling,
-                "up_sampling": up_sampling,
-                "down_padding": settings.get("downsample_padding", 1),
-                "groups": groups,
-                "eps": settings.get("norm_eps", 1e-5),
-                "scale_shift": scale_shift == "scale_shift",
-                "mid_norm": scale_shift == "default" or settings.get("attn_norm_num_groups") is not None,
-                "time_channels": settings.get("time_embedding_dim") or 4 * widths[0],
-                "freq_shift": settings.get("freq_shift", 0),
-                "flip_sin_to_cos": settings.get("flip_sin_to_cos", True),
-            },
-            "diffusion": process,
-        }
+        a = _architecture(settings, kind, path)
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise InputError(f"{path} lacks settings of a UNet2DModel, or damaged ones: {type(error).__name__}: {error}") from None
-    if settings.get("attn_norm_num_groups") not in (None, groups):
+        raise InputError(f"{path} lacks settings of a {name}, or damaged ones: {type(error).__name__}: {error}") from None
+    if a["in_channels"] != a["out_channels"]:
+        raise _refusal(path, "out_channels", a["out_channels"])
+    if settings.get("attn_norm_num_groups") not in (None, a["groups"]):
         raise _refusal(path, "attn_norm_num_groups", settings["attn_norm_num_groups"])
-    return stored_config(tree, str(path))
+    return stored_config({"architecture": a, "diffusion": process}, str(path))
+
+
+def _architecture(settings: Mapping[str, Any], kind: Kind, path: Path) -> dict[str, Any]:
+    """The settings as an `Architecture` has them. Raises what a damaged file makes of it, and InputError."""
+    prompted = kind is PROMPTED
+    widths = tuple(settings["block_out_channels"])
+    levels = len(widths)
+
+    def by_level(value: Any) -> tuple[Any, ...]:
+        return tuple(value) if isinstance(value, list | tuple) else (value,) * levels
+
+    shift = settings.get("resnet_time_scale_shift", "default")
+    if shift not in ("default", "scale_shift"):
+        raise _refusal(path, "resnet_time_scale_shift", shift)
+    down, down_sampling = _side(settings, "down_block_types", kind.down, path)
+    up, up_sampling = _side(settings, "up_block_types", kind.up, path)
+    size = settings["sample_size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    head = by_level(settings.get("attention_head_dim", 8))
+    attends = [*down, True]
+    if prompted:
+        # There the setting of this name is the number of heads.
+        heads = by_level(settings.get("num_attention_heads") or head)
+        depth = by_level(settings.get("transformer_layers_per_block", 1))
+        uneven = [wide % count for wide, count in zip(widths, heads, strict=True)]
+    else:
+        heads = tuple(wide // (of or wide) for wide, of in zip(widths, head, strict=True))
+        depth = (0,) * levels
+        uneven = [wide % (of or wide) for wide, of in zip(widths, head, strict=True)]
+    if any(rest for rest, has in zip((*uneven, uneven[-1]), attends, strict=True) if has):
+        raise _refusal(path, "attention_head_dim", settings.get("attention_head_dim", 8))
+    up_depth = settings.get("reverse_transformer_layers_per_block")
+    added = settings.get("addition_embed_type") == "text_time"
+    return {
+        "in_channels": settings.get("in_channels", 4 if prompted else 3),
+        "out_channels": settings.get("out_channels", 4 if prompted else 3),
+        "height": height,
+        "width": width,
+        "base": widths[0],
+        "channels": widths,
+        "layers": by_level(settings.get("layers_per_block", 2)),
+        "down_heads": tuple(count * has for count, has in zip(heads, down, strict=True)),
+        "mid_heads": heads[-1] if settings.get("add_attention", True) else 0,
+        "up_heads": tuple(count * has for count, has in zip(heads[::-1], up, strict=True)),
+        "down_sampling": down_sampling,
+        "up_sampling": up_sampling,
+        "down_padding": settings.get("downsample_padding", 1),
+        "groups": settings.get("norm_num_groups", 32),
+        "eps": settings.get("norm_eps", 1e-5),
+        "scale_shift": shift == "scale_shift",
+        "mid_norm": prompted or shift == "default" or settings.get("attn_norm_num_groups") is not None,
+        "time_channels": settings.get("time_embedding_dim") or 4 * widths[0],
+        "freq_shift": settings.get("freq_shift", 0),
+        "flip_sin_to_cos": settings.get("flip_sin_to_cos", True),
+        "down_depth": depth,
+        "mid_depth": depth[-1],
+        "up_depth": tuple(up_depth) if up_depth else depth[::-1],
+        "cross_channels": settings.get("cross_attention_dim", 1280) if prompted else 0,
+        "classes": settings.get("num_class_embeds") or 0,
+        "added_channels": settings["projection_class_embeddings_input_dim"] if added else 0,
+        "added_times": settings["addition_time_embed_dim"] if added else 0,
+    }
 
 
 def _side(
-    settings: Mapping[str, Any], key: str, known: Mapping[str, tuple[bool, str | Resampling | None]], path: Path
+    settings: Mapping[str, Any], key: str, known: Mapping[str, tuple[bool, str | Resampling]], path: Path
 ) -> tuple[tuple[bool, ...], tuple[Resampling, ...]]:
     """(whether a block has attention, how it resamples) of each block of one side."""
     attention, resampling = [], []
@@ -252,13 +315,13 @@ def _side(
         if kind not in known:
             raise _refusal(path, key, kind)
         has, how = known[kind]
-        if isinstance(how, str) and not isinstance(how, Resampling):
+        if not isinstance(how, Resampling):
             setting = settings.get(how, "conv")
             if setting not in RESAMPLING:
                 raise _refusal(path, how, setting)
             how = RESAMPLING[setting]
         attention.append(has)
-        resampling.append(how or Resampling.CONV)
+        resampling.append(how)
     return tuple(attention), tuple(resampling)
 
 

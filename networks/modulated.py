@@ -25,7 +25,7 @@ from modiff_trt.core.scales import LayerScales, Scales
 from modiff_trt.networks.operations import LayerSpec, Network
 from modiff_trt.networks.quantizers import quantize, quantize_weight, unpack_rounding
 from modiff_trt.networks.split import divide_skip, fold_skip
-from modiff_trt.networks.torch_ops import Params, convolve, float_layer, layer_bias, layer_weight, run_unet
+from modiff_trt.networks.torch_ops import Bound, Params, convolve, float_layer, layer_bias, layer_weight, run_unet
 
 
 class LayerState(NamedTuple):
@@ -171,7 +171,7 @@ def simulate(
     layers: Mapping[str, QuantizedLayer],
     state: State,
     x: Tensor,
-    time_bias: Mapping[str, Tensor],
+    bound: Bound,
     multipliers: Mapping[str, float | Tensor],
     *,
     exact: bool = False,
@@ -202,5 +202,5 @@ def simulate(
         )
         return y
 
-    eps = run_unet(network, params, x, bias=time_bias, layer=run)
+    eps = run_unet(network, params, x, bound=bound, layer=run)
     return eps, (new_state if act_quant else state)

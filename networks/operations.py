@@ -12,12 +12,13 @@ from functools import cached_property
 from math import prod
 from typing import Any, Protocol, TypeVar
 
-from modiff_trt.core.config import Config
+from modiff_trt.core.config import Architecture, Config
 
 V = TypeVar("V")
 
 
 Shape = tuple[int, int, int]
+LAYER_NORM_EPS = 1e-5
 
 
 class Role(StrEnum):
@@ -40,6 +41,7 @@ class LayerSpec:
     that each 2x2 block of the input repeats one value (nearest upsampling), so that one value of a_hat stands for four.
     `normalized` says that the input comes from a normalization. `block` is the residual or attention block it belongs to. A
     shortcut is computed `beside` one layer, whose input it shares, and `added_to` the output of another, which runs before it.
+    One that is not `biased` has no bias among the parameters.
     """
 
     name: str
@@ -56,6 +58,7 @@ class LayerSpec:
     block: str = ""
     beside: str = ""
     added_to: str = ""
+    biased: bool = True
 
     @property
     def is_edge(self) -> bool:
@@ -103,6 +106,18 @@ class Ops(Protocol[V]):
         """Attention of all pixels to all. `qkv` has `channels` of each, head by head, scaled by the root of a head's."""
         ...
 
+    def layer_norm(self, name: str, x: V) -> V:
+        """Normalization over the channels of each pixel."""
+        ...
+
+    def geglu(self, x: V) -> V:
+        """The first half of the channels times the GELU of the second (arXiv 2002.05202)."""
+        ...
+
+    def cross_attention(self, name: str, q: V, channels: int, heads: int) -> V:
+        """Attention of all pixels to the prompt, whose keys and values are bound under `name`."""
+        ...
+
     def upsample(self, x: V) -> V: ...
     def avg_pool(self, x: V) -> V: ...
     def block(self, name: str, body: Block, x: V) -> V:
@@ -132,18 +147,25 @@ def convolution(
 class ShapeOps:
     """Runs the network on (C, H, W) alone and records its layers, its parameters and its time projections."""
 
-    def __init__(self, base: int, time_channels: int) -> None:
-        """`base` channels of sines and cosines become `time_channels` of an embedding."""
+    def __init__(self, architecture: Architecture) -> None:
+        a, time_channels, self._cross_channels = architecture, architecture.time_channels, architecture.cross_channels
         self.layers: list[LayerSpec] = []
         self.norms: list[str] = []
         self.time_channels: dict[str, int] = {}
         self.blocks: dict[str, Block] = {}
         self.parameters: dict[str, tuple[int, ...]] = {
-            "time_embedding.linear_1.weight": (time_channels, base),
+            "time_embedding.linear_1.weight": (time_channels, a.base),
             "time_embedding.linear_1.bias": (time_channels,),
             "time_embedding.linear_2.weight": (time_channels, time_channels),
             "time_embedding.linear_2.bias": (time_channels,),
         }
+        if a.classes:
+            self.parameters["class_embedding.weight"] = (a.classes, time_channels)
+        if a.added_channels:
+            for part, inputs in (("linear_1", a.added_channels), ("linear_2", time_channels)):
+                self.parameters[f"add_embedding.{part}.weight"] = (time_channels, inputs)
+                self.parameters[f"add_embedding.{part}.bias"] = (time_channels,)
+        self.prompted: dict[str, int] = {}
         self._time_channels = time_channels
 
     def layer(self, spec: LayerSpec, x: Shape) -> Shape:
@@ -152,7 +174,8 @@ class ShapeOps:
         channels = spec.out_shape[0] // len(spec.params)
         for part in spec.params:
             self.parameters[f"{part}.weight"] = (channels, x[0], spec.kernel, spec.kernel)
-            self.parameters[f"{part}.bias"] = (channels,)
+            if spec.biased:
+                self.parameters[f"{part}.bias"] = (channels,)
         return spec.out_shape
 
     def norm(self, name: str, x: Shape, groups: int, eps: float) -> Shape:
@@ -187,6 +210,19 @@ class ShapeOps:
         assert qkv[0] == 3 * channels and channels % heads == 0
         return (channels, *qkv[1:])
 
+    def layer_norm(self, name: str, x: Shape) -> Shape:
+        return self.norm(name, x, 1, LAYER_NORM_EPS)
+
+    def geglu(self, x: Shape) -> Shape:
+        return (x[0] // 2, *x[1:])
+
+    def cross_attention(self, name: str, q: Shape, channels: int, heads: int) -> Shape:
+        assert q[0] == channels and channels % heads == 0
+        self.prompted[name] = channels
+        for part in ("to_k", "to_v"):
+            self.parameters[f"{name}.{part}.weight"] = (channels, self._cross_channels)
+        return q
+
     def upsample(self, x: Shape) -> Shape:
         return (x[0], 2 * x[1], 2 * x[2])
 
@@ -201,7 +237,7 @@ class ShapeOps:
 @dataclass(frozen=True)
 class Network:
     """What a configuration implies: its function, layers and normalizations in execution order, parameter shapes, time
-    projections by block, and what the blocks do."""
+    projections by block, what the blocks do, and the channels of each attention to a prompt."""
 
     config: Config
     function: Function
@@ -210,6 +246,7 @@ class Network:
     parameters: dict[str, tuple[int, ...]]
     time_channels: dict[str, int]
     blocks: dict[str, Block]
+    prompted: dict[str, int]
 
     def layer(self, name: str) -> LayerSpec:
         return self.by_name[name]
@@ -225,8 +262,7 @@ class Network:
 
 def traced(config: Config, function: Function) -> Network:
     """Lists a function's network, for inputs and timesteps as `config` has them."""
-    a = config.architecture
-    ops = ShapeOps(a.base, a.time_channels)
+    ops = ShapeOps(config.architecture)
     function(ops, config.input_shape)
     return Network(
         config,
@@ -236,4 +272,5 @@ def traced(config: Config, function: Function) -> Network:
         parameters=ops.parameters,
         time_channels=ops.time_channels,
         blocks=ops.blocks,
+        prompted=ops.prompted,
     )

@@ -14,10 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from modiff_trt.core.context import context_arrays
 from modiff_trt.core.scales import Scales
+from modiff_trt.networks.binding import time_table
 from modiff_trt.networks.modulated import State, initial_state, quantize_layers, simulate
 from modiff_trt.networks.operations import Network
-from modiff_trt.networks.torch_ops import Params, run_unet, time_table
+from modiff_trt.networks.torch_ops import Params, run_unet
 
 
 class QuantModel:
@@ -29,6 +31,8 @@ class QuantModel:
     """
 
     def __init__(self, network: Network, params: Params, scales: Scales) -> None:
+        if context_arrays(network.config.architecture):
+            raise ValueError("this network is given more than noise, which this object has no place for")
         self._network = network
         self._params = dict(params)
         self._scales = scales
@@ -58,7 +62,7 @@ class QuantModel:
             raise ValueError("all images of a trajectory are at the same timestep")
         bias = {block: table[step : step + 1] for block, table in self._table.items()}
         if not self._weight_quant:
-            return run_unet(self._network, self._params, x, bias=bias)
+            return run_unet(self._network, self._params, x, bound=bias)
         if not self._act_quant:
             return simulate(self._network, self._params, self._layers, {}, x, bias, {}, act_quant=False)[0]
         rows, names = self._scales.rows, self._scales.modulated

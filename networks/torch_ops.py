@@ -1,19 +1,19 @@
-"""The UNet on torch tensors: the operations, the folded time embedding, and a module for training."""
+"""The network on torch tensors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from modiff_trt.core.config import Config
-from modiff_trt.networks.operations import Block, LayerSpec, Network
-from modiff_trt.networks.unet2d import trace
+from modiff_trt.networks.operations import LAYER_NORM_EPS, Block, LayerSpec, Network
 
 Params = Mapping[str, Tensor]
+# What a pass is given beside its image, by name: of a block, what the timestep (and a class, or a prompt as a whole) gives it,
+# [N, C] to add or [N, 2C] to scale and shift by; of an attention to a prompt, its keys and values [N, 2, C, S]. N may be 1.
+Bound = Mapping[str, Tensor]
 LayerFn = Callable[[LayerSpec, Tensor], Tensor]
 
 
@@ -23,7 +23,9 @@ def layer_weight(spec: LayerSpec, params: Params) -> Tensor:
 
 
 def layer_bias(spec: LayerSpec, params: Params) -> Tensor:
-    """The float bias [C_out] of a layer."""
+    """The float bias [C_out] of a layer: zero where it has none."""
+    if not spec.biased:
+        return params[f"{spec.params[0]}.weight"].new_zeros(spec.out_shape[0])
     return torch.cat([params[f"{part}.bias"] for part in spec.params])
 
 
@@ -47,9 +49,9 @@ def float_layer(params: Params) -> LayerFn:
 class TorchOps:
     """The network's operations on tensors [N, C, H, W]; `layer` decides how a convolution is computed."""
 
-    def __init__(self, params: Params, time_bias: Mapping[str, Tensor], layer: LayerFn) -> None:
+    def __init__(self, params: Params, bound: Bound, layer: LayerFn) -> None:
         self._params = params
-        self._time_bias = time_bias
+        self._bound = bound
         self._layer = layer
 
     def layer(self, spec: LayerSpec, x: Tensor) -> Tensor:
@@ -62,14 +64,14 @@ class TorchOps:
         return F.silu(self.norm(name, x, groups, eps))
 
     def timed_norm_silu(self, block: str, name: str, x: Tensor, groups: int, eps: float) -> Tensor:
-        scale, shift = self._time_bias[block][:, :, None, None].chunk(2, dim=1)
+        scale, shift = self._bound[block][:, :, None, None].chunk(2, dim=1)
         return F.silu(self.norm(name, x, groups, eps) * (1 + scale) + shift)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
 
     def add_time(self, block: str, x: Tensor, channels: int) -> Tensor:
-        return x + self._time_bias[block][:, :, None, None]
+        return x + self._bound[block][:, :, None, None]
 
     def concat(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a, b], dim=1)
@@ -90,6 +92,24 @@ class TorchOps:
         out = F.scaled_dot_product_attention(q, k, v, scale=channels**-0.5)
         return out.transpose(1, 2).reshape(n, channels, height, width)
 
+    def layer_norm(self, name: str, x: Tensor) -> Tensor:
+        gain, shift = self._params[f"{name}.weight"], self._params[f"{name}.bias"]
+        return F.layer_norm(x.permute(0, 2, 3, 1), gain.shape, gain, shift, LAYER_NORM_EPS).permute(0, 3, 1, 2)
+
+    def geglu(self, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=1)
+        return value * F.gelu(gate)
+
+    def cross_attention(self, name: str, q: Tensor, channels: int, heads: int) -> Tensor:
+        n, _, height, width = q.shape
+        k, v = self._bound[name].unflatten(2, (heads, channels // heads)).transpose(3, 4).unbind(1)
+        mixed = F.scaled_dot_product_attention(
+            q.reshape(n, heads, channels // heads, height * width).transpose(2, 3),
+            k.expand(n, -1, -1, -1),
+            v.expand(n, -1, -1, -1),
+        )
+        return mixed.transpose(2, 3).reshape(n, channels, height, width)
+
     def upsample(self, x: Tensor) -> Tensor:
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
@@ -100,71 +120,6 @@ class TorchOps:
         return body(self, x)
 
 
-def timestep_embedding(t: Tensor, channels: int, dtype: torch.dtype, *, freq_shift: int, flip_sin_to_cos: bool) -> Tensor:
-    """Sinusoidal embedding [N, channels] of integer timesteps [N] (DDPM, arXiv 2006.11239): sines, then cosines, or `flip`ped;
-    `freq_shift` 1 lets the slowest have a period of 10000."""
-    half = channels // 2
-    frequency = torch.exp(torch.arange(half, dtype=dtype, device=t.device) * (-math.log(10000) / (half - freq_shift)))
-    angle = t.to(dtype)[:, None] * frequency[None, :]
-    parts = [angle.sin(), angle.cos()]
-    return torch.cat(parts[::-1] if flip_sin_to_cos else parts, dim=1)
-
-
-def time_bias(network: Network, params: Params, t: Tensor) -> dict[str, Tensor]:
-    """What the timesteps `t` [N] give each residual block: block name -> [N, C] to add, or [N, 2C] to scale and shift by.
-    Depends on `t` alone."""
-    a = network.config.architecture
-    first = params["time_embedding.linear_1.weight"]
-    h = timestep_embedding(t, a.base, first.dtype, freq_shift=a.freq_shift, flip_sin_to_cos=a.flip_sin_to_cos)
-    h = F.linear(h, first, params["time_embedding.linear_1.bias"])
-    h = F.linear(F.silu(h), params["time_embedding.linear_2.weight"], params["time_embedding.linear_2.bias"])
-    h = F.silu(h)
-    return {
-        block: F.linear(h, params[f"{block}.time_emb_proj.weight"], params[f"{block}.time_emb_proj.bias"])
-        for block in network.time_channels
-    }
-
-
-def time_table(network: Network, params: Params) -> dict[str, Tensor]:
-    """`time_bias` for every timestep of the diffusion process: block name -> [T, C]."""
-    device = params["time_embedding.linear_1.weight"].device
-    with torch.no_grad():
-        return time_bias(network, params, torch.arange(network.config.diffusion.num_diffusion_timesteps, device=device))
-
-
-def run_unet(network: Network, params: Params, x: Tensor, bias: Mapping[str, Tensor], layer: LayerFn | None = None) -> Tensor:
-    """Epsilon [N, C, H, W] for `x`, given the time biases of its timesteps (`time_bias`, or rows of `time_table`)."""
-    return network.function(TorchOps(params, bias, layer or float_layer(params)), x)
-
-
-class UNet(nn.Module):
-    """The same network as a module, with the parameter names of the reference checkpoints; used for training."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.network = trace(config)
-        for key, shape in self.network.parameters.items():
-            *path, leaf = key.split(".")
-            module: nn.Module = self
-            for part in path:
-                if part not in module._modules:
-                    module.add_module(part, nn.Module())
-                module = module.get_submodule(part)
-            module.register_parameter(leaf, nn.Parameter(torch.empty(shape)))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """torch's default initialization for convolutions, linear layers and normalizations."""
-        parameters = dict(self.named_parameters())
-        for key, p in parameters.items():
-            weight = parameters[key.removesuffix("bias") + "weight"] if key.endswith("bias") else p
-            with torch.no_grad():
-                if weight.ndim == 1:
-                    p.fill_(1.0 if key.endswith("weight") else 0.0)
-                else:
-                    bound = 1 / math.sqrt(weight[0].numel())
-                    p.uniform_(-bound, bound)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        params = dict(self.named_parameters())
-        return run_unet(self.network, params, x, bias=time_bias(self.network, params, t))
+def run_unet(network: Network, params: Params, x: Tensor, bound: Bound, layer: LayerFn | None = None) -> Tensor:
+    """The answer [N, C, H, W] to `x`, given what `networks.binding` computes from its timesteps and its context."""
+    return network.function(TorchOps(params, bound, layer or float_layer(params)), x)

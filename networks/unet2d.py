@@ -1,19 +1,21 @@
-"""The UNet of diffusers' `UNet2DModel`, written once, as a pure function over a set of operations.
+"""The UNet of diffusers' `UNet2DModel` and `UNet2DConditionModel`, written once, as a pure function over a set of operations.
 
 `unet2d(ops, architecture, x)` is the only definition of a network here: the DDPM and DDIM UNets (arXiv 2006.11239, 2010.02502)
-are among its configurations. Names are diffusers' module names, except `to_qkv`: q, k and v of an attention read the same
-input, so they are one layer with one MoDiff state.
+are among its configurations. Tokens are pixels: transformer blocks never leave the image's shape. Names are diffusers' module
+names, except `to_qkv`: q, k and v of an attention read the same input, so they are one layer with one MoDiff state.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from modiff_trt.core.config import Architecture, Config
 from modiff_trt.core.kinds import Resampling
-from modiff_trt.networks.operations import Network, Ops, Role, Shape, V, convolution, traced
+from modiff_trt.networks.operations import LayerSpec, Network, Ops, Role, Shape, V, convolution, traced
 
 W = TypeVar("W")
+# Of the normalization before transformer blocks, whatever `eps` says; and how much wider their last layers are.
+TRANSFORMER_EPS, EXPANSION = 1e-6, 4
 
 
 def resnet(
@@ -68,7 +70,7 @@ def resnet(
     return ops.block(name, body, x)
 
 
-def attention(ops: Ops[V], a: Architecture, name: str, x: V, shape: Shape, heads: int, *, normed: bool = True) -> V:
+def pixel_attention(ops: Ops[V], a: Architecture, name: str, x: V, shape: Shape, heads: int, *, normed: bool = True) -> V:
     """Self-attention of the pixels, added to its input."""
     channels = shape[0]
     parts = (f"{name}.to_q", f"{name}.to_k", f"{name}.to_v")
@@ -85,6 +87,43 @@ def attention(ops: Ops[V], a: Architecture, name: str, x: V, shape: Shape, heads
     return ops.block(name, body, x)
 
 
+def transformer_block(ops: Ops[V], name: str, x: V, shape: Shape, heads: int) -> V:
+    """Attention of pixels to pixels, then to the prompt, then two layers at each pixel (diffusers' `BasicTransformerBlock`). A
+    linear layer is a 1x1 convolution."""
+    channels = shape[0]
+
+    def linear(part: str, inputs: int, outputs: int, **more: Any) -> LayerSpec:
+        return convolution(f"{name}.{part}", (inputs, *shape[1:]), outputs, kernel=1, block=name, **more)
+
+    parts = tuple(f"{name}.attn1.to_{part}" for part in "qkv")
+    qkv = linear("attn1.to_qkv", channels, 3 * channels, params=parts, role=Role.QKV, biased=False, normalized=True)
+    out1, out2 = (linear(f"attn{i}.to_out.0", channels, channels) for i in (1, 2))
+    q = linear("attn2.to_q", channels, channels, biased=False, normalized=True)
+    wide = linear("ff.net.0.proj", channels, 2 * EXPANSION * channels, normalized=True)
+    narrow = linear("ff.net.2", EXPANSION * channels, channels)
+
+    def body(ops: Ops[W], x: W) -> W:
+        h = ops.attention(ops.layer(qkv, ops.layer_norm(f"{name}.norm1", x)), channels, heads)
+        x = ops.add(x, ops.layer(out1, h))
+        h = ops.layer(q, ops.layer_norm(f"{name}.norm2", x))
+        x = ops.add(x, ops.layer(out2, ops.cross_attention(f"{name}.attn2", h, channels, heads)))
+        h = ops.geglu(ops.layer(wide, ops.layer_norm(f"{name}.norm3", x)))
+        return ops.add(x, ops.layer(narrow, h))
+
+    return ops.block(name, body, x)
+
+
+def attention(ops: Ops[V], a: Architecture, name: str, x: V, shape: Shape, heads: int, depth: int, *, normed: bool = True) -> V:
+    """Attention of a level: of its pixels, or as many transformer blocks as `depth` says between two projections."""
+    if not depth:
+        return pixel_attention(ops, a, name, x, shape=shape, heads=heads, normed=normed)
+    into, out = (convolution(f"{name}.proj_{part}", shape, shape[0], kernel=1) for part in ("in", "out"))
+    h = ops.layer(into, ops.norm(f"{name}.norm", x, a.groups, TRANSFORMER_EPS))
+    for i in range(depth):
+        h = transformer_block(ops, f"{name}.transformer_blocks.{i}", h, shape=shape, heads=heads)
+    return ops.add(x, ops.layer(out, h))
+
+
 def unet2d(ops: Ops[V], a: Architecture, x: V) -> V:
     """What the network answers to x [N, in_channels, H, W]: [N, out_channels, H, W]."""
     size, channels, last = (a.height, a.width), a.base, len(a.channels) - 1
@@ -97,7 +136,15 @@ def unet2d(ops: Ops[V], a: Architecture, x: V) -> V:
             h = resnet(ops, a, f"{block}.resnets.{i}", h, in_shape=(channels, *size), out_channels=wide)
             channels = wide
             if a.down_heads[level]:
-                h = attention(ops, a, f"{block}.attentions.{i}", h, shape=(channels, *size), heads=a.down_heads[level])
+                h = attention(
+                    ops,
+                    a,
+                    f"{block}.attentions.{i}",
+                    h,
+                    shape=(channels, *size),
+                    heads=a.down_heads[level],
+                    depth=a.down_depth[level],
+                )
             skips.append((h, channels))
         if level != last:
             shape = (channels, *size)
@@ -115,7 +162,7 @@ def unet2d(ops: Ops[V], a: Architecture, x: V) -> V:
     shape = (channels, *size)
     h = resnet(ops, a, "mid_block.resnets.0", h, in_shape=shape, out_channels=channels)
     if a.mid_heads:
-        h = attention(ops, a, "mid_block.attentions.0", h, shape=shape, heads=a.mid_heads, normed=a.mid_norm)
+        h = attention(ops, a, "mid_block.attentions.0", h, shape=shape, heads=a.mid_heads, depth=a.mid_depth, normed=a.mid_norm)
     h = resnet(ops, a, "mid_block.resnets.1", h, in_shape=shape, out_channels=channels)
 
     for step, wide in enumerate(reversed(a.channels)):
@@ -126,7 +173,15 @@ def unet2d(ops: Ops[V], a: Architecture, x: V) -> V:
             h = resnet(ops, a, f"{block}.resnets.{i}", ops.concat(h, skip), in_shape=joined, out_channels=wide, split=channels)
             channels = wide
             if a.up_heads[step]:
-                h = attention(ops, a, f"{block}.attentions.{i}", h, shape=(channels, *size), heads=a.up_heads[step])
+                h = attention(
+                    ops,
+                    a,
+                    f"{block}.attentions.{i}",
+                    h,
+                    shape=(channels, *size),
+                    heads=a.up_heads[step],
+                    depth=a.up_depth[step],
+                )
         if level:
             shape, size = (channels, *size), (2 * size[0], 2 * size[1])
             if a.up_sampling[step] is Resampling.CONV:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from modiff_trt.core.context import Arrays
 from modiff_trt.core.rows import RowTable
 from modiff_trt.core.solvers import Updates
 
@@ -47,8 +48,9 @@ class Denoiser(Protocol):
     def state_info(self) -> tuple[StateInfo, ...]:
         """The arrays kept between passes; empty for stateless networks."""
 
-    def reset(self, batch: int) -> None:
-        """Begins a trajectory for `batch` images: the only place where state is created."""
+    def reset(self, batch: int, context: Arrays | None = None) -> None:
+        """Begins a trajectory for `batch` images, conditioned on a context's arrays [batch, ...], which networks need that have
+        one (see `core.context`): the only place where state is created."""
 
     def from_host(self, x: np.ndarray[Any, Any]) -> Array:
         """Takes float32 [N, C, H, W] to the backend."""

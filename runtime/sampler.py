@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from modiff_trt.core.context import Arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.solvers import Updates
 from modiff_trt.runtime.denoiser import Denoiser, OnDone, WholeTrajectory
@@ -19,25 +20,28 @@ def sample_trajectory(
     updates: Updates,
     x_start: np.ndarray[Any, Any],
     *,
+    context: Arrays | None = None,
     draw_noise: Callable[[], np.ndarray[Any, Any]] | None = None,
     on_pass: OnPass | None = None,
     on_done: OnDone | None = None,
 ) -> np.ndarray[Any, Any]:
     """Runs one trajectory from `x_start` (x_T, float32 [N, C, H, W]) and returns x_0, same shape, not clipped.
 
-    `updates` has the numbers of every row of the denoiser that is no warm-up. `draw_noise` supplies the fresh noise of each
+    `updates` has the numbers of every row of the denoiser that is no warm-up. `context` is what the images are conditioned on
+    (see `Denoiser.reset`). `draw_noise` supplies the fresh noise of each
     step and is required where they have any. `on_pass(row, x, y)` is called after every pass, warm-up passes included, with the
     backend's own arrays. `on_done(n)` is called when n more passes have ended. A backend that runs whole trajectories of these
-    updates by itself does so where there is no `on_pass` and no noise. Raises InputError when the result is not finite.
+    updates by itself does so where there is no `on_pass`, no context and no noise. Raises InputError when the result is not
+    finite.
     """
     if updates.draws_noise and draw_noise is None:
         raise ValueError("these updates need draw_noise")
     rows = denoiser.rows
     if len(updates) != len(rows) - rows.warmup:
         raise ValueError(f"{len(updates)} updates do not fit {len(rows) - rows.warmup} steps")
-    if isinstance(denoiser, WholeTrajectory) and on_pass is None and denoiser.updates.equals(updates):
+    if isinstance(denoiser, WholeTrajectory) and on_pass is None and not context and denoiser.updates.equals(updates):
         return _finite(denoiser.trajectory(x_start, on_done))
-    denoiser.reset(len(x_start))
+    denoiser.reset(len(x_start), context)
     x, before = denoiser.from_host(x_start), None
     for row in range(len(rows)):
         y = denoiser(x, row)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from modiff_trt.core.config import Config
+from modiff_trt.core.context import NO_CONTEXT, Context
 from modiff_trt.core.errors import InputError, is_out_of_memory, out_of_memory, shown
 from modiff_trt.core.files import check_writable
 from modiff_trt.core.kinds import Granularity
@@ -27,12 +28,14 @@ MOST_IMAGES, LAST_IMAGE = 10_000_000, 10**12
 
 @dataclass(frozen=True)
 class Backend:
-    """A denoiser, the configuration it runs, the solver of its rows, and the manifest of what it was made from."""
+    """A denoiser, the configuration it runs, the solver of its rows, the manifest of what it was made from, and what its images
+    are conditioned on."""
 
     denoiser: Denoiser
     config: Config
     solver: Solver
     manifest: dict[str, Any]
+    context: Context = NO_CONTEXT
 
     def updates(self, eta: float) -> Updates:
         """The numbers of the denoiser's steps. Raises InputError for an eta that the solver cannot take."""
@@ -122,7 +125,8 @@ def sample_batches(
                 bar.advance(task, passes * n)
 
             try:
-                samples = sample_trajectory(denoiser, updates, start, draw_noise=source.draw, on_done=on_done)
+                lines = backend.context.of(batch)
+                samples = sample_trajectory(denoiser, updates, start, context=lines, draw_noise=source.draw, on_done=on_done)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -168,6 +172,11 @@ def run_sampling(
     channels = backend.config.input_shape[0]
     if out.suffix != ".npz" and channels not in PICTURE_CHANNELS:
         raise InputError(f"the network makes images of {channels} channels, which are no pictures; pass FILE.npz as --out")
+    if out.suffix != ".npz" and backend.config.latent:
+        raise InputError(
+            "the network makes latents, which are no pictures before the pipeline's autoencoder has decoded them; "
+            "pass FILE.npz as --out"
+        )
     noise, noise_digest = None, None
     if noise_file is not None:
         given, noise_digest = load_noise(noise_file, indices[-1] + 1, backend.config.input_shape)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from modiff_trt.core.config import Config
+from modiff_trt.core.context import NO_CONTEXT, Context
 from modiff_trt.core.ddim_yaml import config_from_dict, load_config
 from modiff_trt.core.scales import Scales
 from modiff_trt.core.solvers import Solver
@@ -18,10 +19,11 @@ from modiff_trt.export.calibration.static import LayerRanges, Recipe, make_scale
 from modiff_trt.export.calibration.trajectories import Trajectories, choose_steps
 from modiff_trt.networks.checkpoint import Checkpoint, load_checkpoint
 from modiff_trt.networks.ddim_names import ddim_names
+from modiff_trt.networks.module import UNet
 from modiff_trt.networks.operations import Network
-from modiff_trt.networks.torch_ops import UNet
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.cores import usable_cores
+from modiff_trt.runtime.backends.guided_denoiser import guided
 from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import sample_trajectory
@@ -75,7 +77,8 @@ class Case:
 
     def sample(self, denoiser, images: int = 4, seed: int = 0) -> np.ndarray:
         x = ImageNoise(seed, range(images), self.network.config.input_shape).draw()
-        return sample_trajectory(denoiser, self.updates(), x)
+        context = self.trajectories.context
+        return sample_trajectory(guided(denoiser, context), self.updates(), x, context=context.of(range(images)))
 
     def updates(self, eta: float = 0.0):
         return self.trajectories.solver.updates(self.network.config.diffusion, self.timesteps, eta)
@@ -85,7 +88,13 @@ class Case:
 
 
 def make_case(
-    network: Network, checkpoint: Checkpoint, steps: int, images: int, calib_steps: int, solver: Solver | None = None
+    network: Network,
+    checkpoint: Checkpoint,
+    steps: int,
+    images: int,
+    calib_steps: int,
+    solver: Solver | None = None,
+    context: Context = NO_CONTEXT,
 ) -> Case:
     config = network.config
     solver = solver or Solver()
@@ -93,14 +102,15 @@ def make_case(
     chosen, stored = choose_steps(len(timesteps), calib_steps)
     kept = {}
     sample_trajectory(
-        TorchDenoiser(network, checkpoint.params, timesteps),
+        guided(TorchDenoiser(network, checkpoint.params, timesteps), context),
         solver.updates(config.diffusion, timesteps),
         ImageNoise(1, range(images), config.input_shape).draw(),
+        context=context.of(range(images)),
         on_pass=lambda row, x, eps: kept.__setitem__(row, x.numpy().copy()) if row in stored else None,
     )
     x = np.stack([kept[i] for i in stored])
     trajectories = Trajectories(
-        config, checkpoint.sha256, solver, timesteps, 1, np.asarray(stored, np.int64), np.asarray(chosen, np.int64), x
+        config, checkpoint.sha256, solver, timesteps, 1, np.asarray(stored, np.int64), np.asarray(chosen, np.int64), x, context
     )
     return Case(network, checkpoint, timesteps, trajectories, measure_ranges(network, checkpoint.params, trajectories, images))
 

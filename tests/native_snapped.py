@@ -19,8 +19,8 @@ class Snapped(SimDenoiser):
             multipliers[:, column] = self._native.table[:, at + 3].numpy() / scales.layers[name].scale
         self._rows = replace(scales.rows, multipliers=multipliers)
 
-    def reset(self, batch):
-        super().reset(batch)
+    def reset(self, batch, context=None):
+        super().reset(batch, context)
         for name, (state, o_hat) in self._native.start.items():
             spec, unit = self._network.layer(name), self._native.layers[name].unit
             half = 2 if spec.upsampled else 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from modiff_trt.core.context import NO_CONTEXT, Context
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import check_writable
 from modiff_trt.core.progress import progress_bar
@@ -15,6 +16,7 @@ from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.trajectories import Trajectories, choose_steps, load_trajectories, save_trajectories
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.operations import Network
+from modiff_trt.runtime.backends.guided_denoiser import guided
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import sample_trajectory
@@ -33,8 +35,10 @@ def collect(
     batch_size: int,
     device: str,
     out: Path,
+    context: Context = NO_CONTEXT,
 ) -> Trajectories:
-    """Runs the solver on `num_samples` images and writes x_t at `calib_steps` steps and the step before each.
+    """Runs the solver on `num_samples` images, image i conditioned on line i of the context, and writes x_t at `calib_steps`
+    steps and the step before each.
 
     What is finished stands in `<out>.part` until all of it is; a second call goes on from there.
     """
@@ -55,10 +59,11 @@ def collect(
         steps=np.asarray(stored, np.int64),
         chosen=np.asarray(chosen, np.int64),
         x=empty,
+        context=context,
     )
     part = out.with_name(out.name + ".part")
     result = _resume(part, result, num_samples)
-    denoiser = trained.unquantized(network, checkpoint.params, sequence, device=device)
+    denoiser = guided(trained.unquantized(network, checkpoint.params, sequence, device=device), context)
     updates = solver.updates(config.diffusion, sequence)
     with progress_bar() as bar:
         task = bar.add_task("collect", total=num_samples * len(sequence), unit="passes")
@@ -72,7 +77,8 @@ def collect(
                     kept[row] = denoiser.to_host(x).copy()
                 bar.advance(task, n)
 
-            sample_trajectory(denoiser, updates, ImageNoise(seed, indices, config.input_shape).draw(), on_pass=keep)
+            noise = ImageNoise(seed, indices, config.input_shape).draw()
+            sample_trajectory(denoiser, updates, noise, context=context.of(indices), on_pass=keep)
             x = np.concatenate([result.x, np.stack([kept[step] for step in stored])], axis=1)
             result = replace(result, x=x)
             save_trajectories(part, result)
@@ -89,11 +95,6 @@ def _resume(part: Path, fresh: Trajectories, num_samples: int) -> Trajectories:
         old = load_trajectories(part, fresh.config, fresh.checkpoint_sha256)
     except InputError:
         return fresh
-    same = (old.solver, old.timesteps, old.seed, old.steps.tolist(), old.chosen.tolist()) == (
-        fresh.solver,
-        fresh.timesteps,
-        fresh.seed,
-        fresh.steps.tolist(),
-        fresh.chosen.tolist(),
-    )
+    made = [(t.solver, t.timesteps, t.seed, t.steps.tolist(), t.chosen.tolist()) for t in (old, fresh)]
+    same = made[0] == made[1] and old.context.same_as(fresh.context)
     return old if same and old.x.shape[1] <= num_samples else fresh

@@ -30,6 +30,7 @@ from modiff_trt.networks.modulated import LayerState, QuantizedLayer
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.quantizers import RangeHistogram, pack_rounding, unpack_rounding
 from modiff_trt.networks.torch_ops import layer_weight
+from modiff_trt.runtime.backends.guided_denoiser import guided
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.backends.torch_denoiser import full_precision
 from modiff_trt.runtime.sampler import sample_trajectory
@@ -144,18 +145,23 @@ def refit_residuals(
         nonlocal row
         row = done + 1
 
-    denoiser = trained.simulated(network, checkpoint.params, scales, device=device, on_layer=watch)
+    simulated, context = (
+        trained.simulated(network, checkpoint.params, scales, device=device, on_layer=watch),
+        trajectories.context,
+    )
+    denoiser = guided(simulated, context)
     updates = scales.solver.updates(network.config.diffusion, scales.rows.timesteps)
     start = trajectories.x[0]
     for begin in range(0, len(start), batch_size):
         row, keep = 0, begin == 0
         x_start = start[begin : begin + batch_size]
-        sample_trajectory(denoiser, updates, x_start, on_pass=on_pass)
+        lines = context.of(range(begin, begin + len(x_start)))
+        sample_trajectory(denoiser, updates, x_start, context=lines, on_pass=on_pass)
     found = {name: h.scale(method, scales.layers[name].act_bits, recipe.percentile) for name, h in histograms.items()}
     if method == ScaleMethod.LEARNED:
         with progress_bar() as bar:
             for name in bar.track(scales.modulated, description="residual scales"):
-                layer = replace(denoiser.layers[name], scale=found[name])
+                layer = replace(simulated.layers[name], scale=found[name])
                 x, a_hat = (torch.stack(part).to(device) for part in zip(*kept.pop(name), strict=True))
                 with full_precision():
                     found[name] = learn_residual_scale(layer, x, a_hat)
@@ -210,15 +216,19 @@ def choose_modes(trials: Trials, alone: Trials, scales: Scales, goal: Goal) -> S
 
 
 def _samples(trajectories: Trajectories) -> Samples:
-    """Every stored image at every stored step."""
-    steps, images = trajectories.x.shape[:2]
-    x = torch.from_numpy(trajectories.x.reshape(steps * images, *trajectories.x.shape[2:]))
-    t = torch.tensor([trajectories.timesteps[int(s)] for s in trajectories.steps]).repeat_interleave(images)
-    return Samples(x, t)
+    """Every stored image at every stored step, once for each side of guidance."""
+    context, (steps, images) = trajectories.context, trajectories.x.shape[:2]
+    seen = images * context.copies
+    x = torch.from_numpy(trajectories.x).repeat(1, context.copies, 1, 1, 1).flatten(0, 1)
+    t = torch.tensor([trajectories.timesteps[int(s)] for s in trajectories.steps]).repeat_interleave(seen)
+    return Samples(x, t, torch.arange(seen).repeat(steps), context.of(range(images)))
 
 
 def _digest(trajectories: Trajectories) -> str:
-    return hashlib.sha256(trajectories.x.tobytes() + trajectories.steps.tobytes()).hexdigest()
+    digest = hashlib.sha256(trajectories.x.tobytes() + trajectories.steps.tobytes())
+    for name, value in sorted(trajectories.context.of(range(trajectories.x.shape[1])).items()):
+        digest.update(name.encode() + value.tobytes())
+    return digest.hexdigest()
 
 
 def _resume(part: Path, header: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:

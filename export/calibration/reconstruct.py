@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modiff_trt.core.context import Arrays
 from modiff_trt.export.calibration.adaround import AdaRoundOptions, SoftRounding, learn_rounding
+from modiff_trt.networks.binding import Binder, on_device
 from modiff_trt.networks.operations import Block, LayerSpec, Network
 from modiff_trt.networks.quantizers import quantize_weight
 from modiff_trt.networks.split import divide_skip, fold_skip
-from modiff_trt.networks.torch_ops import LayerFn, Params, TorchOps, convolve, float_layer, layer_bias, layer_weight, time_table
+from modiff_trt.networks.torch_ops import Bound, LayerFn, Params, TorchOps, convolve, float_layer, layer_bias, layer_weight
 
 # What one block's cached inputs and outputs may take, in bytes; beyond it fewer samples are used at a time.
 CACHE_BYTES = 4 * 2**30
@@ -35,10 +37,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Samples:
-    """Network inputs to reconstruct on: `x` [S, C, H, W] and their timesteps `t` [S]."""
+    """Network inputs to reconstruct on: `x` [S, C, H, W], their timesteps `t` [S], and their `lines` [S] of a context."""
 
     x: Tensor
     t: Tensor
+    lines: Tensor
+    context: Arrays
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def reconstruct(
     `done` holds the decisions of units finished earlier, which are taken as they are; `on_unit` receives each new unit's
     decisions and final loss, so that a caller can save them. The result depends on `seed` alone, not on interruptions.
     """
-    table = time_table(network, params)
+    binder = Binder(network, params)
     rounded: dict[str, Tensor] = {}
     decisions = dict(done)
 
@@ -143,7 +147,7 @@ def reconstruct(
             loss = _train_unit(
                 network,
                 params,
-                table,
+                binder,
                 quantized=quantized,
                 unquantized=unquantized,
                 grids=grids,
@@ -167,7 +171,7 @@ def reconstruct(
 def _train_unit(
     network: Network,
     params: Params,
-    table: Mapping[str, Tensor],
+    binder: Binder,
     quantized: LayerFn,
     unquantized: LayerFn,
     grids: Mapping[str, WeightGrid],
@@ -185,14 +189,19 @@ def _train_unit(
     size = 4 * (torch.Size(first.in_shape).numel() + torch.Size(last.out_shape).numel())
     window = order[: max(options.batch_size, CACHE_BYTES // size)]
 
+    def bound(at: Tensor) -> Bound:
+        with torch.no_grad():
+            lines = {name: value[samples.lines[at].numpy()] for name, value in samples.context.items()}
+            return binder(samples.t[at].to(device), on_device(lines, device))
+
     inputs, targets = [], []
     with torch.no_grad():
         for part in torch.split(window, forward_batch):
             x = samples.x[part].to(device)
-            bias = _bias(table, samples.t[part])
+            bias = bound(part)
             inputs.append(_capture(network, params, x, bias=bias, layer=quantized, unit=unit)[0])
             targets.append(_capture(network, params, x, bias=bias, layer=unquantized, unit=unit)[1])
-    cached, target, t = torch.cat(inputs), torch.cat(targets), samples.t[window]
+    cached, target = torch.cat(inputs), torch.cat(targets)
     del inputs, targets
 
     def layer(spec: LayerSpec, x: Tensor) -> Tensor:
@@ -202,13 +211,9 @@ def _train_unit(
         return convolve(spec, x, soft[spec.name].weight(), bias=layer_bias(spec, params))
 
     def loss(indices: Tensor) -> Tensor:
-        ops = TorchOps(params, _bias(table, t[indices]), layer)
+        ops = TorchOps(params, bound(window[indices]), layer)
         at = indices.to(device)
         difference = _run_unit(network, ops, unit, cached[at]) - target[at]
         return difference.square().sum(1).mean()
 
     return learn_rounding(soft, loss, len(window), options=options, generator=generator)
-
-
-def _bias(table: Mapping[str, Tensor], t: Tensor) -> dict[str, Tensor]:
-    return {block: rows[t.to(rows.device)] for block, rows in table.items()}

@@ -18,11 +18,12 @@ from modiff_trt.core.kinds import Granularity, Method, Mode, Residuals, ScaleMet
 from modiff_trt.core.rows import RowTable, modulated_rows, plain_rows
 from modiff_trt.core.scales import LayerScales, Scales
 from modiff_trt.export.calibration.trajectories import Trajectories
+from modiff_trt.networks.binding import Binder, on_device
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.operations import LayerSpec, Network
 from modiff_trt.networks.quantizers import RangeHistogram, minmax_weight_scale, mse_weight_scale
 from modiff_trt.networks.split import fold_skip
-from modiff_trt.networks.torch_ops import Params, float_layer, layer_weight, run_unet, time_table
+from modiff_trt.networks.torch_ops import Params, float_layer, layer_weight, run_unet
 
 # How the scale of a weight's channel is found.
 WEIGHT_SCALES = {ScaleMethod.MINMAX: minmax_weight_scale, ScaleMethod.MSE: mse_weight_scale}
@@ -170,7 +171,7 @@ def measure_ranges(
     histogram). Raises InputError when an activation is not finite.
     """
     device = next(iter(params.values())).device
-    table = time_table(network, params)
+    binder, context = Binder(network, params), trajectories.context
     position = {int(step): i for i, step in enumerate(trajectories.steps)}
     ranges = {s.name: LayerRanges(halves=(InputRanges(), InputRanges()) if s.split else None) for s in network.layers}
     chosen = [int(step) for step in trajectories.chosen]
@@ -184,11 +185,12 @@ def measure_ranges(
             before: dict[str, Tensor] = {}
             for index in [step - 1, step] if step > 0 else [step]:
                 x = torch.from_numpy(trajectories.x[position[index], begin : begin + batch_size]).to(device)
-                t = trajectories.timesteps[index]
-                bias = {block: rows[t].expand(len(x), -1) for block, rows in table.items()}
+                lines = on_device(context.of(range(begin, begin + len(x))), device)
+                x = x.repeat(context.copies, 1, 1, 1)
+                t = torch.full((len(x),), trajectories.timesteps[index], device=device)
                 recorder = _Recorder(params)
                 with torch.no_grad():
-                    run_unet(network, params, x, bias=bias, layer=recorder)
+                    run_unet(network, params, x, bound=binder(t, lines), layer=recorder)
                 if index == step:
                     for name, value in recorder.inputs.items():
                         if not torch.isfinite(value).all():

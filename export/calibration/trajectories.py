@@ -5,6 +5,7 @@ MoDiff quantizes what changed between two consecutive steps, so a chosen step is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from modiff_trt.core.config import Config, config_to_dict, model_fingerprint, stored_config
+from modiff_trt.core.context import NO_CONTEXT, Context, context_arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import load_arrays, save_arrays
 from modiff_trt.core.solvers import Solver, solver_from_dict
@@ -22,7 +24,8 @@ KIND, SCHEMA = "trajectories", 3
 @dataclass(frozen=True)
 class Trajectories:
     """`x` [S, N, C, H, W] float32 at the steps `steps` [S] (ascending indices into `timesteps`); `chosen` is the
-    subset that calibration looks at, each of which except step 0 has its predecessor in `steps`."""
+    subset that calibration looks at, each of which except step 0 has its predecessor in `steps`. Image i is conditioned on
+    line i of `context`."""
 
     config: Config
     checkpoint_sha256: str
@@ -32,6 +35,7 @@ class Trajectories:
     steps: np.ndarray[Any, np.dtype[np.int64]]
     chosen: np.ndarray[Any, np.dtype[np.int64]]
     x: np.ndarray[Any, np.dtype[np.float32]]
+    context: Context = NO_CONTEXT
 
 
 def choose_steps(total: int, count: int) -> tuple[list[int], list[int]]:
@@ -50,8 +54,12 @@ def save_trajectories(path: Path, trajectories: Trajectories) -> None:
         "solver": trajectories.solver.to_dict(),
         "timesteps": list(trajectories.timesteps),
         "seed": trajectories.seed,
+        "guidance": trajectories.context.guidance,
     }
-    save_arrays(path, header, {"x": trajectories.x, "steps": trajectories.steps, "chosen": trajectories.chosen})
+    arrays: dict[str, np.ndarray[Any, Any]] = {"x": trajectories.x, "steps": trajectories.steps, "chosen": trajectories.chosen}
+    for side, lines in (("positive", trajectories.context.positive), ("negative", trajectories.context.negative)):
+        arrays |= {f"{side}.{name}": value for name, value in lines.items()}
+    save_arrays(path, header, arrays)
 
 
 def load_trajectories(path: Path, config: Config, checkpoint_sha256: str) -> Trajectories:
@@ -67,6 +75,7 @@ def load_trajectories(path: Path, config: Config, checkpoint_sha256: str) -> Tra
             steps=arrays["steps"],
             chosen=arrays["chosen"],
             x=arrays["x"],
+            context=_context(header["guidance"], arrays),
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"trajectories file {path} is incomplete ({error}); collect again") from None
@@ -86,6 +95,17 @@ def load_trajectories(path: Path, config: Config, checkpoint_sha256: str) -> Tra
     return result
 
 
+def _context(guidance: float | None, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Context:
+    """Raises TypeError for a guidance that is no number."""
+    if guidance is not None and not isinstance(guidance, float):
+        raise TypeError("guidance")
+    positive, negative = (
+        {key.removeprefix(side): array for key, array in arrays.items() if key.startswith(side)}
+        for side in ("positive.", "negative.")
+    )
+    return Context(positive, negative, guidance)
+
+
 def _is_sound(found: Trajectories) -> bool:
     """Whether types, shapes and numbers are those of a trajectory file."""
     total, count = found.config.diffusion.num_diffusion_timesteps, len(found.timesteps)
@@ -99,5 +119,9 @@ def _is_sound(found: Trajectories) -> bool:
     there = set(steps.tolist())
     if not all(0 <= s < count for s in there) or not {p for s in chosen.tolist() for p in (s, s - 1) if p >= 0} <= there:
         return False
-    x = found.x
+    x, context = found.x, found.context
+    wanted = context_arrays(found.config.architecture)
+    for lines in (context.positive,) if context.guidance is None else (context.positive, context.negative):
+        if set(lines) != set(wanted) or not all(wanted[name].fits(value) for name, value in lines.items()):
+            return False
     return x.dtype == np.float32 and x.ndim == 5 and x.shape[0] == len(steps) and x.shape[2:] == found.config.input_shape

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from modiff_trt.core.context import NO_CONTEXT, Context
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.grid import grid_max
 from modiff_trt.core.rows import RowTable
@@ -25,8 +26,9 @@ from modiff_trt.export.calibration.residuals import refit
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import LayerState, QuantizedLayer
 from modiff_trt.networks.operations import Network
+from modiff_trt.runtime.backends.guided_denoiser import guided
 from modiff_trt.runtime.backends.registry import trained
-from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
+from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import sample_trajectory
@@ -47,7 +49,7 @@ FINEST = 1 / 16
 
 
 class Trials:
-    """Runs scales from fixed calibration noise and scores them by PSNR to FP32."""
+    """Runs scales from fixed calibration noise, image i conditioned on line i of a context, and scores them by PSNR to FP32."""
 
     def __init__(
         self,
@@ -59,13 +61,13 @@ class Trials:
         images: int,
         seed: int,
         device: str,
+        context: Context = NO_CONTEXT,
     ) -> None:
         self.network, self.checkpoint, self._device = network, checkpoint, device
         self._updates = solver.updates(network.config.diffusion, timesteps)
         self._noise = ImageNoise(seed, range(images), network.config.input_shape).draw()
-        self._reference = sample_trajectory(
-            trained.unquantized(network, checkpoint.params, timesteps, device=device), self._updates, self._noise
-        )
+        self._context = context
+        self._reference = self.sample(trained.unquantized(network, checkpoint.params, timesteps, device=device))
 
     def decibels(self, scales: Scales) -> float:
         """`score` of the simulation of these scales."""
@@ -93,16 +95,17 @@ class Trials:
         score = self.score(watched)
         return score, np.asarray([[found[name] for name in scales.modulated] for found in passes], np.float32)
 
-    def score(self, denoiser: SimDenoiser) -> float:
+    def score(self, denoiser: Denoiser) -> float:
         """PSNR in dB of one whole trajectory; minus infinity where it is not finite: the method has failed there."""
         try:
             return self.against(self.sample(denoiser))
         except InputError:
             return float("-inf")
 
-    def sample(self, denoiser: SimDenoiser) -> Array:
+    def sample(self, denoiser: Denoiser) -> Array:
         """The final images, float32 [N, C, H, W]. Raises InputError where they are not finite."""
-        return sample_trajectory(denoiser, self._updates, self._noise)
+        lines = self._context.of(range(len(self._noise)))
+        return sample_trajectory(guided(denoiser, self._context), self._updates, self._noise, context=lines)
 
     def against(self, samples: Array) -> float:
         """PSNR in dB of final images to FP32's."""

@@ -1,6 +1,7 @@
 """Writes the QDQ ONNX file: the network, its constants, its state inputs and outputs, and its manifest.
 
-Inputs: `x` [N,C,H,W] float32, `t` [N] int64, `row_scale` [L] float32, then `a_hat.<layer>` and `o_hat.<layer>`.
+Inputs: `x` [N,C,H,W] float32, `t` [N] int64, a context's arrays by diffusers' names (see `core.context`), `row_scale` [L]
+float32, then `a_hat.<layer>` and `o_hat.<layer>`.
 Outputs: `eps` float32, then `a_hat_out.<layer>` and `o_hat_out.<layer>`. N is dynamic. State and everything between
 layers is float32 or float16 (`dtype`); group statistics, softmax and the time table are float32 in both.
 """
@@ -16,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from modiff_trt.core.config import config_to_dict
+from modiff_trt.core.context import context_arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path
 from modiff_trt.core.kinds import UNQUANTIZED, Granularity, Mode
@@ -29,10 +31,11 @@ from modiff_trt.core.manifest import (
 )
 from modiff_trt.core.scales import LayerScales, Scales, only_simulated
 from modiff_trt.export.onnx.ops import IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
+from modiff_trt.networks.binding import embeddings, time_table
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import quantize_layers
 from modiff_trt.networks.operations import Network
-from modiff_trt.networks.torch_ops import layer_bias, layer_weight, time_table
+from modiff_trt.networks.torch_ops import layer_bias, layer_weight
 
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 LARGEST_FILE = 2**31 - 1
@@ -55,10 +58,13 @@ def build_onnx(
     modulated = scales.modulated if scales is not None else ()
     constants = _constants(network, checkpoint, scales)
     _check_range(constants, real)
-    norms = {k: v.numpy() for k, v in checkpoint.params.items() if v.ndim == 1}
-    ops = OnnxOps(network, constants, norms, modulated=modulated, dtype=real, dynamic=dynamic)
-    table = {block: rows.numpy() for block, rows in time_table(network, checkpoint.params).items()}
-    ops.bind_time("t", table)
+    params = {key: value.numpy() for key, value in checkpoint.params.items()}
+    ops = OnnxOps(network, constants, params, modulated=modulated, dtype=real, dynamic=dynamic)
+    context = context_arrays(network.config.architecture)
+    if context:
+        ops.bind_context(params, embeddings(network, checkpoint.params).numpy())
+    else:
+        ops.bind_times({block: rows.numpy() for block, rows in time_table(network, checkpoint.params).items()})
     if modulated and not dynamic:
         ops.bind_rows("row_scale")
     x = ops.cast("x", "x_cast", ops._type)
@@ -70,6 +76,8 @@ def build_onnx(
     info = helper.make_tensor_value_info
     image = ["N", *network.config.input_shape]
     inputs = [info("x", TensorProto.FLOAT, image), info("t", TensorProto.INT64, ["N"])]
+    for name, array in context.items():
+        inputs.append(info(name, TensorProto.INT64 if array.integer else TensorProto.FLOAT, ["N", *array.shape]))
     outputs = [info("eps", TensorProto.FLOAT, image)]
     if modulated and not dynamic:
         inputs.append(info("row_scale", TensorProto.FLOAT, [len(modulated)]))

@@ -17,11 +17,13 @@ from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.manifest import CONV_ATTRIBUTES, DOMAIN, FUNCTION, PLUGIN_VERSION
 from modiff_trt.core.scales import LayerScales
-from modiff_trt.networks.operations import Block, LayerSpec, Network
+from modiff_trt.networks.operations import LAYER_NORM_EPS, Block, LayerSpec, Network
 from modiff_trt.networks.split import skip_factors
 
 OPSET = 21
 IR_VERSION = 10
+# The prompt in the graph's float type.
+PROMPT = "prompt"
 
 
 def modulated_conv_function() -> onnx.FunctionProto:
@@ -90,7 +92,7 @@ class OnnxOps:
         self,
         network: Network,
         constants: Mapping[str, LayerConstants],
-        norms: Mapping[str, np.ndarray],
+        params: Mapping[str, np.ndarray],
         modulated: tuple[str, ...],
         dtype: type[np.floating],
         dynamic: bool = False,
@@ -99,7 +101,7 @@ class OnnxOps:
         self.initializers: dict[str, onnx.TensorProto] = {}
         self._network = network
         self._constants = constants
-        self._norms = norms
+        self._params = params
         self._columns = {name: i for i, name in enumerate(modulated)}
         self._dtype = dtype
         self._dynamic = dynamic
@@ -121,12 +123,54 @@ class OnnxOps:
     def cast(self, name: str, output: str, to: int) -> str:
         return name if to == self._type and self._type == TensorProto.FLOAT else self.node("Cast", [name], output, to=to)
 
-    def bind_time(self, t: str, table: Mapping[str, np.ndarray]) -> None:
-        """Looks the time biases of all blocks up in one table [T, sum of channels], float32, by `t` [N]."""
+    def bind_times(self, table: Mapping[str, np.ndarray]) -> None:
+        """Looks up what the timestep gives all blocks, in one table [T, sum of channels], float32, by `t` [N]."""
         name = self.constant(
             "time_table", np.concatenate([table[b] for b in self._network.time_channels], axis=1).astype(np.float32)
         )
-        rows = self.node("Gather", [name, t], "time_rows", axis=0)
+        self._split_times(self.node("Gather", [name, "t"], "time_rows", axis=0))
+
+    def bind_context(self, params: Mapping[str, np.ndarray], table: np.ndarray) -> None:
+        """The inputs of `networks.binding`, by diffusers' names: `table` float32 [T, C] is the embedding of each timestep,
+        before what a class or a prompt as a whole adds to it."""
+        a = self._network.config.architecture
+        if self._network.prompted:
+            half = self._type == TensorProto.FLOAT16
+            more = {"to": TensorProto.FLOAT16} if half else {}
+            self.node("Cast" if half else "Identity", ["encoder_hidden_states"], PROMPT, **more)
+
+        def linear(x: str, names: list[str], output: str) -> str:
+            weight = np.concatenate([params[f"{name}.weight"] for name in names]).T
+            bias = np.concatenate([params[f"{name}.bias"] for name in names])
+            inputs = [x, self.constant(f"{output}.weight", weight), self.constant(f"{output}.bias", bias)]
+            return self.node("Gemm", inputs, output)
+
+        def silu(x: str) -> str:
+            return self.node("Mul", [x, self.node("Sigmoid", [x], f"{x}.gate")], f"{x}.silu")
+
+        h = self.node("Gather", [self.constant("time_table", table), "t"], "time_rows", axis=0)
+        if a.classes:
+            classes = self.constant("class_embedding.weight", params["class_embedding.weight"])
+            h = self.node("Add", [h, self.node("Gather", [classes, "class_labels"], "class_rows", axis=0)], "classed")
+        if a.added_channels:
+            # Sinusoids of each time id, beside the prompt as a whole.
+            half = a.added_times // 2
+            frequency = np.exp(np.arange(half) * (-np.log(10000) / (half - a.freq_shift))).astype(np.float32)
+            axes = self.constant("axes.last", np.asarray([-1], np.int64))
+            ids = self.node("Unsqueeze", ["time_ids", axes], "time_ids.last")
+            angle = self.node("Mul", [ids, self.constant("time_ids.frequency", frequency)], "time_ids.angle")
+            waves = [self.node(op, [angle], f"time_ids.{op.lower()}") for op in ("Sin", "Cos")]
+            waves = waves[::-1] if a.flip_sin_to_cos else waves
+            waved = self.node("Concat", waves, "time_ids.waves", axis=2)
+            flat = self.constant("shape.time_ids", np.asarray([0, -1], np.int64))
+            waved = self.node("Reshape", [waved, flat], "time_ids.flat")
+            both = self.node("Concat", ["text_embeds", waved], "added", axis=1)
+            both = silu(linear(both, ["add_embedding.linear_1"], "added.linear_1"))
+            h = self.node("Add", [h, linear(both, ["add_embedding.linear_2"], "added.linear_2")], "embedded")
+        projections = [f"{block}.time_emb_proj" for block in self._network.time_channels]
+        self._split_times(linear(silu(h), projections, "time_projections"))
+
+    def _split_times(self, rows: str) -> None:
         rows = self.cast(rows, "time_rows_cast", self._type)
         sizes = self.constant("time_sizes", np.asarray(list(self._network.time_channels.values()), np.int64))
         outputs = [f"{block}.time" for block in self._network.time_channels]
@@ -229,8 +273,8 @@ class OnnxOps:
         h = self.node("InstanceNormalization", [h, ones, zeros], f"{name}.normalized", epsilon=eps)
         back = self.constant(f"shape.image.{channels}.{height}.{width}", np.asarray([0, channels, height, width], np.int64))
         h = self.node("Reshape", [h, back], f"{name}.image")
-        gain = self.constant(f"{name}.weight", self._norms[f"{name}.weight"].astype(np.float32).reshape(-1, 1, 1))
-        shift = self.constant(f"{name}.bias", self._norms[f"{name}.bias"].astype(np.float32).reshape(-1, 1, 1))
+        gain = self.constant(f"{name}.weight", self._params[f"{name}.weight"].astype(np.float32).reshape(-1, 1, 1))
+        shift = self.constant(f"{name}.bias", self._params[f"{name}.bias"].astype(np.float32).reshape(-1, 1, 1))
         h = self.node("Mul", [h, gain], f"{name}.scaled")
         h = self.node("Add", [h, shift], f"{name}.shifted")
         return Value(self.cast(h, f"{name}.out", self._type), x.shape)
@@ -269,14 +313,30 @@ class OnnxOps:
     def attention(self, qkv: Value, channels: int, heads: int) -> Value:
         _, height, width = qkv.shape
         prefix = f"attention.{len(self.nodes)}"
-        each = channels // heads
         # One head needs no axis of its own.
-        parts = [0, 3 * channels, height * width] if heads == 1 else [0, 3 * heads, each, height * width]
-        flat = self.constant(f"shape.flat.{'.'.join(map(str, parts))}", np.asarray(parts, np.int64))
+        parts = [0, 3 * channels, -1] if heads == 1 else [0, 3 * heads, channels // heads, -1]
+        flat = self.constant(f"shape.qkv.{'.'.join(map(str, parts))}", np.asarray(parts, np.int64))
         flat_qkv = self.node("Reshape", [qkv.name, flat], f"{prefix}.qkv")
         sizes = self.constant(f"sizes.qkv.{parts[1] // 3}", np.full(3, parts[1] // 3, np.int64))
         q, k, v = (f"{prefix}.{part}" for part in "qkv")
         self.nodes.append(helper.make_node("Split", [flat_qkv, sizes], [q, k, v], name=f"{prefix}.split", axis=1))
+        return self._attend(prefix, q, k, v, heads=heads, shape=(channels, height, width))
+
+    def cross_attention(self, name: str, q: Value, channels: int, heads: int) -> Value:
+        """Keys and values are computed from the prompt in the graph: a thousandth of its work, and one input for all."""
+        parts = [0, channels, -1] if heads == 1 else [0, heads, channels // heads, -1]
+        flat = self.constant(f"shape.heads.{'.'.join(map(str, parts))}", np.asarray(parts, np.int64))
+        found = [self.node("Reshape", [q.name, flat], f"{name}.q")]
+        for part in ("to_k", "to_v"):
+            weight = self.real(f"{name}.{part}.weight", self._params[f"{name}.{part}.weight"].T)
+            h = self.node("MatMul", [PROMPT, weight], f"{name}.{part}.tokens")
+            h = self.node("Transpose", [h], f"{name}.{part}.channels", perm=[0, 2, 1])
+            found.append(self.node("Reshape", [h, flat], f"{name}.{part}.heads"))
+        return self._attend(name, *found, heads=heads, shape=q.shape)
+
+    def _attend(self, prefix: str, q: str, k: str, v: str, *, heads: int, shape: tuple[int, ...]) -> Value:
+        """Of q, k and v [N, C, tokens], or [N, heads, C/heads, tokens] with more than one head; softmax in float32."""
+        each = shape[0] // heads
         swapped = [0, 2, 1] if heads == 1 else [0, 1, 3, 2]
         q = self.node("Transpose", [q], f"{prefix}.qt", perm=swapped)
         q = self.node("Mul", [q, self.real(f"attention.scale.{each}", each**-0.5)], f"{prefix}.q_scaled")
@@ -286,9 +346,27 @@ class OnnxOps:
         weights = self.cast(weights, f"{prefix}.softmax_cast", self._type)
         weights = self.node("Transpose", [weights], f"{prefix}.weights", perm=swapped)
         out = self.node("MatMul", [v, weights], f"{prefix}.mixed")
-        shape = [0, channels, height, width]
-        back = self.constant(f"shape.image.{channels}.{height}.{width}", np.asarray(shape, np.int64))
-        return Value(self.node("Reshape", [out, back], f"{prefix}.out"), (channels, height, width))
+        back = self.constant(f"shape.image.{'.'.join(map(str, shape))}", np.asarray([0, *shape], np.int64))
+        return Value(self.node("Reshape", [out, back], f"{prefix}.out"), shape)
+
+    def layer_norm(self, name: str, x: Value) -> Value:
+        """Over the channels, statistics in float32."""
+        wide = self.cast(x.name, f"{name}.wide", TensorProto.FLOAT)
+        last = self.node("Transpose", [wide], f"{name}.last", perm=[0, 2, 3, 1])
+        gain, shift = (
+            self.constant(f"{name}.{part}", self._params[f"{name}.{part}"].astype(np.float32)) for part in ("weight", "bias")
+        )
+        h = self.node("LayerNormalization", [last, gain, shift], f"{name}.normalized", axis=-1, epsilon=LAYER_NORM_EPS)
+        h = self.node("Transpose", [h], f"{name}.first", perm=[0, 3, 1, 2])
+        return Value(self.cast(h, f"{name}.out", self._type), x.shape)
+
+    def geglu(self, x: Value) -> Value:
+        half = x.shape[0] // 2
+        sizes = self.constant(f"sizes.geglu.{half}", np.full(2, half, np.int64))
+        value, gate = f"{x.name}.value", f"{x.name}.gate"
+        self.nodes.append(helper.make_node("Split", [x.name, sizes], [value, gate], name=f"{x.name}.parts", axis=1))
+        gate = self.node("Gelu", [gate], f"{x.name}.gelu")
+        return Value(self.node("Mul", [value, gate], f"{x.name}.geglu"), (half, *x.shape[1:]))
 
     def upsample(self, x: Value) -> Value:
         factor = self.constant("upsample.scales", np.asarray([1, 1, 2, 2], np.float32))

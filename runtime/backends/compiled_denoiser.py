@@ -9,8 +9,9 @@ from torch import Tensor
 
 from modiff_trt.core.rows import plain_rows
 from modiff_trt.core.solvers import Solver
+from modiff_trt.networks.binding import time_table
 from modiff_trt.networks.operations import Network
-from modiff_trt.networks.torch_ops import Params, run_unet, time_table
+from modiff_trt.networks.torch_ops import Params, run_unet
 from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
 from modiff_trt.runtime.denoiser import StateInfo
 
@@ -28,7 +29,7 @@ class CompiledDenoiser(GraphedDenoiser):
 
         def forward(x: Tensor, row: Tensor) -> Tensor:
             bias = {b: row[None, at : at + network.time_channels[b]].half() for b, at in offsets.items()}
-            return run_unet(network, half, x.half(), bias=bias).float()
+            return run_unet(network, half, x.half(), bound=bias).float()
 
         self._network = network
         self._times = torch.cat(list(time_table(network, {k: v.cuda() for k, v in params.items()}).values()), dim=1)

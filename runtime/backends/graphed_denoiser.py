@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modiff_trt.core.config import Config
+from modiff_trt.core.context import Arrays
 from modiff_trt.core.rows import RowTable
 from modiff_trt.core.solvers import Updates
 from modiff_trt.runtime.denoiser import OnDone
@@ -67,6 +68,10 @@ class GraphedDenoiser(ABC):
     def _predict(self, x: Tensor) -> Tensor:
         """Epsilon of x [N, C, H, W] float32 channels_last, for the pass whose vector is `self._row`."""
 
+    def _bind(self, context: Arrays | None, batch: int, size: int) -> bool:
+        """Takes the context of `batch` images, for `size`; returns whether buffers must be allocated anew for it."""
+        return False
+
     def _refresh(self, size: int) -> None:  # noqa: B027
         """What is due every `refresh_every` passes, for `size` images."""
 
@@ -75,10 +80,11 @@ class GraphedDenoiser(ABC):
         return batch
 
     @torch.no_grad()
-    def reset(self, batch: int) -> None:
-        """Begins a trajectory. Allocates only if this batch is larger than every one before it; captures a size that is new."""
+    def reset(self, batch: int, context: Arrays | None = None) -> None:
+        """Begins a trajectory. Allocates only if this batch is larger than every one before it, or its context has another
+        number of tokens; captures a size that is new."""
         size = self._padded(batch)
-        if size > len(self._x):
+        if self._bind(context, batch, size) or size > len(self._x):
             # What fails here must not leave the old buffers behind with a new size.
             self._steps.clear()
             self._refreshes.clear()

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 
 from modiff_trt.core.config import Config, stored_config
+from modiff_trt.core.context import Arrays, checked, context_arrays
 from modiff_trt.core.errors import InputError, is_out_of_memory
 from modiff_trt.core.manifest import NetworkManifest
 from modiff_trt.core.onnx_file import read_onnx
@@ -92,6 +93,8 @@ class OnnxDenoiser:
         types = {i.name: i.type for i in self._session.get_inputs()}
         self._state_names = [name for name in self._shapes if name.startswith(("a_hat.", "o_hat."))]
         self._state_dtype = np.float16 if any(types[n] == "tensor(float16)" for n in self._state_names) else np.float32
+        self._context = context_arrays(model.config.architecture)
+        self._given: dict[str, tuple[int, ...]] = {}
         self._batch = 0
         self._buffers: list[dict[str, ort.OrtValue]] = []
         self._fixed: dict[str, ort.OrtValue] = {}
@@ -118,9 +121,13 @@ class OnnxDenoiser:
     def to_host(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return x
 
-    def reset(self, batch: int) -> None:
-        if batch != self._batch:
-            self._allocate(batch)
+    def reset(self, batch: int, context: Arrays | None = None) -> None:
+        given = checked(context) if self._context else {}
+        shapes = {name: given[name].shape for name in self._context}
+        if batch != self._batch or shapes != self._given:
+            self._allocate(batch, shapes)
+        for name in self._context:
+            self._fixed[name].update_inplace(np.ascontiguousarray(given[name]))
         for name, value in self._buffers[0].items():
             start = self._start[name].astype(self._state_dtype)
             value.update_inplace(np.broadcast_to(start, (batch, *start.shape)).copy())
@@ -135,13 +142,16 @@ class OnnxDenoiser:
         self._turn = 1 - self._turn
         return np.array(self._fixed["eps"].numpy())  # onnxruntime hands out the buffer itself
 
-    def _allocate(self, batch: int) -> None:
+    def _allocate(self, batch: int, context: dict[str, tuple[int, ...]]) -> None:
         def new(shape: tuple[int, ...], dtype: Any) -> ort.OrtValue:
             return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self._device, self._gpu)
 
         self._batch = 0  # what fails here must not leave another batch's buffers behind
         image = (batch, *self._shapes["x"])
         self._fixed = {"x": new(image, np.float32), "t": new((batch,), np.int64), "eps": new(image, np.float32)}
+        for name, shape in context.items():
+            self._fixed[name] = new(shape, np.int64 if self._context[name].integer else np.float32)
+        self._given = context
         if "row_scale" in self._shapes:
             self._fixed["row_scale"] = new(self._shapes_full("row_scale"), np.float32)
         self._buffers = [{n: new((batch, *self._shapes[n]), self._state_dtype) for n in self._state_names} for _ in range(2)]

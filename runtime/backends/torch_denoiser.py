@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modiff_trt.core.context import Arrays, checked, context_arrays
 from modiff_trt.core.kinds import Granularity
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.scales import Scales
+from modiff_trt.networks.binding import conditions, embeddings, keys_and_values, on_device, project_times, time_table
 from modiff_trt.networks.modulated import OnLayer, QuantizedLayer, State, initial_state, quantize_layers, simulate
 from modiff_trt.networks.operations import Network
-from modiff_trt.networks.torch_ops import Params, run_unet, time_table
+from modiff_trt.networks.torch_ops import Bound, Params, run_unet
 from modiff_trt.runtime.denoiser import StateInfo
 
 # A study may change the state before the pass of a row: (row, layers, state) -> state.
@@ -45,6 +47,9 @@ class _TorchBase:
         wide = {k: p.to(self._device, torch.promote_types(dtype, torch.float32)) for k, p in params.items()}
         with full_precision():
             self._table = {block: table.to(dtype) for block, table in time_table(network, wide).items()}
+            self._embeddings = embeddings(network, wide).to(dtype)
+        self._prompts: dict[str, Tensor] = {}
+        self._added: Tensor | None = None
         self._rows = rows
 
     @property
@@ -57,9 +62,23 @@ class _TorchBase:
     def to_host(self, x: Tensor) -> np.ndarray[Any, Any]:
         return x.float().cpu().numpy()
 
-    def _time_bias(self, row: int) -> Mapping[str, Tensor]:
+    def _condition(self, context: Arrays | None) -> None:
+        """Computes what does not change during a trajectory."""
+        if not context_arrays(self._network.config.architecture):
+            return
+        given = on_device(checked(context), self._device)
+        real = {name: value.to(self._dtype) if value.is_floating_point() else value for name, value in given.items()}
+        with torch.no_grad(), full_precision():
+            self._prompts = keys_and_values(self._network, self._params, real)
+            self._added = conditions(self._network, self._params, real)
+
+    def _bound(self, row: int) -> Bound:
         t = int(self._rows.t[row])
-        return {block: table[t : t + 1] for block, table in self._table.items()}
+        if self._added is None:
+            return {block: table[t : t + 1] for block, table in self._table.items()} | self._prompts
+        with full_precision():
+            embedding = self._embeddings[t : t + 1] + self._added
+            return project_times(self._network, self._params, embedding) | self._prompts
 
 
 class TorchDenoiser(_TorchBase):
@@ -79,13 +98,14 @@ class TorchDenoiser(_TorchBase):
     def state_info(self) -> tuple[StateInfo, ...]:
         return ()
 
-    def reset(self, batch: int) -> None:
-        """Nothing is kept between passes."""
+    def reset(self, batch: int, context: Arrays | None = None) -> None:
+        """Nothing of an image is kept between passes."""
+        self._condition(context)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, row: int) -> Tensor:
         with full_precision():
-            return run_unet(self._network, self._params, x, bias=self._time_bias(row))
+            return run_unet(self._network, self._params, x, bound=self._bound(row))
 
 
 class SimDenoiser(_TorchBase):
@@ -133,7 +153,8 @@ class SimDenoiser(_TorchBase):
             shapes += [(f"a_hat.{name}", spec.in_shape), (f"o_hat.{name}", spec.out_shape)]
         return tuple(StateInfo(name, shape, int(np.prod(shape)) * size) for name, shape in shapes)
 
-    def reset(self, batch: int) -> None:
+    def reset(self, batch: int, context: Arrays | None = None) -> None:
+        self._condition(context)
         with full_precision():
             self._state = {name: initial_state(self.layers[name], batch) for name in self._modulated}
 
@@ -151,7 +172,7 @@ class SimDenoiser(_TorchBase):
                 self.layers,
                 self._state,
                 x,
-                self._time_bias(row),
+                self._bound(row),
                 multipliers,
                 exact=exact,
                 act_quant=self._act_quant,

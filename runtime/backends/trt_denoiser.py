@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from modiff_trt.core.context import Arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.plugins.cuda.memory import DeviceArray, Graph, Stream, use_device
@@ -71,7 +72,7 @@ class TrtDenoiser:
     def to_host(self, x: Any) -> np.ndarray[Any, Any]:
         return x if isinstance(x, np.ndarray) else DeviceArray.of(x).to_host(self._stream)
 
-    def reset(self, batch: int) -> None:
+    def reset(self, batch: int, context: Arrays | None = None) -> None:
         """Begins a trajectory. A batch below the profile's smallest runs as that one. Raises InputError for a larger one than
         the plan was built for."""
         least, most = self._plan.batches

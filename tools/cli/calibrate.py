@@ -198,7 +198,14 @@ def calibrate(
             network, checkpoint, stored, scales=scales, options=AdaRoundOptions(iterations), seed=seed, device=device, part=part
         )
     try_images = partial(
-        Trials, network, checkpoint, scales.rows.timesteps, solver=scales.solver, seed=TRIAL_SEED, device=device
+        Trials,
+        network,
+        checkpoint,
+        scales.rows.timesteps,
+        solver=scales.solver,
+        seed=TRIAL_SEED,
+        device=device,
+        context=stored.context,
     )
     trials = try_images(images=trial_images) if trial_images else None
     if correct_bias is not False:

@@ -12,8 +12,10 @@ from modiff_trt.tools.cli.options import (
     Ckpt,
     ClipSample,
     Config,
+    ContextFile,
     Device,
     FinalAlphaName,
+    Guidance,
     Model,
     PredictionName,
     Seed,
@@ -37,6 +39,8 @@ def collect(
     clip_sample: ClipSample = None,
     steps_offset: StepsOffset = None,
     final_alpha: FinalAlphaName = None,
+    context: ContextFile = None,
+    guidance: Guidance = None,
     num_samples: Annotated[int, typer.Option(help="calibration images")] = 16,
     calib_steps: Annotated[int, typer.Option(help="steps to keep, spread evenly; each with the step before it")] = 20,
     seed: Seed = 1,
@@ -45,6 +49,7 @@ def collect(
     device: Device = "cpu",
 ) -> None:
     """Sample in full precision and store the trajectories that calibration needs."""
+    from modiff_trt.core.context import load_context
     from modiff_trt.export.calibration.collecting import collect as run
     from modiff_trt.runtime.backends.registry.options import SolverOptions, check_device, default_solver, load_model
 
@@ -64,5 +69,6 @@ def collect(
         batch_size=batch_size,
         device=check_device(device),
         out=out,
+        context=load_context(context, guidance, network.config.architecture),
     )
     typer.echo(f"{out}: {num_samples} images at {len(result.steps)} of {len(result.timesteps)} steps")

@@ -11,7 +11,14 @@ from modiff_trt.core.kinds import FinalAlpha, Prediction, SolverKind, Spacing
 
 Config = Annotated[Path | None, typer.Option(help="DDIM configuration (.yml)")]
 Ckpt = Annotated[Path | None, typer.Option(help="trained weights (.safetensors, .ckpt, .pt, .pth)")]
-Model = Annotated[Path | None, typer.Option(help="diffusers folder (UNet2DModel and its scheduler), for --config and --ckpt")]
+Model = Annotated[Path | None, typer.Option(help="diffusers folder (a UNet and its scheduler), for --config and --ckpt")]
+ContextFile = Annotated[
+    Path | None,
+    typer.Option("--context", help=".npz of what the network is given beside noise, by diffusers' names"),
+]
+Guidance = Annotated[
+    float | None, typer.Option(help="classifier-free guidance: the context also has negative_encoder_hidden_states")
+]
 Weights = Annotated[
     str | None,
     typer.Option(help="raw or ema, of a checkpoint that has both; without it the EMA, where there is one"),

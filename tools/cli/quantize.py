@@ -73,6 +73,8 @@ def quantize(
         checkpoint_manifest,
         default_solver,
         load_model,
+        refuse_context,
+        refuse_latents,
     )
     from modiff_trt.tools.cli.collect import collect
     from modiff_trt.tools.cli.export import export
@@ -84,6 +86,8 @@ def quantize(
     if costs is not None and modes != Modes.AUTO:
         raise InputError("--costs is for --modes auto")
     network, checkpoint = load_model(config, ckpt, weights, model=model)
+    refuse_context(network, "quantize")
+    refuse_latents(network, "quantize")
     # What a later stage would refuse is refused before the first.
     options = SolverOptions(
         solver, spacing, prediction, clip_sample=clip_sample, steps_offset=steps_offset, final_alpha=final_alpha

@@ -32,7 +32,13 @@ def report(
     from modiff_trt.core.files import atomic_path, check_writable, sha256
     from modiff_trt.core.scales import load_scales
     from modiff_trt.networks.state_elements import state_elements
-    from modiff_trt.runtime.backends.registry.options import check_device, checkpoint_manifest, load_model
+    from modiff_trt.runtime.backends.registry.options import (
+        check_device,
+        checkpoint_manifest,
+        load_model,
+        refuse_context,
+        refuse_latents,
+    )
     from modiff_trt.runtime.sampling import check_seed
     from modiff_trt.tools.assets import config_path, demo_path
     from modiff_trt.tools.cli.evaluate import rows_of
@@ -53,6 +59,8 @@ def report(
     if not any(given):
         config, ckpt = config_path("demo.yml"), demo_path("model.safetensors")
     network, checkpoint = load_model(config, ckpt, weights, model=model)
+    refuse_context(network, "report")
+    refuse_latents(network, "report")
     file = scales or demo_path("modiff-w8a6.safetensors")
     loaded = load_scales(file, network, checkpoint.sha256)
     if not loaded.modulated:

@@ -13,8 +13,10 @@ from modiff_trt.tools.cli.options import (
     Ckpt,
     ClipSample,
     Config,
+    ContextFile,
     Device,
     FinalAlphaName,
+    Guidance,
     Model,
     PredictionName,
     Seed,
@@ -41,6 +43,8 @@ def sample(
     clip_sample: ClipSample = None,
     steps_offset: StepsOffset = None,
     final_alpha: FinalAlphaName = None,
+    context: ContextFile = None,
+    guidance: Guidance = None,
     eta: Annotated[float, typer.Option(help="0: deterministic, 1: as noisy as DDPM")] = 0.0,
     modulate: Annotated[bool, typer.Option(help="keep MoDiff state; off: plain Q-Diffusion")] = True,
     num_samples: Annotated[int | None, typer.Option(help="number of images (16)")] = None,
@@ -82,6 +86,8 @@ def sample(
         compile=compile_network,
         plan=plan,
         weights=weights,
+        context=context,
+        guidance=guidance,
     )
     loaded = load_backend(options)
     done = run_sampling(

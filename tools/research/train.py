@@ -28,7 +28,7 @@ from modiff_trt.core.ddim_yaml import load_config
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path
 from modiff_trt.core.schedule import alphas_cumprod
-from modiff_trt.networks.torch_ops import UNet
+from modiff_trt.networks.module import UNet
 from modiff_trt.runtime.images.sets import load_images
 from modiff_trt.tools.research.refusals import refuses_bad_input
 

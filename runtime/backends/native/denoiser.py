@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modiff_trt.core.context import Arrays, checked, context_arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import Scales
+from modiff_trt.networks.binding import conditions, keys_and_values, on_device, project_times
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Params
 from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
@@ -30,6 +32,9 @@ from modiff_trt.runtime.backends.native.ops import (
 from modiff_trt.runtime.backends.native.refresh import REFRESH, refresh
 from modiff_trt.runtime.denoiser import OnDone, StateInfo
 
+# Among what is bound: what a context adds to the embedding of the timestep [N, C].
+ADDED = "added"
+
 
 class NativeDenoiser(GraphedDenoiser):
     """A network on native kernels. State lives in buffers that are allocated once for the largest batch seen; a smaller
@@ -43,6 +48,25 @@ class NativeDenoiser(GraphedDenoiser):
         self._shared = shared_accumulators(self._model.layers)
         self._start = self._starts()
         self._buffers = Buffers({}, {}, {}, row=self._row)
+        # What does not depend on the image, and is no layer: of prompts and conditions.
+        kept = (".time_emb_proj.", ".attn2.to_k.", ".attn2.to_v.", "class_embedding.", "add_embedding.")
+        self._params = {k: p.to(device).float() for k, p in params.items() if any(part in f".{k}" for part in kept)}
+        self._bound: dict[str, Tensor] = {}
+
+    def _bind(self, context: Arrays | None, batch: int, size: int) -> bool:
+        network = self._model.network
+        if not context_arrays(network.config.architecture):
+            return False
+        given = on_device(checked(context), self._device)
+        bound = {n: kv.to(self._kernels.real) for n, kv in keys_and_values(network, self._params, given).items()}
+        added = conditions(network, self._params, given)
+        if added is not None:
+            bound[ADDED] = added
+        # Padding images are given what the last one is.
+        bound = {n: torch.cat([t, t[-1:].expand(size - batch, *t.shape[1:])]) for n, t in bound.items()}
+        grown = {n: t.shape[1:] for n, t in self._bound.items()} != {n: t.shape[1:] for n, t in bound.items()}
+        self._bound = bound
+        return grown
 
     @property
     def refresh_every(self) -> int:
@@ -69,6 +93,8 @@ class NativeDenoiser(GraphedDenoiser):
         return 1 << (batch - 1).bit_length() if self._device.type == "cuda" else batch
 
     def _begin(self, size: int) -> None:
+        for name, value in self._bound.items():
+            self._buffers.bound[name][:size].copy_(value)
         for name, (state, o_hat) in self._start.items():
             self._buffers.state[name][:size].copy_(state)
             if name not in self._shared:
@@ -100,8 +126,13 @@ class NativeDenoiser(GraphedDenoiser):
 
     def _pass_of(self, x: Tensor) -> Tensor:
         model, (n, channels, height, width) = self._model, x.shape
+        buffers = self._buffers.first(n)
+        times: dict[str, Tensor] = {}
+        if model.embedding_at is not None:
+            at, added = model.embedding_at, buffers.bound[ADDED]
+            times = project_times(model.network, self._params, self._row[at : at + added.shape[1]] + added)
         ops = NativeOps(
-            self._kernels, model.layers, model.norms, time_at=model.time_at, buffers=self._buffers.first(n), aside=self._side
+            self._kernels, model.layers, model.norms, time_at=model.time_at, buffers=buffers, aside=self._side, times=times
         )
         pixels = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)
         answer = model.network.function(ops, LazyValue(Source(pixels), channels, height, width=width))
@@ -138,7 +169,8 @@ class NativeDenoiser(GraphedDenoiser):
                 shape = (size, height * width, layer.weight.shape[1])
                 dtype = self._kernels.real if layer.mode == Mode.FLOAT else self._kernels.integer
                 padded[name] = torch.zeros(shape, dtype=dtype, device=self._device)
-        self._buffers = Buffers(state, o_hat, padded, row=self._row)
+        bound = {n: torch.zeros(size, *t.shape[1:], dtype=t.dtype, device=self._device) for n, t in self._bound.items()}
+        self._buffers = Buffers(state, o_hat, padded, row=self._row, bound=bound)
 
 
 def _to_device(model: NativeModel, device: str, kernels: Kernels) -> NativeModel:

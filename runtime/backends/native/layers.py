@@ -12,10 +12,11 @@ from torch import Tensor
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Granularity, Mode
 from modiff_trt.core.scales import Scales, only_simulated
+from modiff_trt.networks.binding import embeddings, time_table
 from modiff_trt.networks.modulated import QuantizedLayer, implied_o_hat, initial_a_hat, quantize_layers
 from modiff_trt.networks.operations import LayerSpec, Network
 from modiff_trt.networks.split import skip_factors
-from modiff_trt.networks.torch_ops import Params, layer_bias, layer_weight, time_table
+from modiff_trt.networks.torch_ops import Params, layer_bias, layer_weight
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX
 
@@ -64,8 +65,8 @@ class NativeModel:
     """A network ready for the native kernels.
 
     `table` float32 [rows, W] has one vector for each pass: grids and epilogue scales of all layers, the time biases of all
-    blocks (offsets in `time_at`). `start` has (state int16 [H*W, C], of an upsampled input at the
-    source's size, and o_hat float32 [P*Q, K']) for each modulated layer.
+    blocks (offsets in `time_at`), or the timestep's embedding (at `embedding_at`) where each image adds to it. `start` has
+    (state int16 [H*W, C], of an upsampled input at the source's size, and o_hat float32 [P*Q, K']) for each modulated layer.
     """
 
     network: Network
@@ -74,6 +75,7 @@ class NativeModel:
     norms: Mapping[str, Tensor]
     table: Tensor
     time_at: Mapping[str, int]
+    embedding_at: int | None
     start: Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -138,13 +140,16 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         )
         if modulated:
             start[spec.name] = _start(layer, unit, len(padded))
-    times = {
-        block: append(values[torch.from_numpy(scales.rows.t)].double().numpy())
-        for block, values in time_table(network, params).items()
-    }
+    at_rows = torch.from_numpy(scales.rows.t)
+    architecture = network.config.architecture
+    # What a class or a prompt as a whole adds to the embedding differs from image to image.
+    of_images = architecture.classes > 0 or architecture.added_channels > 0
+    embedding_at = append(embeddings(network, params)[at_rows].double().numpy()) if of_images else None
+    table_of_times = {} if of_images else time_table(network, params)
+    times = {block: append(values[at_rows].double().numpy()) for block, values in table_of_times.items()}
     norms = {key: params[key].float() for name in network.norms for key in (f"{name}.weight", f"{name}.bias")}
     table = torch.from_numpy(np.concatenate([np.zeros((rows, 0), np.float32), *columns], axis=1))
-    return NativeModel(network, scales, layers, norms=norms, table=table, time_at=times, start=start)
+    return NativeModel(network, scales, layers, norms=norms, table=table, time_at=times, start=start, embedding_at=embedding_at)
 
 
 def _grid(scales: Scales, layer: QuantizedLayer, largest: float) -> tuple[float, np.ndarray]:

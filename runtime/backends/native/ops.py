@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modiff_trt.core.kinds import Mode
-from modiff_trt.networks.operations import Block, LayerSpec, Role
+from modiff_trt.networks.operations import LAYER_NORM_EPS, Block, LayerSpec, Role
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.native.layers import NativeLayer
 
@@ -113,17 +113,20 @@ class LazyValue:
 @dataclass(frozen=True)
 class Buffers:
     """What lives across passes for N images: `state` int16 and `o_hat` by layer (two layers may share one accumulator),
-    zeroed integer inputs of layers whose channels are padded, and the row vector of the current pass."""
+    zeroed integer inputs of layers whose channels are padded, the row vector of the current pass, and what a context gives:
+    keys and values by attention."""
 
     state: Mapping[str, Tensor]
     o_hat: Mapping[str, Tensor]
     padded: Mapping[str, Tensor]
     row: Tensor
+    bound: Mapping[str, Tensor] = field(default_factory=dict)
 
     def first(self, images: int) -> Buffers:
         """The same buffers for some of the images."""
-        state, o_hat, padded = ({k: t[:images] for k, t in part.items()} for part in (self.state, self.o_hat, self.padded))
-        return Buffers(state, o_hat, padded, row=self.row)
+        parts = (self.state, self.o_hat, self.padded, self.bound)
+        state, o_hat, padded, bound = ({k: t[:images] for k, t in part.items()} for part in parts)
+        return Buffers(state, o_hat, padded, row=self.row, bound=bound)
 
 
 def shared_accumulators(layers: Mapping[str, NativeLayer]) -> dict[str, str]:
@@ -152,8 +155,10 @@ class NativeOps:
         time_at: Mapping[str, int],
         buffers: Buffers,
         aside: torch.cuda.Stream | None,
+        times: Mapping[str, Tensor],
     ) -> None:
-        """On the stream `aside` shortcuts in float are computed while the convolutions of their block are."""
+        """On the stream `aside` shortcuts in float are computed while the convolutions of their block are. `times` [N, C] are
+        what the timestep gives the blocks where that differs from image to image."""
         self._kernels, self._layers, self._norms, self._time_at, self._buffers = kernels, layers, norms, time_at, buffers
         self._shared = shared_accumulators(layers)
         self._partners = set(self._shared.values())
@@ -161,7 +166,7 @@ class NativeOps:
             layer.spec.beside: layer for layer in layers.values() if layer.spec.beside and layer.mode == Mode.FLOAT
         }
         self._outputs: dict[str, Tensor] = {}
-        self._aside = aside
+        self._aside, self._times = aside, times
         self._begun: dict[str, tuple[list[Tensor], Tensor]] = {}
 
     def layer(self, spec: LayerSpec, x: LazyValue) -> LazyValue:
@@ -280,6 +285,10 @@ class NativeOps:
 
     def timed_norm_silu(self, block: str, name: str, x: LazyValue, groups: int, eps: float) -> LazyValue:
         """Scale and shift by the timestep are another gain and shift of the normalization, which depend on the row alone."""
+        if block in self._times:
+            x = self._written_value(self.norm(name, x, groups, eps))
+            of_image, more = self._times[block][:, None].to(self._kernels.real).chunk(2, dim=2)
+            return replace(x, main=Source(F.silu(x.main.tensor() * (1 + of_image) + more)))
         gain, shift = self._norms[f"{name}.weight"], self._norms[f"{name}.bias"]
         at, row = self._time_at[block], self._buffers.row
         scale, more = row[at : at + x.channels] + 1, row[at + x.channels : at + 2 * x.channels]
@@ -294,6 +303,8 @@ class NativeOps:
     def add_time(self, block: str, x: LazyValue, channels: int) -> LazyValue:
         if self._whole(x).is_changed:
             x = self._written_value(x)
+        if block in self._times:
+            return replace(x, main=Source(x.main.tensor() + self._times[block][:, None].to(self._kernels.real)))
         at = self._time_at[block]
         return replace(x, time=self._buffers.row[at : at + channels])
 
@@ -308,6 +319,26 @@ class NativeOps:
         q, k, v = tensor.view(n, pixels, 3, heads, channels // heads).permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v, scale=(channels // heads) ** -0.5)
         return replace(qkv, main=Source(out.transpose(1, 2).reshape(n, pixels, channels)), channels=channels)
+
+    def layer_norm(self, name: str, x: LazyValue) -> LazyValue:
+        x = self._written_value(x)
+        gain, shift = self._norms[f"{name}.weight"], self._norms[f"{name}.bias"]
+        tensor = x.main.tensor()
+        normed = F.layer_norm(tensor, gain.shape, gain.to(tensor.dtype), shift.to(tensor.dtype), LAYER_NORM_EPS)
+        return replace(x, main=Source(normed))
+
+    def geglu(self, x: LazyValue) -> LazyValue:
+        x = self._written_value(x)
+        value, gate = x.main.tensor().chunk(2, dim=2)
+        return replace(x, main=Source(value * F.gelu(gate)), channels=x.channels // 2)
+
+    def cross_attention(self, name: str, q: LazyValue, channels: int, heads: int) -> LazyValue:
+        q = self._written_value(q)
+        tensor, prompt = q.main.tensor(), self._buffers.bound[name]
+        n, pixels, _ = tensor.shape
+        k, v = prompt.view(n, 2, heads, channels // heads, -1).transpose(3, 4).unbind(1)
+        out = F.scaled_dot_product_attention(tensor.view(n, pixels, heads, channels // heads).transpose(1, 2), k, v)
+        return replace(q, main=Source(out.transpose(1, 2).reshape(n, pixels, channels)))
 
     def upsample(self, x: LazyValue) -> LazyValue:
         """Left to the convolution that follows: its input is quantized first, then repeated."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modiff_trt.core.config import Config, model_fingerprint
+from modiff_trt.core.context import context_arrays, load_context
 from modiff_trt.core.ddim_yaml import load_config
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import sha256
@@ -20,6 +21,7 @@ from modiff_trt.networks.checkpoint import RAW_SUFFIX, Checkpoint, load_checkpoi
 from modiff_trt.networks.diffusers_folder import load_folder, read_folder
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.unet2d import trace
+from modiff_trt.runtime.backends.guided_denoiser import guided
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.sampling import Backend, Rank
 
@@ -72,6 +74,8 @@ class SamplingOptions:
     compile: bool = False
     plan: Path | None = None
     weights: str | None = None
+    context: Path | None = None
+    guidance: float | None = None
 
 
 def load_model(
@@ -94,6 +98,20 @@ def load_model(
     if checkpoint.chosen:
         log.info("checkpoint %s: %s are used", ckpt, checkpoint.weights)
     return network, checkpoint
+
+
+def refuse_latents(network: Network, command: str) -> None:
+    """Raises InputError for a network that makes no pictures, of a command that shows them."""
+    if network.config.latent:
+        raise InputError(
+            f"`{command}` shows pictures, and this network makes latents; use its single stages and sample"
+        )
+
+
+def refuse_context(network: Network, command: str) -> None:
+    """Raises InputError for a network that is given more than noise, of a command that cannot do that."""
+    if context_arrays(network.config.architecture):
+        raise InputError(f"`{command}` is for networks that are given noise alone, and this one has a context")
 
 
 def default_solver(model: Path | None) -> Solver:
@@ -150,10 +168,12 @@ def _torch_backend(options: SamplingOptions) -> Backend:
         torch.cuda.set_device(Rank.of_environment().local % torch.cuda.device_count())
     network, checkpoint = load_model(options.config, options.ckpt, options.weights, model=options.model)
     config = network.config
+    context = load_context(options.context, options.guidance, config.architecture)
     manifest: dict[str, Any] = {
         "backend": options.backend,
         **checkpoint_manifest(checkpoint),
         "config_sha256": model_fingerprint(config),
+        **_context_manifest(options),
     }
     if options.backend == "torch":
         _refuse(options.scales, "--scales", "torch")
@@ -174,7 +194,7 @@ def _torch_backend(options: SamplingOptions) -> Backend:
             "timesteps": list(timesteps),
             "solver": solver.to_dict(),
         }
-        return Backend(denoiser, config, solver, manifest | made)
+        return Backend(guided(denoiser, context), config, solver, manifest=manifest | made, context=context)
     if options.scales is None:
         raise InputError(f"--backend {options.backend} needs --scales FILE; make one with `modiff-trt calibrate`")
     scales = load_scales(options.scales, network, checkpoint.sha256)
@@ -194,7 +214,7 @@ def _torch_backend(options: SamplingOptions) -> Backend:
         "timesteps": list(scales.rows.timesteps),
         "solver": scales.solver.to_dict(),
     }
-    return Backend(denoiser, config, scales.solver, manifest)
+    return Backend(guided(denoiser, context), config, scales.solver, manifest=manifest, context=context)
 
 
 def _onnx_backend(options: SamplingOptions) -> Backend:
@@ -215,13 +235,17 @@ def _onnx_backend(options: SamplingOptions) -> Backend:
     timesteps, solver = _exported_sequence(
         options, model.config, model.manifest, rows=model.calibrated_rows, source=options.onnx
     )
-    return onnx_backend(model, timesteps, solver, device=options.device)
+    context = load_context(options.context, options.guidance, model.config.architecture)
+    found = onnx_backend(model, timesteps, solver, device=options.device)
+    manifest = found.manifest | _context_manifest(options)
+    return replace(found, denoiser=guided(found.denoiser, context), manifest=manifest, context=context)
 
 
 def _trt_backend(options: SamplingOptions) -> Backend:
     from modiff_trt.runtime.backends.plan import load_plan
     from modiff_trt.runtime.backends.registry.exported import plan_backend
 
+    _refuse(options.context, "--context", "trt, whose plans are of networks without one")
     if options.plan is None:
         raise InputError("--backend trt needs --plan FILE; build one with `modiff-trt build`")
     for value, option in (
@@ -238,6 +262,13 @@ def _trt_backend(options: SamplingOptions) -> Backend:
         raise InputError("--no-modulate is decided at export; run `modiff-trt export --no-modulate` and build from that file")
     timesteps, solver = _exported_sequence(options, plan.config, network, rows=plan.calibrated_rows, source=options.plan)
     return plan_backend(plan, timesteps, solver)
+
+
+def _context_manifest(options: SamplingOptions) -> dict[str, Any]:
+    """What images say of their context."""
+    if options.context is None:
+        return {}
+    return {"context_sha256": sha256(options.context), "guidance": options.guidance}
 
 
 def _exported_sequence(

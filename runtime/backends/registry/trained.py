@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from modiff_trt.core.context import context_arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.scales import Scales
 from modiff_trt.core.solvers import Solver
@@ -38,6 +39,8 @@ def compiled_fp16(
     """The network as trained, in FP16 on CUDA: the baseline of speed."""
     from modiff_trt.runtime.backends.compiled_denoiser import CompiledDenoiser
 
+    if context_arrays(network.config.architecture):
+        raise InputError("--dtype fp16 is for networks that are given noise alone, and this one has a context")
     if not torch.cuda.is_available():
         raise InputError("FP16 through torch.compile is for --device cuda")
     return CompiledDenoiser(network, params, timesteps, solver=solver, compiled=compiled)

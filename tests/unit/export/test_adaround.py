@@ -7,8 +7,9 @@ from modiff_trt.core.scales import load_scales, save_scales
 from modiff_trt.export.calibration import pipeline as calibrating
 from modiff_trt.export.calibration.adaround import AdaRoundOptions, SoftRounding, learn_rounding, rectified_sigmoid
 from modiff_trt.export.calibration.reconstruct import Samples, WeightGrid, reconstruct, units
+from modiff_trt.networks.binding import times
 from modiff_trt.networks.quantizers import minmax_weight_scale, pack_rounding, quantize_weight, unpack_rounding
-from modiff_trt.networks.torch_ops import convolve, layer_bias, layer_weight, run_unet, time_bias
+from modiff_trt.networks.torch_ops import convolve, layer_bias, layer_weight, run_unet
 
 
 def test_starts_from_the_float_weight():
@@ -82,7 +83,7 @@ def eps_error(case, decisions, grids):
 
     torch.manual_seed(5)
     x, t = torch.randn(8, *network.config.input_shape), torch.arange(0, 800, 100)
-    bias = time_bias(network, params, t)
+    bias = times(network, params, t)
     with torch.no_grad():
         return float((run_unet(network, params, x, bias, layer) - run_unet(network, params, x, bias)).square().mean())
 

@@ -13,8 +13,9 @@ from modiff_trt.core.scales import SCHEMA, load_scales, save_scales
 from modiff_trt.export.calibration.biases import correct_biases
 from modiff_trt.export.calibration.static import measure_ranges
 from modiff_trt.export.calibration.trials import Trials
+from modiff_trt.networks.binding import time_table
 from modiff_trt.networks.modulated import quantize_layers
-from modiff_trt.networks.torch_ops import float_layer, layer_bias, layer_weight, run_unet, time_table
+from modiff_trt.networks.torch_ops import float_layer, layer_bias, layer_weight, run_unet
 from modiff_trt.runtime.backends.registry import trained
 
 
@@ -39,7 +40,7 @@ def mean_errors(case, scales):
         for step in case.trajectories.chosen:
             x = torch.from_numpy(case.trajectories.x[position[int(step)]])
             bias = {b: rows[case.timesteps[int(step)]].expand(len(x), -1) for b, rows in table.items()}
-            run_unet(case.network, case.checkpoint.params, x, bias=bias, layer=record)
+            run_unet(case.network, case.checkpoint.params, x, bound=bias, layer=record)
     return {name: torch.stack(errors) for name, errors in found.items()}
 
 

@@ -10,10 +10,11 @@ from conftest import random_checkpoint, tiny_config
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.manifest import MANIFEST_KEY, decode_array
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
+from modiff_trt.networks.binding import time_table, times
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import LayerState, initial_state, integer_product, quantize_layers
 from modiff_trt.networks.split import divide_skip
-from modiff_trt.networks.torch_ops import run_unet, time_bias, time_table
+from modiff_trt.networks.torch_ops import run_unet
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
@@ -117,7 +118,7 @@ def test_stateless_network_equals_the_simulation(tiny, tmp_path, bits):
         moved.append(float((q != position.round()).float().mean()))
         return quantized.bias[:, None, None] + quantized.scale * integer_product(quantized, q)
 
-    expected = run_unet(tiny.network, tiny.checkpoint.params, x, time_bias(tiny.network, tiny.checkpoint.params, t), layer)
+    expected = run_unet(tiny.network, tiny.checkpoint.params, x, times(tiny.network, tiny.checkpoint.params, t), layer)
     assert len(moved) == len(scales.layers) and max(moved) < 1e-3
     assert np.linalg.norm(outputs["eps"] - expected.numpy()) / np.linalg.norm(expected.numpy()) < 1e-5
 
@@ -158,7 +159,7 @@ def test_float_network(tiny, tmp_path):
     session = session_of(build_onnx(tiny.network, tiny.checkpoint, None, "fp32", None), tmp_path)
     x, t = np.random.default_rng(0).standard_normal((3, 3, 12, 12), np.float32), np.array([0, 10, 999])
     (eps,) = session.run(None, {"x": x, "t": t})
-    bias = time_bias(tiny.network, tiny.checkpoint.params, torch.from_numpy(t))
+    bias = times(tiny.network, tiny.checkpoint.params, torch.from_numpy(t))
     expected = run_unet(tiny.network, tiny.checkpoint.params, torch.from_numpy(x), bias).numpy()
     assert np.linalg.norm(eps - expected) / np.linalg.norm(expected) < 1e-5
 
@@ -225,5 +226,5 @@ def test_pooling_instead_of_convolutions(tmp_path):
     session = session_of(build_onnx(network, checkpoint, None, "fp32", None), tmp_path)
     x = np.random.default_rng(0).standard_normal((1, 3, 12, 12), np.float32)
     (eps,) = session.run(None, {"x": x, "t": np.array([4])})
-    bias = time_bias(network, checkpoint.params, torch.tensor([4]))
+    bias = times(network, checkpoint.params, torch.tensor([4]))
     np.testing.assert_allclose(eps, run_unet(network, checkpoint.params, torch.from_numpy(x), bias), rtol=1e-3, atol=1e-4)

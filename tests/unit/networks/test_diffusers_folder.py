@@ -9,8 +9,9 @@ import torch
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import FinalAlpha, Prediction, SolverKind, Spacing
+from modiff_trt.networks.binding import times
 from modiff_trt.networks.diffusers_folder import KINDS, load_folder, read_folder
-from modiff_trt.networks.torch_ops import run_unet, time_bias
+from modiff_trt.networks.torch_ops import run_unet
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.registry.options import load_model
 from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
@@ -77,7 +78,7 @@ def relative_difference(folder, model, images=2):
     x = torch.randn(images, *network.config.input_shape)
     t = torch.tensor([3, 981])[:images]
     with torch.no_grad():
-        ours = run_unet(network, checkpoint.params, x, bias=time_bias(network, checkpoint.params, t))
+        ours = run_unet(network, checkpoint.params, x, bound=times(network, checkpoint.params, t))
         theirs = model(x, t).sample
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
@@ -194,8 +195,10 @@ def test_settings_of_the_scheduler_are_the_solver(saved, tmp_path, name):
 MODEL, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 REFUSED = {
     "a transformer": (MODEL, {"_class_name": "DiTTransformer2DModel"}, "DiTTransformer2DModel"),
-    "a conditional network": (MODEL, {"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
-    "class labels": (MODEL, {"num_class_embeds": 10}, "'num_class_embeds' 10"),
+    "a prompted network's blocks": (MODEL, {"_class_name": "UNet2DConditionModel"}, "'mid_block_type' 'UNetMidBlock2D' is not supported"),
+    "class labels": (MODEL, {"num_class_embeds": 10}, "missing class_embedding.weight"),
+    "labels that are no numbers": (MODEL, {"class_embed_type": "timestep"}, "'class_embed_type' 'timestep'"),
+    "an image's encoder": (MODEL, {"encoder_hid_dim": 64}, "'encoder_hid_dim' 64"),
     "a spatial embedding": (MODEL, {"resnet_time_scale_shift": "spatial"}, "'resnet_time_scale_shift'"),
     "heads": (MODEL, {"attention_head_dim": 24}, "'attention_head_dim' 24"),
     "groups": (MODEL, {"norm_num_groups": 24}, "multiples of the 24 groups"),

@@ -4,7 +4,9 @@ from conftest import ROOT, ddim_state, random_checkpoint, tiny_config
 from reference import ReferenceUNet
 
 from modiff_trt.core.ddim_yaml import load_config
-from modiff_trt.networks.torch_ops import UNet, run_unet, time_bias, time_table
+from modiff_trt.networks.binding import time_table, times
+from modiff_trt.networks.module import UNet
+from modiff_trt.networks.torch_ops import run_unet
 from modiff_trt.networks.unet2d import trace
 
 
@@ -19,7 +21,7 @@ def test_equals_independent_reference_in_float64(size, ch_mult, attn):
     params = {k: v.double() for k, v in random_checkpoint(config).params.items()}
     x = torch.randn(3, 3, size, size, dtype=torch.float64)
     for t in (0, 7, 999):
-        bias = time_bias(network, params, torch.full((3,), t))
+        bias = times(network, params, torch.full((3,), t))
         out = run_unet(network, params, x, bias)
         expected = ReferenceUNet(ddim_state(params, len(ch_mult)), 32)(x, t)
         assert (out - expected).norm() / expected.norm() < 1e-12
@@ -30,7 +32,7 @@ def test_time_table_is_time_bias_of_every_step():
     network, params = trace(config), random_checkpoint(config).params
     table = time_table(network, params)
     t = torch.tensor([0, 13, 999])
-    for block, bias in time_bias(network, params, t).items():
+    for block, bias in times(network, params, t).items():
         torch.testing.assert_close(table[block][t], bias, rtol=1e-5, atol=1e-6)
 
 
@@ -67,7 +69,7 @@ def test_without_resampling_convolutions():
     network = trace(config)
     assert not any("sample" in name for name in network.parameters)
     params = random_checkpoint(config).params
-    out = run_unet(network, params, torch.randn(1, 3, 12, 12), time_bias(network, params, torch.tensor([5])))
+    out = run_unet(network, params, torch.randn(1, 3, 12, 12), times(network, params, torch.tensor([5])))
     assert out.shape == (1, 3, 12, 12)
 
 

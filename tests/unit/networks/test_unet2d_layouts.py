@@ -8,8 +8,9 @@ from conftest import make_case
 from native_snapped import Snapped
 
 from modiff_trt.export.onnx.network import build_onnx
+from modiff_trt.networks.binding import times
 from modiff_trt.networks.diffusers_folder import load_folder, read_folder
-from modiff_trt.networks.torch_ops import run_unet, time_bias
+from modiff_trt.networks.torch_ops import run_unet
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
@@ -88,7 +89,7 @@ def test_answers_are_those_of_diffusers(layout):
     x, t = inputs(case)
     params = case.checkpoint.params
     with torch.no_grad():
-        ours = run_unet(case.network, params, x, bias=time_bias(case.network, params, t))
+        ours = run_unet(case.network, params, x, bound=times(case.network, params, t))
         theirs = model(x, t).sample
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
     assert case.network.parameter_count == sum(p.numel() for p in model.parameters())

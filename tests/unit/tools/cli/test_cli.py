@@ -213,7 +213,7 @@ def test_collect_goes_on_after_an_interruption(tmp_path, monkeypatch):
     assert run(*job) == 0
     assert len(calls) == 4  # two images were kept
     assert run(*job[:-1], tmp_path / "whole.safetensors") == 0
-    pieces, whole = (load_arrays(tmp_path / f"{n}.safetensors", "trajectories", 2)[1] for n in ("t", "whole"))
+    pieces, whole = (load_arrays(tmp_path / f"{n}.safetensors", "trajectories", 3)[1] for n in ("t", "whole"))
     np.testing.assert_array_equal(pieces["x"], whole["x"])
     assert sorted(f.name for f in tmp_path.iterdir()) == ["t.safetensors", "whole.safetensors"]
 
@@ -411,7 +411,7 @@ def test_an_altered_manifest_is_refused(files, tmp_path, capsys):
 
 
 def test_nan_in_trajectories_and_scales(files, tmp_path, capsys):
-    header, arrays, _ = load_arrays(files["traj.safetensors"], "trajectories", 2)
+    header, arrays, _ = load_arrays(files["traj.safetensors"], "trajectories", 3)
     arrays["x"][0, 0, 0, 0, 0] = np.nan
     save_arrays(tmp_path / "t.safetensors", header, arrays)
     text = refusal(capsys, "calibrate", *MODEL, "--trajectories", tmp_path / "t.safetensors", "--out", tmp_path / "o")

@@ -1,0 +1,210 @@
+"""Networks that are given more than an image and a timestep: diffusers' own answers, at the layouts that people have."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import make_case
+from native_snapped import Snapped
+
+from modiff_trt.core.context import Context, context_arrays
+from modiff_trt.export.onnx.network import build_onnx
+from modiff_trt.networks.binding import bind
+from modiff_trt.networks.diffusers_folder import load_folder, read_folder
+from modiff_trt.networks.torch_ops import run_unet
+from modiff_trt.networks.unet2d import trace
+from modiff_trt.runtime.backends.guided_denoiser import guided
+from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels
+from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
+from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
+from modiff_trt.runtime.backends.registry.exported import onnxruntime as exported_denoiser
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser
+
+diffusers = pytest.importorskip("diffusers")
+
+TOKENS, IMAGES = 5, 2
+PROMPTED = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 24,
+    "attention_head_dim": 8,
+}
+LAYOUTS = {
+    "Stable Diffusion 1.5": (diffusers.UNet2DConditionModel, PROMPTED),
+    "Stable Diffusion 2.1": (
+        diffusers.UNet2DConditionModel,
+        PROMPTED | {"attention_head_dim": (4, 8), "use_linear_projection": True},
+    ),
+    "SDXL": (
+        diffusers.UNet2DConditionModel,
+        PROMPTED
+        | {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": (2, 4),
+            "transformer_layers_per_block": (1, 2),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 68,
+        },
+    ),
+    "LDM of ImageNet's classes": (
+        diffusers.UNet2DConditionModel,
+        PROMPTED | {"in_channels": 3, "out_channels": 3, "attention_head_dim": 1, "cross_attention_dim": 16},
+    ),
+    "prompts and class labels": (
+        diffusers.UNet2DConditionModel,
+        PROMPTED | {"num_class_embeds": 10, "resnet_time_scale_shift": "scale_shift"},
+    ),
+    "class labels of pixels": (
+        diffusers.UNet2DModel,
+        {
+            "sample_size": 8,
+            "block_out_channels": (32, 64),
+            "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "num_class_embeds": 10,
+        },
+    ),
+}
+
+
+def random_context(network, images=IMAGES, seed=2):
+    """A context of random arrays, by diffusers' names."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, array in context_arrays(network.config.architecture).items():
+        size = [images, *(TOKENS if n == "S" else n for n in array.shape)]
+        found[name] = (
+            torch.randint(0, network.config.architecture.classes, size, generator=generator)
+            if array.integer
+            else torch.randn(size, generator=generator) * (100 if name == "time_ids" else 1)
+        )
+    return found
+
+
+def answer(model, x, t, context):
+    """What diffusers' network says."""
+    rest = dict(context)
+    more = {}
+    if "encoder_hidden_states" in rest:
+        more["encoder_hidden_states"] = rest.pop("encoder_hidden_states")
+    if "class_labels" in rest:
+        more["class_labels"] = rest.pop("class_labels")
+    if rest:
+        more["added_cond_kwargs"] = rest
+    with torch.no_grad():
+        return model(x, t, **more).sample
+
+
+@pytest.fixture(scope="module", params=list(LAYOUTS))
+def layout(request, tmp_path_factory):
+    """(diffusers' network, ours, its weights)."""
+    folder = tmp_path_factory.mktemp("prompted")
+    torch.manual_seed(0)
+    kind, settings = LAYOUTS[request.param]
+    model = kind(**settings).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    diffusers.DDIMScheduler().save_pretrained(folder)
+    found = read_folder(folder)
+    network = trace(found.config)
+    return model, network, load_folder(found, network)
+
+
+def inputs(network):
+    torch.manual_seed(1)
+    return torch.randn(IMAGES, *network.config.input_shape), torch.tensor([3, 981]), random_context(network)
+
+
+def test_answers_are_those_of_diffusers(layout):
+    model, network, checkpoint = layout
+    x, t, context = inputs(network)
+    with torch.no_grad():
+        ours = run_unet(network, checkpoint.params, x, bound=bind(network, checkpoint.params, t, context))
+    theirs = answer(model, x, t, context)
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
+    assert network.parameter_count == sum(p.numel() for p in model.parameters())
+
+
+def test_the_exported_file_takes_the_context_as_inputs(layout, tmp_path):
+    model, network, checkpoint = layout
+    file = tmp_path / "float.onnx"
+    file.write_bytes(build_onnx(network, checkpoint, None, "fp32", None).SerializeToString())
+    x, t, context = inputs(network)
+    feed = {"x": x, "t": t, **context}
+    session = onnxruntime.InferenceSession(file)
+    assert {i.name for i in session.get_inputs()} == set(feed)
+    (ours,) = session.run(["eps"], {name: value.numpy() for name, value in feed.items()})
+    theirs = answer(model, x, t, context).numpy()
+    assert np.abs(ours - theirs).max() / np.abs(theirs).max() < 1e-5
+
+
+@pytest.fixture(scope="module", params=[None, 3.0], ids=["plain", "guided"])
+def case(request, layout):
+    """Calibrated on its own trajectories, with a line of the context for each image, and guidance where it has any."""
+    _, network, checkpoint = layout
+    arrays = [{k: v.numpy() for k, v in random_context(network, seed=seed).items()} for seed in (3, 4)]
+    context = Context(arrays[0], arrays[1] if request.param else {}, request.param)
+    return make_case(network, checkpoint, 5, 2, 5, context=context)
+
+
+def answers(case, denoiser):
+    """What a denoiser says at each of its rows to the images of the float trajectory."""
+    denoiser, context, x = guided(denoiser, case.trajectories.context), case.trajectories.context, case.trajectories.x
+    denoiser.reset(x.shape[1], context.of(range(x.shape[1])))
+    rows = enumerate(denoiser.rows.t)
+    return [denoiser.to_host(denoiser(denoiser.from_host(x[case.timesteps.index(t)]), row)) for row, t in rows]
+
+
+def test_integers_are_those_of_the_simulation(case, tmp_path):
+    network, params, scales = case.network, case.checkpoint.params, case.scales()
+    assert len(scales.modulated) > len(network.layers) // 2
+    file = tmp_path / "modiff.onnx"
+    file.write_bytes(build_onnx(network, case.checkpoint, scales, "fp32", "0" * 64).SerializeToString())
+    native = answers(case, NativeDenoiser(network, params, scales, CpuKernels(), "cpu"))
+    exported = answers(case, exported_denoiser(load_onnx(file, "cpu"), scales.rows.timesteps))
+    snapped, simulated = answers(case, Snapped(case, scales)), answers(case, SimDenoiser(network, params, scales))
+    rows = [case.timesteps.index(t) for t in scales.rows.t]
+    exact = answers(case, case.float_denoiser())
+
+    def apart(a, b):
+        return np.mean([np.linalg.norm(p - q) / np.linalg.norm(exact[row]) for p, q, row in zip(a, b, rows, strict=True)])
+
+    quantization = apart(simulated, [exact[row] for row in rows])
+    # A value at the edge of two steps may round either way, which random weights and guidance enlarge.
+    assert apart(native, snapped) < quantization / 2 and apart(exported, simulated) < 0.8 * quantization
+
+
+def test_an_image_does_not_depend_on_the_others(case):
+    """And not on their prompts: each has a line of its own."""
+    scales = case.scales()
+    native = NativeDenoiser(case.network, case.checkpoint.params, scales, CpuKernels(), "cpu")
+    both, alone = case.sample(native, images=2), case.sample(native, images=1)
+    assert np.array_equal(both[0], alone[0])
+    context = case.trajectories.context
+    other = replace(context, positive={k: v[::-1].copy() for k, v in context.positive.items()})
+    swapped = replace(case, trajectories=replace(case.trajectories, context=other)).sample(native, images=1)
+    assert not np.allclose(swapped, alone, atol=1e-3)
+
+
+def test_guidance_is_the_combination_of_two_answers(layout):
+    model, network, checkpoint = layout
+    positive, negative = (random_context(network, seed=seed) for seed in (5, 6))
+    context = Context(*({k: v.numpy() for k, v in side.items()} for side in (positive, negative)), 7.5)
+    denoiser = guided(TorchDenoiser(network, checkpoint.params, (40, 500)), context)
+    x, _, _ = inputs(network)
+    denoiser.reset(IMAGES, context.of(range(IMAGES)))
+    t = int(denoiser.rows.t[0])
+    with_prompt, without = (answer(model, x, t, side) for side in (positive, negative))
+    expected = without + 7.5 * (with_prompt - without)
+    assert float((denoiser(x, 0) - expected).abs().max() / expected.abs().max()) < 1e-5
