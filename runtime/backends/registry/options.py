@@ -103,9 +103,7 @@ def load_model(
 def refuse_latents(network: Network, command: str) -> None:
     """Raises InputError for a network that makes no pictures, of a command that shows them."""
     if network.config.latent:
-        raise InputError(
-            f"`{command}` shows pictures, and this network makes latents; use its single stages and sample"
-        )
+        raise InputError(f"`{command}` shows pictures, and this network makes latents; use its single stages and sample")
 
 
 def refuse_context(network: Network, command: str) -> None:

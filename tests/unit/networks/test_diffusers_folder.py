@@ -195,7 +195,11 @@ def test_settings_of_the_scheduler_are_the_solver(saved, tmp_path, name):
 MODEL, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 REFUSED = {
     "a transformer": (MODEL, {"_class_name": "DiTTransformer2DModel"}, "DiTTransformer2DModel"),
-    "a prompted network's blocks": (MODEL, {"_class_name": "UNet2DConditionModel"}, "'mid_block_type' 'UNetMidBlock2D' is not supported"),
+    "a prompted network's blocks": (
+        MODEL,
+        {"_class_name": "UNet2DConditionModel"},
+        "'mid_block_type' 'UNetMidBlock2D' is not supported",
+    ),
     "class labels": (MODEL, {"num_class_embeds": 10}, "missing class_embedding.weight"),
     "labels that are no numbers": (MODEL, {"class_embed_type": "timestep"}, "'class_embed_type' 'timestep'"),
     "an image's encoder": (MODEL, {"encoder_hid_dim": 64}, "'encoder_hid_dim' 64"),

@@ -1,0 +1,157 @@
+"""A Stable Diffusion folder of random parts through the commands: its latents are the pipeline's, its files take prompts."""
+
+import numpy as np
+import pytest
+import torch
+
+from modiff_trt.core.scales import load_scales
+from modiff_trt.tools.cli.main import main
+
+diffusers = pytest.importorskip("diffusers")
+
+STEPS, GUIDANCE, TOKENS, WIDTH = 4, 5.0, 7, 24
+
+
+def run(*arguments) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in arguments])
+    return exit_.value.code
+
+
+@pytest.fixture(scope="module")
+def stable(tmp_path_factory):
+    """(the pipeline, its folder, a file of two prompts)."""
+    folder = tmp_path_factory.mktemp("stable")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8)
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    pipe = diffusers.StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    for name, part in (("unet", unet), ("vae", vae), ("scheduler", scheduler)):
+        part.save_pretrained(folder / "sd" / name)
+    generator = torch.Generator().manual_seed(1)
+    prompts = {
+        name: torch.randn(2, TOKENS, WIDTH, generator=generator).numpy()
+        for name in ("encoder_hidden_states", "negative_encoder_hidden_states")
+    }
+    np.savez(folder / "prompts.npz", **prompts)
+    return pipe, folder / "sd", folder / "prompts.npz"
+
+
+def latents(file):
+    with np.load(file) as archive:
+        return archive["samples"]
+
+
+def test_latents_are_those_of_the_pipeline(stable, tmp_path):
+    pipe, folder, prompts = stable
+    noise = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    np.save(tmp_path / "x.npy", noise)
+    job = ["--model", folder, "--context", prompts, "--guidance", GUIDANCE, "--timesteps", STEPS, "--num-samples", 2]
+    assert run("sample", *job, "--noise", tmp_path / "x.npy", "--out", tmp_path / "s.npz") == 0
+    with np.load(prompts) as archive:
+        given = {k: torch.from_numpy(v) for k, v in archive.items()}
+    expected = pipe(
+        prompt_embeds=given["encoder_hidden_states"],
+        negative_prompt_embeds=given["negative_encoder_hidden_states"],
+        guidance_scale=GUIDANCE,
+        num_inference_steps=STEPS,
+        latents=torch.from_numpy(noise),
+        output_type="latent",
+    ).images.numpy()
+    ours = latents(tmp_path / "s.npz")
+    assert np.abs(ours - expected).max() / np.abs(expected).max() < 1e-4
+
+
+def test_the_whole_method_takes_prompts_and_guidance(stable, tmp_path, capsys):
+    _, folder, prompts = stable
+    trajectories, scales, onnx = (tmp_path / name for name in ("t.safetensors", "s.safetensors", "n.onnx"))
+    prompted = ["--context", prompts, "--guidance", GUIDANCE]
+    model = ["--model", folder]
+    assert run("collect", *model, *prompted, "--timesteps", STEPS, "--num-samples", 3, "--out", trajectories) == 0
+    options = ["--min-intensity", 0, "--trial-images", 2, "--rounding", "adaround", "--iterations", 5]
+    assert run("calibrate", *model, "--trajectories", trajectories, *options, "--out", scales) == 0
+    assert any("attn2.to_q" in name for name in load_scales(scales).modulated)
+    assert run("export", *model, "--scales", scales, "--out", onnx) == 0
+    few = [*prompted, "--num-samples", 3, "--out"]
+    made = {
+        "native": ["--backend", "native", *model, "--scales", scales],
+        "sim": ["--backend", "torch-sim", *model, "--scales", scales],
+        "onnx": ["--backend", "onnx", "--onnx", onnx],
+        "exact": [*model, "--timesteps", STEPS],
+    }
+    for name, options in made.items():
+        assert run("sample", *options, *few, tmp_path / f"{name}.npz") == 0
+    exact = latents(tmp_path / "exact.npz")
+    for name in ("native", "sim", "onnx"):
+        apart = np.linalg.norm(latents(tmp_path / f"{name}.npz") - exact) / np.linalg.norm(exact)
+        assert 1e-6 < apart < 0.5, name
+    # The third image has the first prompt again, and another noise; without its prompt it is another image.
+    assert run("sample", *made["native"], "--context", prompts, "--num-samples", 3, "--out", tmp_path / "u.npz") == 0
+    assert not np.allclose(latents(tmp_path / "u.npz"), latents(tmp_path / "native.npz"), atol=1e-2)
+    # One at a time they are the same.
+    assert run("sample", *made["native"], *few, tmp_path / "one.npz", "--batch-size", 1) == 0
+    np.testing.assert_array_equal(latents(tmp_path / "one.npz"), latents(tmp_path / "native.npz"))
+    capsys.readouterr()
+    assert run("sample", *made["native"], *few, tmp_path / "pictures") == 2
+    assert run("build", "--onnx", onnx, "--out", tmp_path / "plan", "--runtime", "rtx", "--target", "sm89") == 2
+    said = capsys.readouterr().err
+    assert "4 channels, which are no pictures" in said
+
+
+REFUSED = {
+    "no context": ([], "pass --context FILE.npz with encoder_hidden_states [N, S, 24]"),
+    "no file": (["--context", "none.npz"], "does not exist"),
+    "no archive": (["--context", "BROKEN"], "is no .npz file of arrays"),
+    "another name": (["--context", {"prompt_embeds": (2, 7, 24)}], "has an array 'prompt_embeds'"),
+    "another width": (["--context", {"encoder_hidden_states": (2, 7, 32)}], "has shape [2, 7, 32], and should have [N, S, 24]"),
+    "nothing to lead away from": (
+        ["--context", {"encoder_hidden_states": (7, 24)}, "--guidance", 3],
+        "no 'negative_encoder_hidden_states' [N, S, 24], which --guidance needs",
+    ),
+    "tokens apart": (
+        ["--context", {"encoder_hidden_states": (7, 24), "negative_encoder_hidden_states": (5, 24)}, "--guidance", 3],
+        "5 tokens",
+    ),
+    "no number": (["--context", {"encoder_hidden_states": float("nan")}], "must hold finite numbers"),
+    "a negative guidance": (["--context", {"encoder_hidden_states": (7, 24)}, "--guidance", -1], "--guidance must lie between"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_contexts_are_refused_in_one_line(stable, tmp_path, capsys, name):
+    options, why = REFUSED[name]
+    file = tmp_path / "c.npz"
+    for option in options:
+        if isinstance(option, dict):
+            arrays = {k: np.full((7, 24), v) if isinstance(v, float) else np.zeros(v, np.float32) for k, v in option.items()}
+            np.savez(file, **arrays)
+    (tmp_path / "broken.npz").write_bytes(b"PK nothing")
+    options = [file if isinstance(o, dict) else tmp_path / "broken.npz" if o == "BROKEN" else o for o in options]
+    assert run("collect", "--model", stable[1], *options, "--timesteps", 4, "--out", tmp_path / "t.safetensors") == 2
+    captured = capsys.readouterr()
+    assert why in captured.err.replace("\n", " ").replace("  ", " ") and not captured.out
+    assert not (tmp_path / "t.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["bench", "report", "quantize"])
+def test_commands_without_a_context_say_so(stable, tmp_path, capsys, command):
+    more = {"bench": ["--scales", "s"], "report": ["--scales", "s"], "quantize": []}[command]
+    assert run(command, "--model", stable[1], *more, "--out", tmp_path / "out") == 2
+    assert "given noise alone" in capsys.readouterr().err
