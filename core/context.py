@@ -32,6 +32,14 @@ class Array:
         there = lines.ndim == len(self.shape) + 1 and 0 not in lines.shape
         return there and all(isinstance(size, str) or size == n for size, n in zip(self.shape, lines.shape[1:], strict=True))
 
+    def holds(self, lines: np.ndarray[Any, Any], classes: int) -> bool:
+        """Whether these are lines as `load_context` gives them."""
+        if not self.fits(lines):
+            return False
+        if self.integer:
+            return lines.dtype == np.int64 and bool(lines.min() >= 0) and bool(lines.max() < classes)
+        return lines.dtype == np.float32 and bool(np.isfinite(lines).all())
+
     @property
     def text(self) -> str:
         return f"[{', '.join(['N', *map(str, self.shape)])}]"

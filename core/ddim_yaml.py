@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from modiff_trt.core.compvis_yaml import compvis_config, is_compvis
 from modiff_trt.core.config import (
     LARGEST_IMAGE,
     MOST_LAYERS,
@@ -25,6 +26,7 @@ from modiff_trt.core.config import (
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import read_file
 from modiff_trt.core.kinds import Resampling
+from modiff_trt.core.solvers import Solver
 
 # A file's aliases stand for what they repeat: a few of them in a chain make it longer than any memory.
 MOST_ALIASES = 20
@@ -92,8 +94,26 @@ class DdimConfig:
 
 
 def load_config(path: Path) -> Config:
-    """Reads a DDIM YAML file. Keys of other forks that do not matter here are named in the log. Raises InputError naming the
-    first unknown, missing or ill-typed key."""
+    """Reads a YAML file of DDIM, or of CompVis' latent diffusion. Keys of other forks that do not matter here are named in the
+    log. Raises InputError naming the first unknown, missing or ill-typed key."""
+    tree = read_yaml(path)
+    if is_compvis(tree):
+        return compvis_config(tree, f"config {path}")[0]
+    ignored: list[str] = []
+    config = config_from_dict(tree, f"config {path}", ignored)
+    if ignored:
+        logging.getLogger(__name__).info("config %s: ignored %s, which this program has no use for", path, ", ".join(ignored))
+    return config
+
+
+def config_solver(path: Path) -> Solver:
+    """The sampler that a configuration comes with: that of latent diffusion, or DDIM's."""
+    tree = read_yaml(path)
+    return compvis_config(tree, f"config {path}")[1] if is_compvis(tree) else Solver()
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file. Raises InputError."""
     if not path.exists():
         raise InputError(f"config {path} does not exist; pass --config FILE (configs/cifar10.yml is an example)")
     try:
@@ -110,11 +130,7 @@ def load_config(path: Path) -> Config:
         raise InputError(f"config {path} is not valid YAML: {where or type(error).__name__}") from None
     if aliases > MOST_ALIASES:
         raise InputError(f"config {path} has {aliases} aliases, more than the {MOST_ALIASES} that are taken; write values out")
-    ignored: list[str] = []
-    config = config_from_dict(tree, f"config {path}", ignored)
-    if ignored:
-        logging.getLogger(__name__).info("config %s: ignored %s, which this program has no use for", path, ", ".join(ignored))
-    return config
+    return tree
 
 
 def config_from_dict(tree: Any, source: str, ignored: list[str] | None = None) -> Config:

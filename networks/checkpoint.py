@@ -20,6 +20,9 @@ from torch import Tensor
 
 from modiff_trt.core.errors import InputError, is_out_of_memory, one_line
 from modiff_trt.core.files import digest_of, read_file
+from modiff_trt.networks.compvis_names import MARK as COMPVIS
+from modiff_trt.networks.compvis_names import PREFIX as COMPVIS_PREFIX
+from modiff_trt.networks.compvis_names import compvis_names, only_unet, with_parts
 from modiff_trt.networks.ddim_names import ddim_names
 from modiff_trt.networks.foreign import recognize, recognize_content, recognize_path
 from modiff_trt.networks.operations import Network
@@ -72,12 +75,14 @@ def load_checkpoint(path: Path, network: Network, weights: str | None = None) ->
     foreign = recognize_content(content)
     if foreign is not None:
         raise InputError(f"checkpoint {path} {foreign}")
-    found = choose(content, Weights(weights) if weights is not None else None, f"checkpoint {path}")
-    names = _names(found.state, network)
-    foreign = recognize(found.state) if not set(names.values()) <= found.state.keys() else None
+    found = choose(only_unet(content), Weights(weights) if weights is not None else None, f"checkpoint {path}")
+    state = {key.removeprefix(COMPVIS_PREFIX): value for key, value in found.state.items()}
+    state = with_parts(state, network) if COMPVIS in state else found.state
+    names = _names(state, network)
+    foreign = recognize(state) if not set(names.values()) <= state.keys() else None
     if foreign is not None:
         raise InputError(f"checkpoint {path} does not fit: {foreign}")
-    params = fitted(found.state, network, path, names=names)
+    params = fitted(state, network, path, names=names)
     raw_beside_ema = found.kind is Weights.RAW and found.other
     known = "" if path.suffix == ".safetensors" else KNOWN_MD5.get(hashlib.md5(data).hexdigest(), "")
     wrapped = found.other or found.place != "the top level"
@@ -105,7 +110,9 @@ def fitted(state: State, network: Network, path: Path, names: Mapping[str, str])
 
 
 def _names(state: State, network: Network) -> dict[str, str]:
-    """Those of diffusers where a file has them, or those of DDIM."""
+    """Those of diffusers or of CompVis where a file has them, or those of DDIM."""
+    if COMPVIS in state:
+        return compvis_names(network)
     if "time_embedding.linear_1.weight" in state:
         return {key: key for key in network.parameters}
     return ddim_names(network.parameters, len(network.config.architecture.channels))

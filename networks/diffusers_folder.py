@@ -131,7 +131,7 @@ def read_folder(path: Path) -> Folder:
     """Raises InputError for what is no such folder, lacks a file, or asks for what this program does not have."""
     if not path.is_dir():
         raise InputError(f"--model {path} is no folder; pass one that diffusers' save_pretrained wrote")
-    unet = path / UNET if (path / UNET).is_dir() else path
+    unet = _unet_folder(path)
     if not (unet / MODEL_CONFIG).is_file():
         raise InputError(f"--model {path} has no {MODEL_CONFIG} of a UNet; pass a folder that diffusers' save_pretrained wrote")
     schedulers = (path / SCHEDULER / SCHEDULER_CONFIG, path / SCHEDULER_CONFIG, path.parent / SCHEDULER / SCHEDULER_CONFIG)
@@ -141,7 +141,7 @@ def read_folder(path: Path) -> Folder:
     model = _settings(unet / MODEL_CONFIG)
     process = _settings(scheduler)
     diffusion, solver = _schedule(process, scheduler)
-    config = _configuration(model, diffusion, unet / MODEL_CONFIG)
+    config = configuration(model, diffusion, unet / MODEL_CONFIG)
     latent = any((place / part).is_dir() for place in (path, path.parent) for part in AUTOENCODERS)
     return Folder(replace(config, latent=latent), solver, weights=_weights_file(unet))
 
@@ -167,6 +167,15 @@ def load_folder(folder: Folder, network: Network) -> Checkpoint:
         state |= {_renamed(key): value for key, value in read_tensors(data, file).items()}
     params = fitted(state, network, folder.weights, names={key: key for key in network.parameters})
     return Checkpoint(params, digests[0] if len(digests) == 1 else digest_of("".join(digests).encode()), "")
+
+
+def model_settings(path: Path) -> dict[str, Any]:
+    """What a folder's UNet says of itself, as diffusers has it."""
+    return _settings(_unet_folder(path) / MODEL_CONFIG)
+
+
+def _unet_folder(path: Path) -> Path:
+    return path / UNET if (path / UNET).is_dir() else path
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -225,7 +234,9 @@ def _schedule(settings: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], 
     return process, solver
 
 
-def _configuration(settings: Mapping[str, Any], process: dict[str, Any], path: Path) -> Config:
+def configuration(settings: Mapping[str, Any], process: dict[str, Any], path: Path) -> Config:
+    """The settings of a UNet, with a diffusion process as a configuration has it; `path` names their origin in errors. Raises
+    InputError naming the first setting that this network cannot express."""
     name = settings["_class_name"]
     if name not in NETWORKS:
         raise InputError(f"{path}: {shown(name)} is no network of this program, which has {' and '.join(NETWORKS)}")

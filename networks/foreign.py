@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-READS = "this program reads diffusers folders (--model) and DDIM checkpoints (keys like 'down.0.block.0.conv1.weight')"
+READS = (
+    "this program reads diffusers folders (--model), latent diffusion with its YAML, and DDIM checkpoints "
+    "(keys like 'down.0.block.0.conv1.weight')"
+)
 CALIBRATE = "pass the float checkpoint as --ckpt and make scales with `modiff-trt calibrate`"
 # What a file is, by what some of its keys begin with or contain; the first that fits counts.
 BEGINS = {
-    "diffusion_model.": "a CompVis latent-diffusion or Stable Diffusion checkpoint",
-    "input_blocks.": "a checkpoint of OpenAI's guided-diffusion or improved-diffusion",
     "transformer_blocks.": "a diffusion transformer",
     "map_layer": "a checkpoint of EDM",
     "all_modules.": "a checkpoint of score_sde",
@@ -32,6 +33,11 @@ def recognize(keys: Iterable[str]) -> str | None:
             return f"this is {what}, whose scales are not read; {CALIBRATE}"
     if any(name.startswith("down_blocks.") for name in names):
         return "this is a diffusers UNet of another configuration; pass its folder as --model, for --config and --ckpt"
+    if any(name.startswith("input_blocks.") for name in names):
+        return (
+            "this is a network of CompVis' latent diffusion, or of OpenAI's guided-diffusion, which is not read; of the former "
+            "pass its own YAML file as --config"
+        )
     for start, what in BEGINS.items():
         if any(name.startswith(start) for name in names):
             return f"this is {what}, which is not read yet: {READS}"

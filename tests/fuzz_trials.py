@@ -72,7 +72,7 @@ HUGE = ["2147483648", "9223372036854775807", "18446744073709551616", "1" + "0" *
 # Options that may ask for more work than anybody wants to wait for.
 AMOUNTS = {"num_runs", "num_passes", "num_warmup", "iterations", "passes", "max_batch", "trial_images"}
 PATH_OPTIONS = {"config", "ckpt", "scales", "onnx", "plan", "plans", "noise", "trajectories", "samples", "reference"}
-PATH_OPTIONS |= {"same_noise", "inception", "evaluation", "plots", "bench", "model", "costs", "auto_scales"}
+PATH_OPTIONS |= {"same_noise", "inception", "evaluation", "plots", "bench", "model", "costs", "auto_scales", "context"}
 PATHS = ["", ".", "in", "in/fifo", "in/loop", "in/dangling", "in/file", "in/file/x", "n" * 300, "n" * 100_000, "\udcff.npz"]
 PATHS += ["/dev/zero", "/dev/full", "/dev/null", "/proc/self/mem", "/proc/version", "/proc/x/y", "a\nb", "in/dir.npz"]
 PATHS += ["in/loop/x.npz"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from modiff_trt.core.config import Config, config_to_dict, model_fingerprint, stored_config
-from modiff_trt.core.context import NO_CONTEXT, Context, context_arrays
+from modiff_trt.core.context import MOST_GUIDANCE, NO_CONTEXT, Context, context_arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import load_arrays, save_arrays
 from modiff_trt.core.solvers import Solver, solver_from_dict
@@ -122,6 +122,10 @@ def _is_sound(found: Trajectories) -> bool:
     x, context = found.x, found.context
     wanted = context_arrays(found.config.architecture)
     for lines in (context.positive,) if context.guidance is None else (context.positive, context.negative):
-        if set(lines) != set(wanted) or not all(wanted[name].fits(value) for name, value in lines.items()):
+        if set(lines) != set(wanted):
             return False
+        if not all(wanted[name].holds(value, found.config.architecture.classes) for name, value in lines.items()):
+            return False
+    if context.guidance is not None and not (wanted and 0 <= context.guidance <= MOST_GUIDANCE):
+        return False
     return x.dtype == np.float32 and x.ndim == 5 and x.shape[0] == len(steps) and x.shape[2:] == found.config.input_shape

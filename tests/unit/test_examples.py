@@ -33,6 +33,19 @@ def test_onnxruntime_alone(tiny, tmp_path):
     assert "an image of (3, 12, 12)" in run("3_onnxruntime_alone.py", tmp_path / "network.onnx")
 
 
+def test_diffusers_pipelines(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    model = diffusers.UNet2DModel(sample_size=8, block_out_channels=(32, 32), layers_per_block=1, **blocks)
+    diffusers.DDPMPipeline(model, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "m")
+    job = ["--model", tmp_path / "m", "--timesteps", 4, "--num-samples", 2, "--preset", "fast", "--min-intensity", 0]
+    command = [sys.executable, "-m", "modiff_trt.tools.cli.entry", "quantize", *map(str, job), "--out", str(tmp_path / "q")]
+    subprocess.run(command, check=True, capture_output=True)
+    said = run("5_diffusers_unet.py", tmp_path / "m", tmp_path / "q" / "scales.safetensors")
+    assert "an image of 8x8 pixels in 4 steps of INT8" in said
+    assert "2 images of 8x8 pixels" in run("6_quantized_folder.py", tmp_path / "q")
+
+
 def test_every_example_is_numbered():
     names = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
     assert [name.split("_")[0] for name in names] == [str(i) for i in range(1, len(names) + 1)]

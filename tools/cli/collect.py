@@ -62,7 +62,7 @@ def collect(
         timesteps=timesteps,
         solver=SolverOptions(
             solver, spacing, prediction, clip_sample=clip_sample, steps_offset=steps_offset, final_alpha=final_alpha
-        ).over(default_solver(model)),
+        ).over(default_solver(config, model)),
         num_samples=num_samples,
         calib_steps=calib_steps,
         seed=seed,

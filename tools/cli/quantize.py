@@ -92,7 +92,7 @@ def quantize(
     options = SolverOptions(
         solver, spacing, prediction, clip_sample=clip_sample, steps_offset=steps_offset, final_alpha=final_alpha
     )
-    steps = options.over(default_solver(model)).timesteps(network.config.diffusion, timesteps)
+    steps = options.over(default_solver(config, model)).timesteps(network.config.diffusion, timesteps)
     recipe = Recipe(weight_bits=weight_bit, act_bits=act_bit, min_intensity=min_intensity)
     check_recipe(network, recipe, len(steps))
     if costs is not None:
@@ -102,7 +102,7 @@ def quantize(
         "config": config_to_dict(network.config),
         **checkpoint_manifest(checkpoint),
         # Of a diffusers folder: its scheduler.
-        "default_solver": default_solver(model).to_dict(),
+        "default_solver": default_solver(config, model).to_dict(),
         "preset": preset,
         "timesteps": timesteps,
         "solver": solver,

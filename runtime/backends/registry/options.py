@@ -9,7 +9,7 @@ from typing import Any
 
 from modiff_trt.core.config import Config, model_fingerprint
 from modiff_trt.core.context import context_arrays, load_context
-from modiff_trt.core.ddim_yaml import load_config
+from modiff_trt.core.ddim_yaml import config_solver, load_config
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import sha256
 from modiff_trt.core.kinds import UNQUANTIZED, FinalAlpha, Granularity, Method, Prediction, SolverKind, Spacing
@@ -112,9 +112,11 @@ def refuse_context(network: Network, command: str) -> None:
         raise InputError(f"`{command}` is for networks that are given noise alone, and this one has a context")
 
 
-def default_solver(model: Path | None) -> Solver:
-    """What options are put over: the scheduler of a diffusers folder, or DDIM."""
-    return Solver() if model is None else read_folder(model).solver
+def default_solver(config: Path | None, model: Path | None) -> Solver:
+    """What options are put over: the scheduler of a diffusers folder, or the sampler that a configuration comes with."""
+    if model is not None:
+        return read_folder(model).solver
+    return Solver() if config is None else config_solver(config)
 
 
 def checkpoint_manifest(checkpoint: Checkpoint) -> dict[str, str]:
@@ -177,7 +179,7 @@ def _torch_backend(options: SamplingOptions) -> Backend:
         _refuse(options.scales, "--scales", "torch")
         if not options.modulate:
             raise InputError("--no-modulate is for quantized networks; leave it out with --backend torch")
-        solver = options.solver.over(default_solver(options.model))
+        solver = options.solver.over(default_solver(options.config, options.model))
         timesteps = _sequence(options, config, solver)
         denoiser: Denoiser
         if options.dtype == "fp32" and not options.compile:
