@@ -13,6 +13,8 @@ from modiff_trt.core.dither import dither_offset
 from modiff_trt.core.manifest import CONV_ATTRIBUTES, FUNCTION, NetworkManifest, decode_array
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
+# Weights of one graph in float32: one file of more than 2 GiB cannot be.
+MOST_BYTES = 2**28
 
 
 def start_state(model: onnx.ModelProto, manifest: NetworkManifest, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
@@ -36,14 +38,32 @@ def start_state(model: onnx.ModelProto, manifest: NetworkManifest, shapes: dict[
 def _answers(
     model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]], upsampled: list[str]
 ) -> dict[str, tuple[Array, Array]]:
-    """Per layer its offset and W_q * offset, by one run of a graph that holds nothing but those convolutions."""
+    """Per layer its offset and W_q * offset, by graphs that hold nothing but those convolutions."""
     constants = {i.name: i for i in model.graph.initializer}
-    nodes, inputs, outputs, weights, feed = [], [], [], [], {}
+    opset = [o for o in model.opset_import if o.domain == ""]
+    found: dict[str, tuple[Array, Array]] = {}
+    nodes: list[Any] = []
+    inputs: list[Any] = []
+    outputs: list[Any] = []
+    weights: list[Any] = []
+    feed: dict[str, Array] = {}
+    held = 0
+
+    def run() -> None:
+        graph = helper.make_graph(nodes, "start_state", inputs, outputs, weights)
+        alone = helper.make_model(graph, opset_imports=opset, ir_version=model.ir_version).SerializeToString()
+        answers = ort.InferenceSession(alone, providers=["CPUExecutionProvider"]).run(None, feed)
+        found.update({layer: (feed[layer][0], np.asarray(answer[0])) for layer, answer in zip(feed, answers, strict=True)})
+
     for node in model.graph.node:
         if node.op_type != FUNCTION:
             continue
         layer = node.name
         weight, scale = (numpy_helper.to_array(constants[node.input[i]]).astype(np.float32) for i in (8, 9))
+        if held and held + weight.nbytes > MOST_BYTES:
+            run()
+            nodes, inputs, outputs, weights, feed, held = [], [], [], [], {}, 0
+        held += weight.nbytes
         step = float(numpy_helper.to_array(constants[node.input[6]]))
         offset = dither_offset(layer, shapes[f"a_hat.{layer}"], step, upsampled=layer in upsampled)
         weights.append(numpy_helper.from_array(weight * scale[:, None, None, None], f"w.{layer}"))
@@ -53,11 +73,6 @@ def _answers(
         inputs.append(helper.make_tensor_value_info(layer, TensorProto.FLOAT, [1, *offset.shape]))
         outputs.append(helper.make_tensor_value_info(f"y.{layer}", TensorProto.FLOAT, None))
         feed[layer] = offset[None]
-    graph = helper.make_graph(nodes, "start_state", inputs, outputs, weights)
-    opset = [o for o in model.opset_import if o.domain == ""]
-    session = ort.InferenceSession(
-        helper.make_model(graph, opset_imports=opset, ir_version=model.ir_version).SerializeToString(),
-        providers=["CPUExecutionProvider"],
-    )
-    answers = session.run(None, feed)
-    return {layer: (feed[layer][0], np.asarray(answer[0])) for layer, answer in zip(feed, answers, strict=True)}
+    if feed:
+        run()
+    return found
