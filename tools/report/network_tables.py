@@ -27,7 +27,7 @@ def full_width(data: dict[str, Any]) -> str:
     apart = ", ".join(f"{name} {value:.3f}" for name, value in data["relative_difference_to_fp32"].items())
     note = (
         f"\nThe UNet of Stable Diffusion 1.5 at full width with random weights, latents of 64x64, 4 steps, guidance; 2 CPU "
-        f"cores without VNNI. ONNX file {data['onnx_bytes'] / 1e9:.1f} GB. Difference of the latents to FP32's, relative: {apart} "
-        "(`results/sd15_cpu.json`)."
+        f"cores without VNNI. ONNX file {data['onnx_bytes'] / 1e9:.1f} GB. Difference of the latents to FP32's, relative: "
+        f"{apart} (`results/sd15_cpu.json`)."
     )
     return "\n".join([*table("stage", ["seconds", "memory, GB"], lines), note])
