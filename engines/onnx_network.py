@@ -37,6 +37,8 @@ def load_network(path: Path, plugin: bool = False) -> OnnxNetwork:
     """Reads a file that `modiff-trt export` wrote; `plugin` leaves its modulated layers to the plugin. Raises InputError for
     anything else."""
     file = read_onnx(path)
+    if file.weights is not None:
+        raise InputError(f"{path} keeps its weights in {file.weights.name}; plans are built from files below 2 GiB, without it")
     model, manifest = file.proto, file.manifest
     if context_arrays(stored_config(manifest["config"], str(path)).architecture):
         raise InputError(f"{path} is of a network with a context, whose plans cannot be built yet; use `sample --backend onnx`")

@@ -29,6 +29,7 @@ from modiff_trt.core.manifest import (
     content_digest,
     encode_array,
 )
+from modiff_trt.core.onnx_file import DATA, write_outside
 from modiff_trt.core.scales import LayerScales, Scales, only_simulated
 from modiff_trt.export.onnx.ops import IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
 from modiff_trt.networks.binding import embeddings, time_table
@@ -38,7 +39,8 @@ from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import layer_bias, layer_weight
 
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
-LARGEST_FILE = 2**31 - 1
+# Tensors of one file: protobuf takes 2 GiB, with the graph.
+LARGEST_FILE = 2**31 - 2**26
 
 
 def build_onnx(
@@ -98,13 +100,17 @@ def build_onnx(
     return model
 
 
-def save_onnx(path: Path, model: onnx.ModelProto) -> None:
-    """Checks the model (onnx.checker with shape inference) and writes it atomically."""
-    if model.ByteSize() > LARGEST_FILE:
-        raise InputError(f"{path} would exceed 2 GiB, the limit of one ONNX file; quantize more layers or use --dtype fp16")
+def save_onnx(path: Path, model: onnx.ModelProto, *, outside: bool = False) -> int:
+    """Checks the model (onnx.checker with shape inference), writes it, and returns the bytes written. `outside`, and where one
+    file would be too large, its tensors go to `<path>.data`, and the model is left without them."""
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if outside or size > LARGEST_FILE:
+        write_outside(path, model)
+        return path.stat().st_size + path.with_name(path.name + DATA).stat().st_size
     onnx.checker.check_model(model, full_check=True)
     with atomic_path(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
+    return path.stat().st_size
 
 
 def _constants(network: Network, checkpoint: Checkpoint, scales: Scales | None) -> dict[str, LayerConstants]:

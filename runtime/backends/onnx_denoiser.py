@@ -26,7 +26,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 @dataclass(frozen=True)
 class OnnxModel:
     """A loaded file: its path, session, graph, configuration, manifest and digest; `gpu` is the index of the GPU it is on, if
-    any."""
+    any, and `outside` says that its weights lie in a file of their own."""
 
     path: Path
     session: ort.InferenceSession
@@ -35,6 +35,7 @@ class OnnxModel:
     manifest: NetworkManifest
     sha256: str
     gpu: int = 0
+    outside: bool = False
 
     @property
     def calibrated_rows(self) -> RowTable | None:
@@ -60,6 +61,13 @@ def load_onnx(path: Path, device: str = "cpu", threads: int = 0, gpu: int = 0, s
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
+    if data.weights is not None:
+        # The bytes that were checked, and not what the file may be by now.
+        if not hasattr(options, "add_external_initializers_from_files_in_memory"):
+            raise InputError(f"{path} keeps its weights in a file of their own, for which this onnxruntime is too old")
+        options.add_external_initializers_from_files_in_memory(
+            [data.weights.name], [data.weights.content], [len(data.weights.content)]
+        )
     try:
         placed = [{"device_id": gpu}] if device == "cuda" else None
         session = ort.InferenceSession(data.content, options, providers=[PROVIDERS[device]], provider_options=placed)
@@ -70,7 +78,16 @@ def load_onnx(path: Path, device: str = "cpu", threads: int = 0, gpu: int = 0, s
         raise InputError(f"ONNX file {path} cannot be loaded (truncated or altered?): {first}") from None
     try:
         config = stored_config(manifest["config"], str(path))
-        model = OnnxModel(path, session, proto, config=config, manifest=manifest, sha256=data.sha256, gpu=gpu)
+        model = OnnxModel(
+            path,
+            session,
+            proto,
+            config=config,
+            manifest=manifest,
+            sha256=data.sha256,
+            gpu=gpu,
+            outside=data.weights is not None,
+        )
         _ = model.calibrated_rows
     except (ValueError, KeyError, TypeError):
         raise InputError(f"ONNX file {path} has a damaged manifest; export again") from None

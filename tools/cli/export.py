@@ -19,6 +19,9 @@ def export(
     scales: Annotated[Path | None, typer.Option(help="scales file; without it the network stays in float")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 (onnxruntime on a CPU) or fp16 (GPUs)")] = "fp32",
     modulate: Annotated[bool, typer.Option(help="keep MoDiff state; off: the same layers without it")] = True,
+    external_data: Annotated[
+        bool, typer.Option("--external-data", help="tensors in OUT.data beside the graph, as always beyond 2 GiB")
+    ] = False,
     weights: Weights = None,
 ) -> None:
     """Bake the scales into a QDQ ONNX file."""
@@ -33,6 +36,6 @@ def export(
     exported = build_onnx(
         network, checkpoint, loaded, dtype=dtype, scales_sha256=loaded.file_sha256 if loaded is not None else None
     )
-    save_onnx(out, exported)
+    size = save_onnx(out, exported, outside=external_data)
     kind = f"{len(loaded.modulated)} modulated layers" if loaded is not None else "float"
-    typer.echo(f"{out}: {kind}, {dtype}, {out.stat().st_size / 1e6:.1f} MB")
+    typer.echo(f"{out}: {kind}, {dtype}, {size / 1e6:.1f} MB")

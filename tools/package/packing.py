@@ -11,6 +11,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from modiff_trt.core.context import context_arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import sha256, unwritable, write_signed
 from modiff_trt.core.solvers import Solver, solver_from_dict
@@ -50,6 +51,12 @@ def package(onnx: Path, out: Path, timesteps: int, solver: Solver, plan: Path | 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not an empty folder; choose a new one")
     model = load_onnx(onnx)
+    if context_arrays(model.config.architecture) or model.config.latent:
+        raise InputError(
+            f"{onnx} needs a context, or makes latents; the deployed sampler is for networks from noise to pictures"
+        )
+    if model.outside:
+        raise InputError(f"{onnx} keeps its weights in a file of their own; a sampler packs one ONNX file")
     rows = model.calibrated_rows
     steps = rows.timesteps if rows is not None else solver.requested(model.config.diffusion, timesteps)
     if rows is not None:

@@ -111,8 +111,16 @@ def test_the_whole_method_takes_prompts_and_guidance(stable, tmp_path, capsys):
     capsys.readouterr()
     assert run("sample", *made["native"], *few, tmp_path / "pictures") == 2
     assert run("build", "--onnx", onnx, "--out", tmp_path / "plan", "--runtime", "rtx", "--target", "sm89") == 2
+    assert run("package", "--onnx", onnx, "--out", tmp_path / "sampler") == 2
     said = capsys.readouterr().err
-    assert "4 channels, which are no pictures" in said
+    assert "4 channels, which are no pictures" in said and "needs a context, or makes latents" in said
+    assert said.count("error: ") == 3 and not (tmp_path / "sampler").exists()
+    # Half precision between layers, with the context as it is.
+    half = tmp_path / "half.onnx"
+    assert run("export", *model, "--scales", scales, "--dtype", "fp16", "--out", half) == 0
+    assert run("sample", "--backend", "onnx", "--onnx", half, *few, tmp_path / "half.npz") == 0
+    apart = np.linalg.norm(latents(tmp_path / "half.npz") - exact) / np.linalg.norm(exact)
+    assert 1e-6 < apart < 0.5
 
 
 REFUSED = {
