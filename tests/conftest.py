@@ -23,7 +23,7 @@ from modiff_trt.networks.module import UNet
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.cores import usable_cores
-from modiff_trt.runtime.backends.guided_denoiser import guided
+from modiff_trt.runtime.backends.registry.guidance import guided
 from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import sample_trajectory

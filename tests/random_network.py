@@ -8,7 +8,7 @@ from small_network import random_params
 from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.operations import Role, convolution, traced
-from modiff_trt.networks.unet2d import attention, resnet
+from modiff_trt.networks.unet2d import pixel_attention, resnet
 
 A = tiny_config(8, (1,), ()).architecture
 SIZE, MOST_CHANNELS, CHANNELS = 8, 128, (32, 64)
@@ -101,7 +101,7 @@ class RandomFunction:
 
     def _do_attention_block(self, ops, rng, name, values):
         x, shape = rng.choice(values[-3:])
-        return attention(ops, A, name, x, shape, 1), shape
+        return pixel_attention(ops, A, name, x, shape, 1), shape
 
 
 def random_case(seed, function=None):

@@ -5,7 +5,7 @@ from conftest import Case, make_case, tiny_config
 
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.operations import Role, convolution, traced
-from modiff_trt.networks.unet2d import attention, resnet
+from modiff_trt.networks.unet2d import pixel_attention, resnet
 
 SIZE = 4
 A = tiny_config(SIZE, (1,), ()).architecture
@@ -17,7 +17,7 @@ def small_function(ops, x):
     h = first = ops.layer(convolution("conv_in", (3, *full), 32, 3, role=Role.INPUT), x)
     h = ops.layer(convolution("down_blocks.0.downsamplers.0.conv", (32, *full), 32, 3, stride=2), h)
     h = resnet(ops, A, "mid_block.resnets.0", h, (32, *half), 64)
-    h = attention(ops, A, "mid_block.attentions.0", h, (64, *half), 1)
+    h = pixel_attention(ops, A, "mid_block.attentions.0", h, (64, *half), 1)
     h = ops.layer(convolution("up_blocks.0.upsamplers.0.conv", (64, *full), 64, 3, upsampled=True), ops.upsample(h))
     h = resnet(ops, A, "up_blocks.1.resnets.0", ops.concat(h, first), (96, *full), 32, split=64)
     h = ops.norm_silu("conv_norm_out", h, A.groups, A.eps)

@@ -16,8 +16,8 @@ from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.trajectories import Trajectories, choose_steps, load_trajectories, save_trajectories
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.operations import Network
-from modiff_trt.runtime.backends.guided_denoiser import guided
 from modiff_trt.runtime.backends.registry import trained
+from modiff_trt.runtime.backends.registry.guidance import guided
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import sample_trajectory
 from modiff_trt.runtime.sampling import check_seed

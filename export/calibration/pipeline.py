@@ -30,8 +30,8 @@ from modiff_trt.networks.modulated import LayerState, QuantizedLayer
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.quantizers import RangeHistogram, pack_rounding, unpack_rounding
 from modiff_trt.networks.torch_ops import layer_weight
-from modiff_trt.runtime.backends.guided_denoiser import guided
 from modiff_trt.runtime.backends.registry import trained
+from modiff_trt.runtime.backends.registry.guidance import guided
 from modiff_trt.runtime.backends.torch_denoiser import full_precision
 from modiff_trt.runtime.sampler import sample_trajectory
 

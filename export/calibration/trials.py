@@ -26,8 +26,8 @@ from modiff_trt.export.calibration.residuals import refit
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import LayerState, QuantizedLayer
 from modiff_trt.networks.operations import Network
-from modiff_trt.runtime.backends.guided_denoiser import guided
 from modiff_trt.runtime.backends.registry import trained
+from modiff_trt.runtime.backends.registry.guidance import guided
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.images.noise import ImageNoise

@@ -7,14 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from modiff_trt.core.context import Arrays, Context
+from modiff_trt.core.context import Arrays
 from modiff_trt.core.rows import RowTable
 from modiff_trt.runtime.denoiser import Array, Denoiser, StateInfo
-
-
-def guided(denoiser: Denoiser, context: Context) -> Denoiser:
-    """The denoiser with a context's guidance, if it has any."""
-    return denoiser if context.guidance is None else GuidedDenoiser(denoiser, context.guidance)
 
 
 class GuidedDenoiser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,8 +17,10 @@ from modiff_trt.tools.cli.options import (
     Ckpt,
     ClipSample,
     Config,
+    ContextFile,
     Device,
     FinalAlphaName,
+    Guidance,
     Model,
     PredictionName,
     SolverName,
@@ -27,6 +29,10 @@ from modiff_trt.tools.cli.options import (
     Weights,
 )
 from modiff_trt.tools.cli.presets import Preset
+
+if TYPE_CHECKING:
+    from modiff_trt.core.scales import Scales
+    from modiff_trt.networks.operations import Network
 
 RECORD, SCHEMA = "quantization.json", 1
 TRAJECTORIES, SCALES, NETWORK, REPORT = "trajectories.safetensors", "scales.safetensors", "network.onnx", "report.html"
@@ -49,6 +55,8 @@ def quantize(
     clip_sample: ClipSample = None,
     steps_offset: StepsOffset = None,
     final_alpha: FinalAlphaName = None,
+    context: ContextFile = None,
+    guidance: Guidance = None,
     weight_bit: Annotated[int, typer.Option(help="bits of the weights, 2 to 8")] = 8,
     act_bit: Annotated[int, typer.Option(help="bits of the activations, 2 to 8")] = 8,
     min_intensity: Annotated[
@@ -63,6 +71,7 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint: trajectories, scales, ONNX file and report, each kept when the command is run again."""
     from modiff_trt.core.config import config_to_dict
+    from modiff_trt.core.context import load_context
     from modiff_trt.core.costs import load_costs
     from modiff_trt.core.files import check_writable, locked, sha256
     from modiff_trt.core.scales import load_scales
@@ -73,8 +82,6 @@ def quantize(
         checkpoint_manifest,
         default_solver,
         load_model,
-        refuse_context,
-        refuse_latents,
     )
     from modiff_trt.tools.cli.collect import collect
     from modiff_trt.tools.cli.export import export
@@ -86,8 +93,7 @@ def quantize(
     if costs is not None and modes != Modes.AUTO:
         raise InputError("--costs is for --modes auto")
     network, checkpoint = load_model(config, ckpt, weights, model=model)
-    refuse_context(network, "quantize")
-    refuse_latents(network, "quantize")
+    load_context(context, guidance, network.config.architecture)
     # What a later stage would refuse is refused before the first.
     options = SolverOptions(
         solver, spacing, prediction, clip_sample=clip_sample, steps_offset=steps_offset, final_alpha=final_alpha
@@ -111,6 +117,8 @@ def quantize(
         "clip_sample": clip_sample,
         "steps_offset": steps_offset,
         "final_alpha": final_alpha,
+        "context_sha256": None if context is None else sha256(context),
+        "guidance": guidance,
         "weight_bit": weight_bit,
         "act_bit": act_bit,
         "min_intensity": min_intensity,
@@ -133,6 +141,8 @@ def quantize(
                 clip_sample=clip_sample,
                 steps_offset=steps_offset,
                 final_alpha=final_alpha,
+                context=context,
+                guidance=guidance,
                 num_samples=num_samples,
                 batch_size=batch_size,
                 device=device,
@@ -164,11 +174,25 @@ def quantize(
         record = _record(out / RECORD, settings)
         for number, (name, (file, run)) in enumerate(stages.items(), 1):
             title = f"[{number}/{len(stages)}] {name}"
-            if name == "report" and not load_scales(scales).modulated:
-                typer.echo(f"{title}: none, since no layer has kept its state")
+            if name == "report" and (why := _no_report(network, load_scales(scales))):
+                typer.echo(f"{title}: none, since {why}")
                 continue
             _stage(out / RECORD, record, name, out / file, run, title=title)
-    typer.echo(f"{out}: sample with `modiff-trt sample --backend onnx --onnx {out / NETWORK} --num-samples 16 --out FOLDER`")
+    given = "" if context is None else f" --context {context}" + ("" if guidance is None else f" --guidance {guidance:g}")
+    place = "FILE.npz" if network.config.latent else "FOLDER"
+    command = f"modiff-trt sample --backend onnx --onnx {out / NETWORK}{given} --num-samples 16 --out {place}"
+    typer.echo(f"{out}: sample with `{command}`")
+
+
+def _no_report(network: Network, scales: Scales) -> str | None:
+    """Why there is nothing to report, if there is not."""
+    from modiff_trt.core.context import context_arrays
+
+    if not scales.modulated:
+        return "no layer has kept its state"
+    if context_arrays(network.config.architecture) or network.config.latent:
+        return "it shows pictures that are made from noise alone"
+    return None
 
 
 def _record(path: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from modiff_trt.networks.checkpoint import RAW_SUFFIX, Checkpoint, load_checkpoi
 from modiff_trt.networks.diffusers_folder import load_folder, read_folder
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.unet2d import trace
-from modiff_trt.runtime.backends.guided_denoiser import guided
+from modiff_trt.runtime.backends.registry.guidance import guided
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.sampling import Backend, Rank
 

@@ -15,11 +15,11 @@ from modiff_trt.networks.binding import bind
 from modiff_trt.networks.diffusers_folder import load_folder, read_folder
 from modiff_trt.networks.torch_ops import run_unet
 from modiff_trt.networks.unet2d import trace
-from modiff_trt.runtime.backends.guided_denoiser import guided
 from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
 from modiff_trt.runtime.backends.registry.exported import onnxruntime as exported_denoiser
+from modiff_trt.runtime.backends.registry.guidance import guided
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser
 
 diffusers = pytest.importorskip("diffusers")

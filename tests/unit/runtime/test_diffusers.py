@@ -6,8 +6,8 @@ import torch
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.scales import load_scales
-from modiff_trt.runtime.backends.guided_denoiser import guided
 from modiff_trt.runtime.backends.registry import trained
+from modiff_trt.runtime.backends.registry.guidance import guided
 from modiff_trt.runtime.backends.registry.options import load_model
 from modiff_trt.runtime.diffusers import ModiffPipeline, ModiffUNet
 from modiff_trt.runtime.sampler import sample_trajectory

@@ -158,8 +158,24 @@ def test_wrong_contexts_are_refused_in_one_line(stable, tmp_path, capsys, name):
     assert not (tmp_path / "t.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", ["bench", "report", "quantize"])
+@pytest.mark.parametrize("command", ["bench", "report"])
 def test_commands_without_a_context_say_so(stable, tmp_path, capsys, command):
-    more = {"bench": ["--scales", "s"], "report": ["--scales", "s"], "quantize": []}[command]
-    assert run(command, "--model", stable[1], *more, "--out", tmp_path / "out") == 2
+    assert run(command, "--model", stable[1], "--scales", "s", "--out", tmp_path / "out") == 2
     assert "given noise alone" in capsys.readouterr().err
+
+
+def test_one_command_quantizes_with_prompts(stable, tmp_path, capsys):
+    _, folder, prompts = stable
+    job = ["quantize", "--model", folder, "--timesteps", STEPS, "--num-samples", 2, "--preset", "fast", "--min-intensity", 0]
+    prompted = [*job, "--context", prompts, "--guidance", GUIDANCE, "--out", tmp_path / "q"]
+    assert run(*prompted) == 0
+    said = capsys.readouterr().out.replace("\n", "")
+    assert "[4/4] report: none, since it shows pictures" in said
+    assert f"--context {prompts} --guidance 5 --num-samples 16 --out FILE.npz" in said
+    sample = ["sample", "--backend", "onnx", "--onnx", tmp_path / "q" / "network.onnx", "--context", prompts]
+    assert run(*sample, "--num-samples", 1, "--out", tmp_path / "s.npz") == 0
+    # Another guidance is another quantization.
+    assert run(*prompted[:-3], 2, "--out", tmp_path / "q") == 2
+    assert run(*job, "--out", tmp_path / "p") == 2
+    said = capsys.readouterr().err
+    assert "with another guidance" in said and "pass --context FILE.npz" in said and not (tmp_path / "p").exists()
