@@ -12,8 +12,12 @@ from modiff_trt.export.onnx.network import build_onnx, save_onnx
 pytestmark = pytest.mark.slow
 
 
-def run(name, *arguments):
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+# As conftest does here: diffusers must not meet a torchvision that does not fit this torch.
+WITHOUT_TORCHVISION = "import runpy, sys; sys.modules['torchvision'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0])"
+
+
+def run(name, *arguments, how=()):
+    command = [sys.executable, *how, str(ROOT / "examples" / name), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -41,7 +45,7 @@ def test_diffusers_pipelines(tmp_path):
     job = ["--model", tmp_path / "m", "--timesteps", 4, "--num-samples", 2, "--preset", "fast", "--min-intensity", 0]
     command = [sys.executable, "-m", "modiff_trt.tools.cli.entry", "quantize", *map(str, job), "--out", str(tmp_path / "q")]
     subprocess.run(command, check=True, capture_output=True)
-    said = run("5_diffusers_unet.py", tmp_path / "m", tmp_path / "q" / "scales.safetensors")
+    said = run("5_diffusers_unet.py", tmp_path / "m", tmp_path / "q" / "scales.safetensors", how=("-c", WITHOUT_TORCHVISION))
     assert "an image of 8x8 pixels in 4 steps of INT8" in said
     assert "2 images of 8x8 pixels" in run("6_quantized_folder.py", tmp_path / "q")
 

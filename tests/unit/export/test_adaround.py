@@ -100,7 +100,9 @@ def test_reconstruction_beats_nearest_and_resumes_to_the_same_result(small):
     params = small.checkpoint.params
     grids = {s.name: WeightGrid(minmax_weight_scale(layer_weight(s, params), 3), 3) for s in small.network.layers}
     torch.manual_seed(1)
-    samples = Samples(torch.randn(48, *small.network.config.input_shape), torch.randint(0, 1000, (48,)))
+    samples = Samples(
+        torch.randn(48, *small.network.config.input_shape), torch.randint(0, 1000, (48,)), torch.zeros(48, dtype=torch.long), {}
+    )
     kept = {}
 
     def run(done, stop_after=None):
