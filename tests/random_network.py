@@ -52,6 +52,20 @@ class RandomFunction:
         x, shape = rng.choice(values[-3:])
         return ops.norm_silu(name, x, A.groups, A.eps), shape
 
+    def _do_timed_norm_silu(self, ops, rng, name, values):
+        x, shape = rng.choice(values[-3:])
+        return ops.timed_norm_silu(name, f"{name}.norm", x, A.groups, A.eps), shape
+
+    def _do_layer_norm(self, ops, rng, name, values):
+        x, shape = rng.choice(values[-3:])
+        return ops.layer_norm(name, x), shape
+
+    def _do_geglu(self, ops, rng, name, values):
+        x, shape = rng.choice(values[-3:])
+        if shape[0] % 64:
+            return None
+        return ops.geglu(x), (shape[0] // 2, *shape[1:])
+
     def _do_time(self, ops, rng, name, values):
         x, shape = rng.choice(values[-3:])
         return ops.add_time(name, x, shape[0]), shape
@@ -73,7 +87,7 @@ class RandomFunction:
         if shape[0] % 96:
             spec = convolution(name, shape, 96, 1, role=Role.QKV)
             x, shape = ops.layer(spec, x), spec.out_shape
-        return ops.attention(x, shape[0] // 3, 1), (shape[0] // 3, *shape[1:])
+        return ops.attention(x, shape[0] // 3, rng.choice([1, 2])), (shape[0] // 3, *shape[1:])
 
     def _do_upsample(self, ops, rng, name, values):
         x, shape = rng.choice(values[-3:])
@@ -99,9 +113,21 @@ class RandomFunction:
         channels = rng.choice(CHANNELS)
         return resnet(ops, A, name, x, shape, channels), (channels, *shape[1:])
 
+    def _do_halving_resnet_block(self, ops, rng, name, values):
+        x, shape = rng.choice(values[-3:])
+        if shape[1] <= 2:
+            return None
+        return resnet(ops, A, name, x, shape, shape[0], half=True), (shape[0], shape[1] // 2, shape[2] // 2)
+
+    def _do_doubling_resnet_block(self, ops, rng, name, values):
+        x, shape = rng.choice(values[-3:])
+        if shape[1] >= SIZE:
+            return None
+        return resnet(ops, A, name, x, shape, shape[0], double=True), (shape[0], 2 * shape[1], 2 * shape[2])
+
     def _do_attention_block(self, ops, rng, name, values):
         x, shape = rng.choice(values[-3:])
-        return pixel_attention(ops, A, name, x, shape, 1), shape
+        return pixel_attention(ops, A, name, x, shape, rng.choice([1, 2])), shape
 
 
 def random_case(seed, function=None):
