@@ -20,9 +20,7 @@ from torch import Tensor
 
 from modiff_trt.core.errors import InputError, is_out_of_memory, one_line
 from modiff_trt.core.files import digest_of, read_file
-from modiff_trt.networks.compvis_names import MARK as COMPVIS
-from modiff_trt.networks.compvis_names import PREFIX as COMPVIS_PREFIX
-from modiff_trt.networks.compvis_names import compvis_names, only_unet, with_parts
+from modiff_trt.networks.compvis_names import PREFIX, compvis_names, only_unet, with_parts
 from modiff_trt.networks.ddim_names import ddim_names
 from modiff_trt.networks.foreign import recognize, recognize_content, recognize_path
 from modiff_trt.networks.operations import Network
@@ -76,9 +74,7 @@ def load_checkpoint(path: Path, network: Network, weights: str | None = None) ->
     if foreign is not None:
         raise InputError(f"checkpoint {path} {foreign}")
     found = choose(only_unet(content), Weights(weights) if weights is not None else None, f"checkpoint {path}")
-    state = {key.removeprefix(COMPVIS_PREFIX): value for key, value in found.state.items()}
-    state = with_parts(state, network) if COMPVIS in state else found.state
-    names = _names(state, network)
+    state, names = _named(found.state, network)
     foreign = recognize(state) if not set(names.values()) <= state.keys() else None
     if foreign is not None:
         raise InputError(f"checkpoint {path} does not fit: {foreign}")
@@ -109,13 +105,14 @@ def fitted(state: State, network: Network, path: Path, names: Mapping[str, str])
     return params
 
 
-def _names(state: State, network: Network) -> dict[str, str]:
-    """Those of diffusers or of CompVis where a file has them, or those of DDIM."""
-    if COMPVIS in state:
-        return compvis_names(network)
-    if "time_embedding.linear_1.weight" in state:
-        return {key: key for key in network.parameters}
-    return ddim_names(network.parameters, len(network.config.architecture.channels))
+def _named(state: State, network: Network) -> tuple[State, dict[str, str]]:
+    """The state, and the names that the network's parameters have in it. The configuration decides them, and never the file: in
+    networks of the same shapes DDIM, CompVis and diffusers differ in padding, in epsilon and in the order of sines and cosines,
+    and weights of one would answer wrongly as another."""
+    a = network.config.architecture
+    if a.flip_sin_to_cos:  # as CompVis' YAML files have it, and DDIM's do not
+        return with_parts({key.removeprefix(PREFIX): value for key, value in state.items()}, network), compvis_names(network)
+    return state, ddim_names(network.parameters, len(a.channels))
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -13,8 +13,6 @@ from modiff_trt.networks.operations import Network
 # Among the weights of text encoder and autoencoder, those of the UNet and of its average begin so.
 PREFIX = "diffusion_model."
 PREFIXES = (f"model.{PREFIX}", "model_ema.")
-# A parameter that every such network has, and no other.
-MARK = "input_blocks.0.0.weight"
 TOP = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",

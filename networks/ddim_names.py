@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# A parameter that every such checkpoint has, and no other.
-MARK = "temb.dense.0.weight"
 ENDS = {
     "time_emb_proj": "temb_proj",
     "conv_shortcut": "nin_shortcut",

@@ -33,7 +33,7 @@ def recognize(keys: Iterable[str]) -> str | None:
             return f"this is {what}, whose scales are not read; {CALIBRATE}"
     if any(name.startswith("down_blocks.") for name in names):
         return "this is a diffusers UNet of another configuration; pass its folder as --model, for --config and --ckpt"
-    if any(name.startswith("input_blocks.") for name in names):
+    if any(name.startswith(("input_blocks.", "diffusion_model.input_blocks.")) for name in names):
         return (
             "this is a network of CompVis' latent diffusion, or of OpenAI's guided-diffusion, which is not read; of the former "
             "pass its own YAML file as --config"

@@ -12,7 +12,7 @@ import fuzz_alterations as alterations
 import numpy as np
 import torch
 import yaml
-from conftest import ROOT, random_checkpoint, tiny_config, tiny_tree
+from conftest import ROOT, ddim_state, random_checkpoint, tiny_config, tiny_tree
 from fuzz_alterations import BYTES, JSON, NAMES, SPECIAL
 from PIL import Image
 from safetensors.torch import save_file
@@ -40,7 +40,7 @@ def config_file(path):
 def make_files(base):
     """Everything but what commands write."""
     config_file(base / "c.yml")
-    state = random_checkpoint(tiny_config(SIZE, (1, 2), (6,))).params
+    state = ddim_state(random_checkpoint(tiny_config(SIZE, (1, 2), (6,))).params, 2)
     other = {name: value * 1.01 for name, value in state.items()}
     save_file(state, base / "model.safetensors")
     torch.save(state, base / "model.pt")

@@ -28,6 +28,7 @@ from modiff_trt.core.ddim_yaml import load_config
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path
 from modiff_trt.core.schedule import alphas_cumprod
+from modiff_trt.networks.ddim_names import ddim_names
 from modiff_trt.networks.module import UNet
 from modiff_trt.runtime.images.sets import load_images
 from modiff_trt.tools.research.refusals import refuses_bad_input
@@ -131,7 +132,9 @@ def train(config: Config, images: np.ndarray, out: Path, minutes: float, seed: i
                 if time.monotonic() - saved > SAVE_SECONDS:
                     save_state()
                     saved = time.monotonic()
-    arrays = {k: p.float().cpu().contiguous().numpy().astype(np.float16) for k, p in ema.items()}
+    # A DDIM configuration goes with a DDIM checkpoint.
+    names = ddim_names(ema, len(config.architecture.channels))
+    arrays = {names[k]: p.float().cpu().contiguous().numpy().astype(np.float16) for k, p in ema.items()}
     meta = {"steps": str(step), "batch": str(config.training.batch_size), "minutes": f"{spent / 60:.1f}", "seed": str(seed)}
     with atomic_path(out) as temporary:
         save_file(arrays, temporary, meta)

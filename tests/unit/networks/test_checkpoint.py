@@ -156,6 +156,14 @@ def test_files_of_other_projects_are_named(tmp_path, kind):
         load_checkpoint(write(tmp_path / "c.pt", content), NETWORK)
 
 
+def test_names_of_another_program_do_not_pass_for_a_configuration_s_own(tmp_path):
+    """Shapes alone would fit, and the answers would be wrong: diffusers pads and embeds in another way."""
+    params = random_checkpoint(CONFIG).params
+    assert params.keys() == NETWORK.parameters.keys()
+    with pytest.raises(InputError, match="diffusers UNet"):
+        load_checkpoint(write(tmp_path / "d.safetensors", dict(params)), NETWORK)
+
+
 def test_folders_and_pickles_of_other_projects_are_named(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "edm.pkl").touch()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import tiny_config
 
 from modiff_trt.core.compvis_yaml import compvis_config
 from modiff_trt.core.ddim_yaml import config_solver, load_config
@@ -96,6 +97,18 @@ def test_stable_diffusion_is_that_of_diffusers(tmp_path):
         ours = run_unet(network, raw.params, x, bound=bind(network, raw.params, t, {"encoder_hidden_states": prompt}))
         theirs = model(x, t, prompt).sample
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
+
+
+def test_a_file_of_another_program_does_not_pass_for_it(tmp_path):
+    """Nor a CompVis file for a DDIM configuration: its names are not looked for."""
+    model = stable()
+    network = trace(load_config(config_file(tmp_path, tree())))
+    torch.save(dict(model.state_dict()), tmp_path / "d.pt")
+    with pytest.raises(InputError, match="diffusers UNet"):
+        load_checkpoint(tmp_path / "d.pt", network)
+    torch.save(as_published(model.state_dict(), network), tmp_path / "sd.ckpt")
+    with pytest.raises(InputError, match="latent diffusion"):
+        load_checkpoint(tmp_path / "sd.ckpt", trace(tiny_config()))
 
 
 def test_its_sampler_is_the_default(tmp_path):

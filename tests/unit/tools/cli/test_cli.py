@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, random_checkpoint, tiny_config, tiny_tree
+from conftest import ROOT, ddim_state, random_checkpoint, tiny_config, tiny_tree
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -150,7 +150,7 @@ def test_bench_times_every_backend_at_every_size(files, tmp_path):
 def test_costs_decide_modes_and_the_choice_has_a_row_of_its_own(tmp_path, capsys):
     config = tiny_config(size=16, ch_mult=(1,), attn=())
     (tmp_path / "tiny.yml").write_text(json.dumps(tiny_tree(size=16, ch_mult=(1,), attn=())))
-    save_file(dict(random_checkpoint(config).params), tmp_path / "tiny.safetensors")
+    save_file(ddim_state(random_checkpoint(config).params, 1), tmp_path / "tiny.safetensors")
     model = ["--config", tmp_path / "tiny.yml", "--ckpt", tmp_path / "tiny.safetensors"]
     scales, auto, costs = (tmp_path / name for name in ("scales", "auto", "costs.json"))
     collected = tmp_path / "traj"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import random_checkpoint, tiny_config, tiny_tree
+from conftest import ddim_state, random_checkpoint, tiny_config, tiny_tree
 from safetensors.torch import save_file
 
 from modiff_trt.core.scales import load_scales
@@ -24,7 +24,7 @@ def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     config = tiny_config(size=8, ch_mult=(1,), attn=())
     (folder / "tiny.yml").write_text(json.dumps(tiny_tree(size=8, ch_mult=(1,), attn=())))
-    save_file(dict(random_checkpoint(config).params), folder / "tiny.safetensors")
+    save_file(ddim_state(random_checkpoint(config).params, 1), folder / "tiny.safetensors")
     model = ["--config", folder / "tiny.yml", "--ckpt", folder / "tiny.safetensors"]
     return ["quantize", *model, "--timesteps", 3, "--num-samples", 2, "--preset", "fast", "--min-intensity", 0]
 

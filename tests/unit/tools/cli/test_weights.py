@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import random_checkpoint, tiny_config, tiny_tree
+from conftest import ddim_state, random_checkpoint, tiny_config, tiny_tree
 from safetensors.torch import save_file
 
 from modiff_trt.tools.cli.main import main
@@ -26,7 +26,7 @@ def model(tmp_path_factory):
     folder, config = tmp_path_factory.mktemp("model"), tiny_config()
     tree = tiny_tree()
     (folder / "c.yml").write_text(yaml.safe_dump(tree))
-    raw, ema = (dict(random_checkpoint(config, seed).params) for seed in (0, 1))
+    raw, ema = (ddim_state(random_checkpoint(config, seed).params, 2) for seed in (0, 1))
     torch.save({"state_dict": raw, "ema": ema}, folder / "both.pt")
     save_file(raw, folder / "raw.safetensors")
     save_file(ema, folder / "ema.safetensors")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import typer
 import yaml
-from conftest import random_checkpoint, tiny_config, tiny_tree
+from conftest import ddim_state, random_checkpoint, tiny_config, tiny_tree
 from safetensors.torch import save_file
 
 from modiff_trt.tools.research import solver_figure, solver_study
@@ -15,7 +15,7 @@ def model(tmp_path_factory):
     """Configuration and checkpoint of a network for 32 x 32 images, which FD-CIFAR needs, and some images."""
     folder, config = tmp_path_factory.mktemp("model"), tiny_config(32, (1,), ())
     (folder / "tiny.yml").write_text(yaml.safe_dump(tiny_tree(32, (1,), ())))
-    save_file({k: v.contiguous() for k, v in random_checkpoint(config).params.items()}, folder / "tiny.safetensors")
+    save_file(ddim_state(random_checkpoint(config).params, 1), folder / "tiny.safetensors")
     images = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), dtype=np.uint8)
     np.savez(folder / "images.npz", images=images)
     return folder

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import random_checkpoint, tiny_config, tiny_tree
+from conftest import ddim_state, random_checkpoint, tiny_config, tiny_tree
 from safetensors.torch import save_file
 
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
@@ -17,7 +17,7 @@ def model(tmp_path_factory):
     """Configuration and checkpoint of a network of one level, as files."""
     folder, config = tmp_path_factory.mktemp("model"), tiny_config(8, (1,), (8,))
     (folder / "tiny.yml").write_text(yaml.safe_dump(tiny_tree(8, (1,), (8,))))
-    save_file({k: v.contiguous() for k, v in random_checkpoint(config).params.items()}, folder / "tiny.safetensors")
+    save_file(ddim_state(random_checkpoint(config).params, 1), folder / "tiny.safetensors")
     return folder / "tiny.yml", folder / "tiny.safetensors"
 
 
