@@ -28,6 +28,11 @@ ONLY = {
     "num_attention_blocks": None,
 }
 UNUSED = {"use_checkpoint", "use_fp16", "legacy", "image_size", "use_linear_in_transformer", "disable_middle_self_attn"}
+KNOWN = {
+    *(*ONLY, *UNUSED),
+    *("in_channels", "out_channels", "model_channels", "attention_resolutions", "num_res_blocks", "channel_mult"),
+    *("num_heads", "num_head_channels", "use_spatial_transformer", "transformer_depth", "context_dim", "use_scale_shift_norm"),
+}
 GROUPS, EPS = 32, 1e-5
 
 
@@ -65,17 +70,8 @@ def compvis_config(tree: Any, source: str) -> tuple[Config, Solver]:
 
 
 def _architecture(settings: dict[str, Any], size: Any, source: str) -> Architecture:
-    known = (
-        set(ONLY)
-        | UNUSED
-        | {
-            *("in_channels", "out_channels", "model_channels", "attention_resolutions", "num_res_blocks", "channel_mult"),
-            *("num_heads", "num_head_channels", "use_spatial_transformer", "transformer_depth", "context_dim"),
-            "use_scale_shift_norm",
-        }
-    )
     for key, value in settings.items():
-        if key not in known:
+        if key not in KNOWN:
             raise InputError(f"{source}: the network's key {shown(key)} is not known")
         if key in ONLY and value != ONLY[key]:
             raise InputError(f"{source}: '{key}' {shown(value)} is not supported")
@@ -94,7 +90,7 @@ def _architecture(settings: dict[str, Any], size: Any, source: str) -> Architect
     depth = int(settings.get("transformer_depth", 1)) if prompted else 0
     down = tuple(count * has for count, has in zip(heads, attends, strict=True))
     context = settings.get("context_dim") if prompted else 0
-    if prompted and not isinstance(context, int):
+    if not isinstance(context, int):
         raise InputError(f"{source}: 'use_spatial_transformer' needs 'context_dim', a number of channels")
     if settings["in_channels"] != settings["out_channels"]:
         raise InputError(f"{source}: 'out_channels' {shown(settings['out_channels'])} is not supported")
@@ -123,7 +119,7 @@ def _architecture(settings: dict[str, Any], size: Any, source: str) -> Architect
         down_depth=(depth,) * levels,
         mid_depth=depth,
         up_depth=(depth,) * levels,
-        cross_channels=context if prompted and isinstance(context, int) else 0,
+        cross_channels=context,
         classes=0,
         added_channels=0,
         added_times=0,

@@ -16,6 +16,8 @@ from modiff_trt.core.kinds import Resampling
 MOST_TIMESTEPS = 100_000
 # The largest values that a network could have; beyond them a file is wrong, and building its shapes would not end.
 MOST_CHANNELS, LARGEST_IMAGE, MOST_LAYERS, MOST_LEVELS = 1 << 20, 16384, 64, 12
+# Numbers of SDXL's `time_ids`: original size, crop and target size, two each.
+TIME_IDS = 6
 BETA_SCHEDULES = ("linear", "quad", "const", "jsd", "sigmoid")
 
 
@@ -153,7 +155,9 @@ def check_config(config: Config, source: str) -> None:
     check(0 <= a.cross_channels <= MOST_CHANNELS, "a prompt has no negative number of channels")
     check(not any(depths) or a.cross_channels > 0, "transformer blocks need a prompt's number of channels")
     check(0 <= a.classes <= MOST_CHANNELS, f"'classes' must lie between 0 and {MOST_CHANNELS}")
-    check(0 <= a.added_times <= a.added_channels <= MOST_CHANNELS, "'added_times' are among the 'added_channels'")
+    check(a.added_times >= 0 and a.added_channels <= MOST_CHANNELS, "'added_times' and 'added_channels' must be sizes")
+    room = a.added_channels - TIME_IDS * a.added_times
+    check(room > 0 or room == a.added_channels == 0, f"'added_channels' must be more than {TIME_IDS} times 'added_times'")
     check(a.added_times % 2 == 0, "'added_times' must be even: half are sines")
     diffusion = config.diffusion
     check(

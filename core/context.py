@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from modiff_trt.core.config import Architecture
+from modiff_trt.core.config import TIME_IDS, Architecture, Config
 from modiff_trt.core.errors import InputError, shown
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 # What guidance leads away from has the same names, with this before them.
 NEGATIVE = "negative_"
-# Numbers of SDXL's `time_ids`: original size, crop and target size, two each.
-TIME_IDS = 6
 MOST_GUIDANCE = 1000.0
 
 
@@ -56,6 +54,11 @@ def context_arrays(a: Architecture) -> dict[str, Array]:
         found["text_embeds"] = Array(False, (a.added_channels - TIME_IDS * a.added_times,))
         found["time_ids"] = Array(False, (TIME_IDS,))
     return found
+
+
+def from_noise_to_pictures(config: Config) -> bool:
+    """Whether a network is given noise alone and makes pictures: no context, and no latents."""
+    return not context_arrays(config.architecture) and not config.latent
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def load_context(path: Path | None, guidance: float | None, architecture: Archit
             raise InputError(f"this network is given more than noise; pass --context FILE.npz with {listed}")
         if guidance is not None:
             raise InputError("--guidance is for networks with a context, and this one has none")
-        return Context()
+        return NO_CONTEXT
     if not wanted:
         raise InputError("this network is given noise alone; leave --context out")
     if guidance is not None and not 0 <= guidance <= MOST_GUIDANCE:

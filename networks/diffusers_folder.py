@@ -142,8 +142,8 @@ def read_folder(path: Path) -> Folder:
     process = _settings(scheduler)
     diffusion, solver = _schedule(process, scheduler)
     config = configuration(model, diffusion, unet / MODEL_CONFIG)
-    latent = any((place / part).is_dir() for place in (path, path.parent) for part in AUTOENCODERS)
-    return Folder(replace(config, latent=latent), solver, weights=_weights_file(unet))
+    pipeline = path if unet != path else path.parent
+    return Folder(replace(config, latent=_has_autoencoder(pipeline)), solver, weights=_weights_file(unet))
 
 
 def load_folder(folder: Folder, network: Network) -> Checkpoint:
@@ -176,6 +176,13 @@ def model_settings(path: Path) -> dict[str, Any]:
 
 def _unet_folder(path: Path) -> Path:
     return path / UNET if (path / UNET).is_dir() else path
+
+
+def _has_autoencoder(pipeline: Path) -> bool:
+    """Whether a pipeline has one, in its folder or by its index: a copy may lack the part that is not needed here."""
+    index = pipeline / INDEX
+    parts = read_json(index, "index of a pipeline") if index.is_file() else {}
+    return any((isinstance(parts, dict) and part in parts) or (pipeline / part).is_dir() for part in AUTOENCODERS)
 
 
 def _settings(path: Path) -> dict[str, Any]:

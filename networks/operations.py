@@ -165,7 +165,7 @@ class ShapeOps:
             for part, inputs in (("linear_1", a.added_channels), ("linear_2", time_channels)):
                 self.parameters[f"add_embedding.{part}.weight"] = (time_channels, inputs)
                 self.parameters[f"add_embedding.{part}.bias"] = (time_channels,)
-        self.prompted: dict[str, int] = {}
+        self.prompted: list[str] = []
         self._time_channels = time_channels
 
     def layer(self, spec: LayerSpec, x: Shape) -> Shape:
@@ -218,7 +218,7 @@ class ShapeOps:
 
     def cross_attention(self, name: str, q: Shape, channels: int, heads: int) -> Shape:
         assert q[0] == channels and channels % heads == 0
-        self.prompted[name] = channels
+        self.prompted.append(name)
         for part in ("to_k", "to_v"):
             self.parameters[f"{name}.{part}.weight"] = (channels, self._cross_channels)
         return q
@@ -237,7 +237,7 @@ class ShapeOps:
 @dataclass(frozen=True)
 class Network:
     """What a configuration implies: its function, layers and normalizations in execution order, parameter shapes, time
-    projections by block, what the blocks do, and the channels of each attention to a prompt."""
+    projections by block, what the blocks do, and the attentions to a prompt."""
 
     config: Config
     function: Function
@@ -246,7 +246,7 @@ class Network:
     parameters: dict[str, tuple[int, ...]]
     time_channels: dict[str, int]
     blocks: dict[str, Block]
-    prompted: dict[str, int]
+    prompted: tuple[str, ...]
 
     def layer(self, name: str) -> LayerSpec:
         return self.by_name[name]
@@ -272,5 +272,5 @@ def traced(config: Config, function: Function) -> Network:
         parameters=ops.parameters,
         time_channels=ops.time_channels,
         blocks=ops.blocks,
-        prompted=ops.prompted,
+        prompted=tuple(ops.prompted),
     )

@@ -136,15 +136,8 @@ def unet2d(ops: Ops[V], a: Architecture, x: V) -> V:
             h = resnet(ops, a, f"{block}.resnets.{i}", h, in_shape=(channels, *size), out_channels=wide)
             channels = wide
             if a.down_heads[level]:
-                h = attention(
-                    ops,
-                    a,
-                    f"{block}.attentions.{i}",
-                    h,
-                    shape=(channels, *size),
-                    heads=a.down_heads[level],
-                    depth=a.down_depth[level],
-                )
+                heads, depth = a.down_heads[level], a.down_depth[level]
+                h = attention(ops, a, f"{block}.attentions.{i}", h, shape=(channels, *size), heads=heads, depth=depth)
             skips.append((h, channels))
         if level != last:
             shape = (channels, *size)
@@ -173,15 +166,8 @@ def unet2d(ops: Ops[V], a: Architecture, x: V) -> V:
             h = resnet(ops, a, f"{block}.resnets.{i}", ops.concat(h, skip), in_shape=joined, out_channels=wide, split=channels)
             channels = wide
             if a.up_heads[step]:
-                h = attention(
-                    ops,
-                    a,
-                    f"{block}.attentions.{i}",
-                    h,
-                    shape=(channels, *size),
-                    heads=a.up_heads[step],
-                    depth=a.up_depth[step],
-                )
+                heads, depth = a.up_heads[step], a.up_depth[step]
+                h = attention(ops, a, f"{block}.attentions.{i}", h, shape=(channels, *size), heads=heads, depth=depth)
         if level:
             shape, size = (channels, *size), (2 * size[0], 2 * size[1])
             if a.up_sampling[step] is Resampling.CONV:

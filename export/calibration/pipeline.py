@@ -145,10 +145,8 @@ def refit_residuals(
         nonlocal row
         row = done + 1
 
-    simulated, context = (
-        trained.simulated(network, checkpoint.params, scales, device=device, on_layer=watch),
-        trajectories.context,
-    )
+    context = trajectories.context
+    simulated = trained.simulated(network, checkpoint.params, scales, device=device, on_layer=watch)
     denoiser = guided(simulated, context)
     updates = scales.solver.updates(network.config.diffusion, scales.rows.timesteps)
     start = trajectories.x[0]

@@ -192,7 +192,7 @@ def _train_unit(
     def bound(at: Tensor) -> Bound:
         with torch.no_grad():
             lines = {name: value[samples.lines[at].numpy()] for name, value in samples.context.items()}
-            return binder(samples.t[at].to(device), on_device(lines, device))
+            return binder(samples.t[at].to(device), binder.hold(on_device(lines, device)))
 
     inputs, targets = [], []
     with torch.no_grad():

@@ -190,7 +190,7 @@ def measure_ranges(
                 t = torch.full((len(x),), trajectories.timesteps[index], device=device)
                 recorder = _Recorder(params)
                 with torch.no_grad():
-                    run_unet(network, params, x, bound=binder(t, lines), layer=recorder)
+                    run_unet(network, params, x, bound=binder(t, binder.hold(lines)), layer=recorder)
                 if index == step:
                     for name, value in recorder.inputs.items():
                         if not torch.isfinite(value).all():

@@ -14,7 +14,7 @@ from modiff_trt.core.context import Arrays, checked, context_arrays
 from modiff_trt.core.kinds import Granularity
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.scales import Scales
-from modiff_trt.networks.binding import conditions, embeddings, keys_and_values, on_device, project_times, time_table
+from modiff_trt.networks.binding import Binder, Held, on_device
 from modiff_trt.networks.modulated import OnLayer, QuantizedLayer, State, initial_state, quantize_layers, simulate
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Bound, Params, run_unet
@@ -43,13 +43,9 @@ class _TorchBase:
         self._device = torch.device(device)
         self._dtype = dtype
         self._params = {k: p.to(self._device, dtype) for k, p in params.items()}
-        # Sines of angles up to a thousand need float32 at least.
-        wide = {k: p.to(self._device, torch.promote_types(dtype, torch.float32)) for k, p in params.items()}
         with full_precision():
-            self._table = {block: table.to(dtype) for block, table in time_table(network, wide).items()}
-            self._embeddings = embeddings(network, wide).to(dtype)
-        self._prompts: dict[str, Tensor] = {}
-        self._added: Tensor | None = None
+            self._binder = Binder(network, {k: p.to(self._device) for k, p in params.items()}, dtype)
+        self._held = Held({}, None)
         self._rows = rows
 
     @property
@@ -64,21 +60,14 @@ class _TorchBase:
 
     def _condition(self, context: Arrays | None) -> None:
         """Computes what does not change during a trajectory."""
-        if not context_arrays(self._network.config.architecture):
-            return
-        given = on_device(checked(context), self._device)
-        real = {name: value.to(self._dtype) if value.is_floating_point() else value for name, value in given.items()}
-        with torch.no_grad(), full_precision():
-            self._prompts = keys_and_values(self._network, self._params, real)
-            self._added = conditions(self._network, self._params, real)
+        if context_arrays(self._network.config.architecture):
+            with full_precision():
+                self._held = self._binder.hold(on_device(checked(context), self._device))
 
     def _bound(self, row: int) -> Bound:
         t = int(self._rows.t[row])
-        if self._added is None:
-            return {block: table[t : t + 1] for block, table in self._table.items()} | self._prompts
         with full_precision():
-            embedding = self._embeddings[t : t + 1] + self._added
-            return project_times(self._network, self._params, embedding) | self._prompts
+            return self._binder(slice(t, t + 1), self._held)
 
 
 class TorchDenoiser(_TorchBase):

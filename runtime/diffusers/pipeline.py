@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from modiff_trt.core.context import from_noise_to_pictures
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.solvers import solver_from_dict
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
@@ -37,6 +38,8 @@ class ModiffPipeline:
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> ModiffPipeline:
         """The network in a folder of `modiff-trt quantize`. `device` is cpu or cuda, of onnxruntime. Raises InputError."""
         model = load_onnx(Path(folder) / NETWORK, device)
+        if not from_noise_to_pictures(model.config):
+            raise InputError(f"{folder} is of a network with a context, or of latents; put a ModiffUNet into a pipeline")
         rows = model.calibrated_rows
         if rows is None:
             raise InputError(f"{Path(folder) / NETWORK} is not quantized; write the folder with `modiff-trt quantize`")

@@ -90,11 +90,11 @@ class ModiffUNet(nn.Module):
         **more: Any,
     ) -> Any:
         """What the network answers to `sample` [N, C, H, W]: an object with `sample`, or a tuple of it."""
-        unknown = [name for name, value in more.items() if value is not None]
+        given = {"encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels, **(added_cond_kwargs or {})}
+        unknown = [name for name, value in (given | more).items() if value is not None and name not in self._names]
         if unknown:
             raise InputError(f"the quantized network does not take {', '.join(unknown)}")
         step = int(timestep)
-        given = {"encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels, **(added_cond_kwargs or {})}
         x = self._denoiser.from_host(sample.detach().float().cpu().numpy())
         warmup = self._denoiser.rows.warmup
         if step == self._steps[0]:

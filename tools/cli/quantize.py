@@ -186,11 +186,11 @@ def quantize(
 
 def _no_report(network: Network, scales: Scales) -> str | None:
     """Why there is nothing to report, if there is not."""
-    from modiff_trt.core.context import context_arrays
+    from modiff_trt.core.context import from_noise_to_pictures
 
     if not scales.modulated:
         return "no layer has kept its state"
-    if context_arrays(network.config.architecture) or network.config.latent:
+    if not from_noise_to_pictures(network.config):
         return "it shows pictures that are made from noise alone"
     return None
 

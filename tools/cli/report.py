@@ -29,16 +29,11 @@ def report(
     device: Device = "cpu",
 ) -> None:
     """Write a self-contained page: images, errors, ranges, speed, metrics and manifests."""
+    from modiff_trt.core.context import from_noise_to_pictures
     from modiff_trt.core.files import atomic_path, check_writable, sha256
     from modiff_trt.core.scales import load_scales
     from modiff_trt.networks.state_elements import state_elements
-    from modiff_trt.runtime.backends.registry.options import (
-        check_device,
-        checkpoint_manifest,
-        load_model,
-        refuse_context,
-        refuse_latents,
-    )
+    from modiff_trt.runtime.backends.registry.options import check_device, checkpoint_manifest, load_model
     from modiff_trt.runtime.sampling import check_seed
     from modiff_trt.tools.assets import config_path, demo_path
     from modiff_trt.tools.cli.evaluate import rows_of
@@ -59,8 +54,8 @@ def report(
     if not any(given):
         config, ckpt = config_path("demo.yml"), demo_path("model.safetensors")
     network, checkpoint = load_model(config, ckpt, weights, model=model)
-    refuse_context(network, "report")
-    refuse_latents(network, "report")
+    if not from_noise_to_pictures(network.config):
+        raise InputError("`report` is of networks that are given noise alone; this one has a context, or makes latents")
     file = scales or demo_path("modiff-w8a6.safetensors")
     loaded = load_scales(file, network, checkpoint.sha256)
     if not loaded.modulated:

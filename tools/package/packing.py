@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from modiff_trt.core.context import context_arrays
+from modiff_trt.core.context import from_noise_to_pictures
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import sha256, unwritable, write_signed
 from modiff_trt.core.solvers import Solver, solver_from_dict
@@ -51,7 +51,7 @@ def package(onnx: Path, out: Path, timesteps: int, solver: Solver, plan: Path | 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not an empty folder; choose a new one")
     model = load_onnx(onnx)
-    if context_arrays(model.config.architecture) or model.config.latent:
+    if not from_noise_to_pictures(model.config):
         raise InputError(
             f"{onnx} needs a context, or makes latents; the deployed sampler is for networks from noise to pictures"
         )

@@ -133,8 +133,8 @@ def train(config: Config, images: np.ndarray, out: Path, minutes: float, seed: i
                     save_state()
                     saved = time.monotonic()
     # A DDIM configuration goes with a DDIM checkpoint.
-    names = ddim_names(ema, len(config.architecture.channels))
-    arrays = {names[k]: p.float().cpu().contiguous().numpy().astype(np.float16) for k, p in ema.items()}
+    published = ddim_names(ema, len(config.architecture.channels))
+    arrays = {published[k]: p.float().cpu().contiguous().numpy().astype(np.float16) for k, p in ema.items()}
     meta = {"steps": str(step), "batch": str(config.training.batch_size), "minutes": f"{spent / 60:.1f}", "seed": str(seed)}
     with atomic_path(out) as temporary:
         save_file(arrays, temporary, meta)

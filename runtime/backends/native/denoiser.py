@@ -15,7 +15,7 @@ from modiff_trt.core.context import Arrays, checked, context_arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import Scales
-from modiff_trt.networks.binding import conditions, keys_and_values, on_device, project_times
+from modiff_trt.networks.binding import bound_parameters, conditions, each_alone, keys_and_values, on_device, project_times
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Params
 from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
@@ -48,9 +48,9 @@ class NativeDenoiser(GraphedDenoiser):
         self._shared = shared_accumulators(self._model.layers)
         self._start = self._starts()
         self._buffers = Buffers({}, {}, {}, row=self._row)
-        # What does not depend on the image, and is no layer: of prompts and conditions.
-        kept = (".time_emb_proj.", ".attn2.to_k.", ".attn2.to_v.", "class_embedding.", "add_embedding.")
-        self._params = {k: p.to(device).float() for k, p in params.items() if any(part in f".{k}" for part in kept)}
+        # Needed where a context is.
+        kept = bound_parameters(network) if context_arrays(network.config.architecture) else []
+        self._params = {key: params[key].to(device).float() for key in kept}
         self._bound: dict[str, Tensor] = {}
 
     def _bind(self, context: Arrays | None, batch: int, size: int) -> bool:
@@ -130,7 +130,7 @@ class NativeDenoiser(GraphedDenoiser):
         times: dict[str, Tensor] = {}
         if model.embedding_at is not None:
             at, added = model.embedding_at, buffers.bound[ADDED]
-            times = project_times(model.network, self._params, self._row[at : at + added.shape[1]] + added)
+            times = project_times(model.network, self._params, self._row[at : at + added.shape[1]] + added, each_alone)
         ops = NativeOps(
             self._kernels, model.layers, model.norms, time_at=model.time_at, buffers=buffers, aside=self._side, times=times
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Granularity, Mode
 from modiff_trt.core.scales import Scales, only_simulated
-from modiff_trt.networks.binding import embeddings, time_table
+from modiff_trt.networks.binding import embeddings, of_images, time_table
 from modiff_trt.networks.modulated import QuantizedLayer, implied_o_hat, initial_a_hat, quantize_layers
 from modiff_trt.networks.operations import LayerSpec, Network
 from modiff_trt.networks.split import skip_factors
@@ -141,11 +141,9 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         if modulated:
             start[spec.name] = _start(layer, unit, len(padded))
     at_rows = torch.from_numpy(scales.rows.t)
-    architecture = network.config.architecture
-    # What a class or a prompt as a whole adds to the embedding differs from image to image.
-    of_images = architecture.classes > 0 or architecture.added_channels > 0
-    embedding_at = append(embeddings(network, params)[at_rows].double().numpy()) if of_images else None
-    table_of_times = {} if of_images else time_table(network, params)
+    each = of_images(network)
+    embedding_at = append(embeddings(network, params)[at_rows].double().numpy()) if each else None
+    table_of_times = {} if each else time_table(network, params)
     times = {block: append(values[at_rows].double().numpy()) for block, values in table_of_times.items()}
     norms = {key: params[key].float() for name in network.norms for key in (f"{name}.weight", f"{name}.bias")}
     table = torch.from_numpy(np.concatenate([np.zeros((rows, 0), np.float32), *columns], axis=1))

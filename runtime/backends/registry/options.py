@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modiff_trt.core.config import Config, model_fingerprint
-from modiff_trt.core.context import context_arrays, load_context
+from modiff_trt.core.context import load_context
 from modiff_trt.core.ddim_yaml import config_solver, load_config
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import sha256
@@ -98,18 +98,6 @@ def load_model(
     if checkpoint.chosen:
         log.info("checkpoint %s: %s are used", ckpt, checkpoint.weights)
     return network, checkpoint
-
-
-def refuse_latents(network: Network, command: str) -> None:
-    """Raises InputError for a network that makes no pictures, of a command that shows them."""
-    if network.config.latent:
-        raise InputError(f"`{command}` shows pictures, and this network makes latents; use its single stages and sample")
-
-
-def refuse_context(network: Network, command: str) -> None:
-    """Raises InputError for a network that is given more than noise, of a command that cannot do that."""
-    if context_arrays(network.config.architecture):
-        raise InputError(f"`{command}` is for networks that are given noise alone, and this one has a context")
 
 
 def default_solver(config: Path | None, model: Path | None) -> Solver:
@@ -245,7 +233,8 @@ def _trt_backend(options: SamplingOptions) -> Backend:
     from modiff_trt.runtime.backends.plan import load_plan
     from modiff_trt.runtime.backends.registry.exported import plan_backend
 
-    _refuse(options.context, "--context", "trt, whose plans are of networks without one")
+    for given, option in ((options.context, "--context"), (options.guidance, "--guidance")):
+        _refuse(given, option, "trt, whose plans are of networks without a context")
     if options.plan is None:
         raise InputError("--backend trt needs --plan FILE; build one with `modiff-trt build`")
     for value, option in (
@@ -283,7 +272,7 @@ def _exported_sequence(
     return rows.timesteps, solver
 
 
-def _refuse(value: Path | None, option: str, backend: str) -> None:
+def _refuse(value: Path | float | None, option: str, backend: str) -> None:
     if value is not None:
         raise InputError(f"{option} does not go with --backend {backend}; leave it out")
 

@@ -6,14 +6,14 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import random_checkpoint, tiny_config
+from onnx_lockstep import all_modulated, passes
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.manifest import MANIFEST_KEY, decode_array
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
-from modiff_trt.networks.binding import time_table, times
+from modiff_trt.networks.binding import times
 from modiff_trt.networks.checkpoint import Checkpoint
-from modiff_trt.networks.modulated import LayerState, initial_state, integer_product, quantize_layers
-from modiff_trt.networks.split import divide_skip
+from modiff_trt.networks.modulated import integer_product, quantize_layers
 from modiff_trt.networks.torch_ops import run_unet
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
@@ -26,58 +26,9 @@ def session_of(model, tmp_path):
     return ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
 
 
-class Lockstep:
-    """One pass of the simulation that takes its roundings from onnxruntime's.
-
-    Two libraries sum a convolution or a group norm in different orders. A value that lies on the edge of two grid cells
-    then falls into either, a whole grid step apart, and every later layer sees that. So the comparison is made where it
-    means something: each integer may differ only on such an edge, and with the same integers eps must be equal.
-    """
-
-    def __init__(self, layers, state, multipliers, outputs):
-        self.layers, self.state, self.multipliers, self.outputs = layers, state, multipliers, outputs
-        self.new_state, self.elements, self.moved, self.from_edge = {}, 0, 0, 0.0
-
-    def __call__(self, spec, x):
-        layer, (a_hat, o_hat) = self.layers[spec.name], self.state[spec.name]
-        x = divide_skip(spec, x, layer.skip_ratio)
-        step = self.multipliers[spec.name] * layer.scale
-        top = 2 ** (layer.bits - 1) - 1
-        position = ((x - a_hat) / step).clamp(-top - 1, top)
-        q = ((torch.from_numpy(self.outputs[f"a_hat_out.{spec.name}"]).float() - a_hat) / step).round()
-        assert q.min() >= -top - 1 and q.max() <= top
-        moved = q != position.round()
-        self.elements, self.moved = self.elements + q.numel(), self.moved + int(moved.sum())
-        # 0.5 is the edge itself; how far beyond it did onnxruntime's choice lie?
-        self.from_edge = max(self.from_edge, float((position - q).abs().max()) - 0.5)
-        self.new_state[spec.name] = LayerState(a_hat + step * q, o_hat + step * integer_product(layer, q))
-        return self.new_state[spec.name].o_hat
-
-
-def passes(case, scales, session, rows, batch=3, dtype=np.float32):
-    """Runs onnxruntime and the simulation from the same state, row by row: yields (relative error of eps, Lockstep)."""
-    network, params, names = case.network, case.checkpoint.params, scales.modulated
-    layers, table = quantize_layers(network, params, scales), time_table(network, params)
-    state = {n: initial_state(layers[n], batch) for n in names}
-    torch.manual_seed(0)
-    x = torch.randn(batch, *network.config.input_shape)
-    for row in rows:
-        t = int(scales.rows.t[row])
-        feed = {"x": x.numpy(), "t": np.full(batch, t, np.int64), "row_scale": scales.rows.multipliers[row]}
-        for n in names:
-            feed |= {f"a_hat.{n}": state[n].a_hat.numpy().astype(dtype), f"o_hat.{n}": state[n].o_hat.numpy().astype(dtype)}
-        outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, feed), strict=True))
-        multipliers = dict(zip(names, scales.rows.multipliers[row].tolist(), strict=True))
-        lockstep = Lockstep(layers, state, multipliers, outputs)
-        eps = run_unet(network, params, x, {b: v[t : t + 1] for b, v in table.items()}, lockstep).numpy()
-        yield float(np.linalg.norm(outputs["eps"] - eps) / np.linalg.norm(eps)), lockstep
-        state = lockstep.new_state
-        x = x - 0.01 * torch.from_numpy(eps)
-
-
 @pytest.mark.parametrize(("bits", "split"), [(8, False), (6, True), (3, False)])
 def test_modulated_network_equals_the_simulation(tiny, tmp_path, bits, split):
-    scales = _all_modulated(tiny, act_bits=bits, split=split)
+    scales = all_modulated(tiny, act_bits=bits, split=split)
     assert any(layer.skip_ratio != 1 for layer in scales.layers.values()) == split
     session = session_of(build_onnx(tiny.network, tiny.checkpoint, scales, "fp32", "x"), tmp_path)
     for error, lockstep in passes(tiny, scales, session, range(3)):
@@ -140,21 +91,6 @@ def test_lcq_is_refused_with_the_reason(tiny):
         build_onnx(tiny.network, tiny.checkpoint, tiny.scales(granularity="channel"), "fp32", "x")
 
 
-def _all_modulated(case, **recipe):
-    """The tiny random network takes such long steps that some of its residuals exceed their activations; modulate those
-    layers too, so that every shape is tested."""
-    kept = {name: r.activation.absmax for name, r in case.ranges.items()}
-    for ranges in case.ranges.values():
-        ranges.activation.absmax = max(ranges.activation.absmax, 1.01 * ranges.residual.absmax)
-    try:
-        scales = case.scales(**recipe)
-    finally:
-        for name, absmax in kept.items():
-            case.ranges[name].activation.absmax = absmax
-    assert len(scales.modulated) == len(case.network.layers)
-    return scales
-
-
 def test_float_network(tiny, tmp_path):
     session = session_of(build_onnx(tiny.network, tiny.checkpoint, None, "fp32", None), tmp_path)
     x, t = np.random.default_rng(0).standard_normal((3, 3, 12, 12), np.float32), np.array([0, 10, 999])
@@ -165,7 +101,7 @@ def test_float_network(tiny, tmp_path):
 
 
 def test_fp16_runs_and_is_near(tiny, tmp_path):
-    scales = _all_modulated(tiny)
+    scales = all_modulated(tiny)
     model = build_onnx(tiny.network, tiny.checkpoint, scales, "fp16", "x")
     session = session_of(model, tmp_path)
     # Row 0 alone: on the finer grids a float16 a_hat no longer tells which integer was added to it.

@@ -1,5 +1,8 @@
 """In diffusers' own pipelines the quantized network gives the images of `sample`, on the steps that it was made for alone."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +88,20 @@ def test_the_folder_is_a_pipeline(pixels):
         pipe(output_type="latent")
 
 
+def test_a_folder_of_latents_is_no_pipeline(pixels, tmp_path):
+    """Latents of three channels would pass for pictures. The autoencoder's own folder need not be there."""
+    _, folder, _ = pixels
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "m/model_index.json").write_text(json.dumps({"_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"]}))
+    job = ["--model", tmp_path / "m", "--timesteps", STEPS, "--num-samples", 2, "--preset", "fast", "--min-intensity", 0]
+    assert run("quantize", *job, "--out", tmp_path / "q") == 0
+    with pytest.raises(InputError, match="or of latents"):
+        ModiffPipeline.from_pretrained(tmp_path / "q")
+    sample = ["sample", "--backend", "onnx", "--onnx", tmp_path / "q" / "network.onnx", "--num-samples", 1]
+    assert run(*sample, "--out", tmp_path / "pictures") == 2
+    assert run(*sample, "--out", tmp_path / "latents.npz") == 0
+
+
 def test_stable_diffusion_passes_prompts_and_both_halves(tmp_path):
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
@@ -133,6 +150,10 @@ def test_stable_diffusion_passes_prompts_and_both_halves(tmp_path):
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-3
     with pytest.raises(InputError, match="needs encoder_hidden_states"):
         quantized(noise, quantized.timesteps[0])
+    # An adapter's images come in the same dictionary as SDXL's sizes.
+    with pytest.raises(InputError, match="does not take image_embeds"):
+        given = {"encoder_hidden_states": prompts["encoder_hidden_states"], "added_cond_kwargs": {"image_embeds": noise}}
+        quantized(noise, quantized.timesteps[0], **given)
     with pytest.raises(InputError, match="does not take mid_block_additional_residual"):
         quantized(noise, quantized.timesteps[0], mid_block_additional_residual=noise)
 
