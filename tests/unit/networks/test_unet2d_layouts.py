@@ -49,6 +49,7 @@ LAYOUTS = {
     },
     "attention blocks that resample so": THREE | {"downsample_type": "resnet", "upsample_type": "resnet"},
     "odd widths, 16 groups": {"block_out_channels": (48, 80), "norm_num_groups": 16, "attention_head_dim": 16},
+    "widths of no multiple of 16, 8 groups": {"block_out_channels": (40, 72), "norm_num_groups": 8, "attention_head_dim": 8},
     "no square": {"sample_size": (8, 12)},
     "many heads": {"attention_head_dim": 4},
     "no attention at all": {

@@ -198,6 +198,10 @@ def test_an_image_does_not_depend_on_the_others(case):
     other = replace(context, positive={k: v[::-1].copy() for k, v in context.positive.items()})
     swapped = replace(case, trajectories=replace(case.trajectories, context=other)).sample(native, images=1)
     assert not np.allclose(swapped, alone, atol=1e-3)
+    # What the first image is given is nothing to the second.
+    first = replace(context, positive={k: np.stack([v[1], v[1]]) for k, v in context.positive.items()})
+    changed = replace(case, trajectories=replace(case.trajectories, context=first)).sample(native, images=2)
+    assert np.array_equal(changed[1], both[1]) and not np.allclose(changed[0], both[0], atol=1e-3)
 
 
 def test_guidance_is_the_combination_of_two_answers(layout):
