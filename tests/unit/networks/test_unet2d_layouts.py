@@ -7,6 +7,7 @@ import torch
 from conftest import make_case
 from native_snapped import Snapped
 from onnx_lockstep import all_modulated, passes
+from small_diffusers import PIXELS, diffusers, random_network
 
 from modiff_trt.export.onnx.network import build_onnx
 from modiff_trt.networks.binding import times
@@ -16,15 +17,6 @@ from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 
-diffusers = pytest.importorskip("diffusers")
-
-BASE = {
-    "sample_size": 8,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-}
 THREE = {
     "block_out_channels": (32, 64, 64),
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
@@ -67,11 +59,7 @@ LAYOUTS = {
 def layout(request, tmp_path_factory):
     """(diffusers' network, ours with its weights) of random weights."""
     folder = tmp_path_factory.mktemp("layout")
-    torch.manual_seed(0)
-    model = diffusers.UNet2DModel(**(BASE | LAYOUTS[request.param])).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model = random_network("UNet2DModel", PIXELS | LAYOUTS[request.param])
     diffusers.DDPMPipeline(model, diffusers.DDPMScheduler()).save_pretrained(folder)
     found = read_folder(folder)
     network = trace(found.config)

@@ -9,6 +9,7 @@ import torch
 from conftest import make_case
 from native_snapped import Snapped
 from onnx_lockstep import all_modulated, passes
+from small_diffusers import PIXELS, PROMPTED, diffusers, random_network
 
 from modiff_trt.core.context import Context, context_arrays
 from modiff_trt.export.onnx.network import build_onnx
@@ -21,26 +22,16 @@ from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 from modiff_trt.runtime.backends.registry.guidance import guided
 from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
 
-diffusers = pytest.importorskip("diffusers")
-
 TOKENS, IMAGES = 5, 2
-PROMPTED = {
-    "sample_size": 8,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 24,
-    "attention_head_dim": 8,
-}
+CONDITION = "UNet2DConditionModel"
 LAYOUTS = {
-    "Stable Diffusion 1.5": (diffusers.UNet2DConditionModel, PROMPTED),
+    "Stable Diffusion 1.5": (CONDITION, PROMPTED),
     "Stable Diffusion 2.1": (
-        diffusers.UNet2DConditionModel,
+        CONDITION,
         PROMPTED | {"attention_head_dim": (4, 8), "use_linear_projection": True},
     ),
     "SDXL": (
-        diffusers.UNet2DConditionModel,
+        CONDITION,
         PROMPTED
         | {
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -54,23 +45,16 @@ LAYOUTS = {
         },
     ),
     "LDM of ImageNet's classes": (
-        diffusers.UNet2DConditionModel,
+        CONDITION,
         PROMPTED | {"in_channels": 3, "out_channels": 3, "attention_head_dim": 1, "cross_attention_dim": 16},
     ),
     "prompts and class labels": (
-        diffusers.UNet2DConditionModel,
+        CONDITION,
         PROMPTED | {"num_class_embeds": 10, "resnet_time_scale_shift": "scale_shift"},
     ),
     "class labels of pixels": (
-        diffusers.UNet2DModel,
-        {
-            "sample_size": 8,
-            "block_out_channels": (32, 64),
-            "layers_per_block": 1,
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-            "num_class_embeds": 10,
-        },
+        "UNet2DModel",
+        PIXELS | {"num_class_embeds": 10},
     ),
 }
 
@@ -107,12 +91,7 @@ def answer(model, x, t, context):
 def layout(request, tmp_path_factory):
     """(diffusers' network, ours, its weights)."""
     folder = tmp_path_factory.mktemp("prompted")
-    torch.manual_seed(0)
-    kind, settings = LAYOUTS[request.param]
-    model = kind(**settings).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model = random_network(*LAYOUTS[request.param])
     model.save_pretrained(folder)
     diffusers.DDIMScheduler().save_pretrained(folder)
     found = read_folder(folder)

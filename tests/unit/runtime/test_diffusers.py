@@ -6,6 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from command import run
+from small_diffusers import PIXELS, PROMPTED, diffusers, random_network
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.scales import load_scales
@@ -14,28 +16,15 @@ from modiff_trt.runtime.backends.registry.guidance import guided
 from modiff_trt.runtime.backends.registry.options import load_model
 from modiff_trt.runtime.diffusers import ModiffPipeline, ModiffUNet
 from modiff_trt.runtime.sampler import sample_trajectory
-from modiff_trt.tools.cli.main import main
-
-diffusers = pytest.importorskip("diffusers")
 
 STEPS = 4
-
-
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in arguments])
-    return exit_.value.code
 
 
 @pytest.fixture(scope="module")
 def pixels(tmp_path_factory):
     """(a DDPM pipeline, its folder, the folder that `quantize` made of it)."""
     folder = tmp_path_factory.mktemp("pixels")
-    torch.manual_seed(0)
-    down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
-    model = diffusers.UNet2DModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, down_block_types=down, up_block_types=up
-    )
+    model = random_network("UNet2DModel", PIXELS)
     pipe = diffusers.DDIMPipeline(model, diffusers.DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder / "m")
@@ -103,16 +92,7 @@ def test_a_folder_of_latents_is_no_pipeline(pixels, tmp_path):
 
 
 def test_stable_diffusion_passes_prompts_and_both_halves(tmp_path):
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=24,
-        attention_head_dim=4,
-    )
+    unet = random_network("UNet2DConditionModel", PROMPTED)
     scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     vae = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8)
     folder = tmp_path / "sd"

@@ -7,23 +7,17 @@ import sys
 
 import numpy as np
 import pytest
+from command import run
 from conftest import ROOT, ddim_state, random_checkpoint, tiny_config, tiny_tree
 from PIL import Image
 from safetensors.torch import save_file
 
 from modiff_trt.core.files import load_arrays, save_arrays
 from modiff_trt.core.scales import SCHEMA, load_scales
-from modiff_trt.tools.cli.main import main
 
 CONFIG, CKPT = str(ROOT / "configs/demo.yml"), str(ROOT / "calib_cache/demo/model.safetensors")
 MODEL = ["--config", CONFIG, "--ckpt", CKPT]
 CALIBRATE_AUTO = ["calibrate", *MODEL, "--trajectories", "TRAJ", "--modes", "auto", "--out", "OUT"]
-
-
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in arguments])
-    return exit_.value.code
 
 
 def refusal(capsys, *arguments) -> str:

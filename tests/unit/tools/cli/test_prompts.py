@@ -3,35 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from command import run
+from small_diffusers import PROMPTED, diffusers, random_network
 
 from modiff_trt.core.scales import load_scales
-from modiff_trt.tools.cli.main import main
-
-diffusers = pytest.importorskip("diffusers")
 
 STEPS, GUIDANCE, TOKENS, WIDTH = 4, 5.0, 7, 24
-
-
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in arguments])
-    return exit_.value.code
 
 
 @pytest.fixture(scope="module")
 def stable(tmp_path_factory):
     """(the pipeline, its folder, a file of two prompts)."""
     folder = tmp_path_factory.mktemp("stable")
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=WIDTH,
-        attention_head_dim=4,
-    )
+    unet = random_network("UNet2DConditionModel", PROMPTED)
     vae = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8)
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,

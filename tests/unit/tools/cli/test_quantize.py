@@ -5,18 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from command import run
 from conftest import ddim_state, random_checkpoint, tiny_config, tiny_tree
 from safetensors.torch import save_file
 
 from modiff_trt.core.scales import load_scales
 from modiff_trt.tools.cli import quantize as command
-from modiff_trt.tools.cli.main import main
-
-
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in arguments])
-    return exit_.value.code
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+from command import run
 from conftest import ROOT
 
 from modiff_trt.runtime.images.folders import psnr
-from modiff_trt.tools.cli.main import main
 
 MODEL = ["--config", str(ROOT / "configs/demo.yml"), "--ckpt", str(ROOT / "calib_cache/demo/model.safetensors")]
 SOLVER = ["--solver", "dpmpp-2m", "--spacing", "logsnr", "--timesteps", "6"]
-
-
-def run(*arguments):
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in arguments])
-    return exit_.value.code
 
 
 @pytest.fixture(scope="module")

@@ -8,23 +8,17 @@ import time
 
 import numpy as np
 import pytest
+from command import run
 from conftest import ROOT
 
 from modiff_trt.core.errors import LINE, InputError, one_line, shown
 from modiff_trt.runtime import sampling
 from modiff_trt.tools import stopping
-from modiff_trt.tools.cli.main import main
 from modiff_trt.tools.stopping import exit_code
 
 MODEL = ["--config", str(ROOT / "configs/demo.yml"), "--ckpt", str(ROOT / "calib_cache/demo/model.safetensors")]
 RUN = "from modiff_trt.tools.cli.entry import main; main()"
 PROGRAM = [sys.executable, "-m", "modiff_trt.tools.cli.entry"]
-
-
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in arguments])
-    return exit_.value.code
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command import run
 from conftest import ddim_state, random_checkpoint, tiny_config, tiny_tree
 from safetensors.torch import save_file
 
-from modiff_trt.tools.cli.main import main
-
 STEPS = ("--timesteps", 3)
-
-
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in arguments])
-    return exit_.value.code
 
 
 @pytest.fixture(scope="module")
