@@ -20,6 +20,7 @@ from modiff_trt.networks.torch_ops import Bound, Params
 
 Context = Mapping[str, Tensor]
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
+Products = Callable[[Tensor, Tensor], Tensor]
 EMBEDDINGS = ("time_embedding.", "class_embedding.", "add_embedding.")
 
 
@@ -85,12 +86,13 @@ def project_times(network: Network, params: Params, embedding: Tensor, linear: L
     }
 
 
-def keys_and_values(network: Network, params: Params, context: Context) -> dict[str, Tensor]:
+def keys_and_values(network: Network, params: Params, context: Context, linear: Products | None = None) -> dict[str, Tensor]:
     """Of every attention to a prompt: name -> [N, 2, C, S]. They depend on the prompt alone."""
+    product = linear or each_alone
     found = {}
     for name in network.prompted:
         prompt = context["encoder_hidden_states"].to(params[f"{name}.to_k.weight"].dtype)
-        parts = [each_alone(prompt, params[f"{name}.{part}.weight"]) for part in ("to_k", "to_v")]
+        parts = [product(prompt, params[f"{name}.{part}.weight"]) for part in ("to_k", "to_v")]
         found[name] = torch.stack(parts, dim=1).transpose(2, 3)
     return found
 

@@ -129,6 +129,12 @@ class Folder:
 
 def read_folder(path: Path) -> Folder:
     """Raises InputError for what is no such folder, lacks a file, or asks for what this program does not have."""
+    config, solver = read_settings(path)
+    return Folder(config, solver, weights=_weights_file(_unet_folder(path)))
+
+
+def read_settings(path: Path) -> tuple[Config, Solver]:
+    """What a folder says beside its weights. Raises InputError."""
     if not path.is_dir():
         raise InputError(f"--model {path} is no folder; pass one that diffusers' save_pretrained wrote")
     unet = _unet_folder(path)
@@ -143,7 +149,7 @@ def read_folder(path: Path) -> Folder:
     diffusion, solver = _schedule(process, scheduler)
     config = configuration(model, diffusion, unet / MODEL_CONFIG)
     pipeline = path if unet != path else path.parent
-    return Folder(replace(config, latent=_has_autoencoder(pipeline)), solver, weights=_weights_file(unet))
+    return replace(config, latent=_has_autoencoder(pipeline)), solver
 
 
 def load_folder(folder: Folder, network: Network) -> Checkpoint:
