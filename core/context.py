@@ -15,6 +15,7 @@ from modiff_trt.core.errors import InputError, shown
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 # What guidance leads away from has the same names, with this before them.
 NEGATIVE = "negative_"
+PROMPT = "encoder_hidden_states"
 MOST_GUIDANCE = 1000.0
 
 
@@ -47,7 +48,7 @@ def context_arrays(a: Architecture) -> dict[str, Array]:
     """The arrays that a network's context has; none for a network that is given noise alone."""
     found = {}
     if a.cross_channels:
-        found["encoder_hidden_states"] = Array(False, ("S", a.cross_channels))
+        found[PROMPT] = Array(False, ("S", a.cross_channels))
     if a.classes:
         found["class_labels"] = Array(True, ())
     if a.added_channels:
@@ -136,7 +137,7 @@ def load_context(path: Path | None, guidance: float | None, architecture: Archit
         other = name if name == "time_ids" and NEGATIVE + name not in found else NEGATIVE + name
         negative[name] = _line(path, found, other, array, architecture)
     for name, side in negative.items():
-        if name == "encoder_hidden_states" and side.shape[1] != positive[name].shape[1]:
+        if name == PROMPT and side.shape[1] != positive[name].shape[1]:
             raise InputError(
                 f"--context {path}: '{NEGATIVE}{name}' has {side.shape[1]} tokens, '{name}' {positive[name].shape[1]}; "
                 "pad both to the same number"

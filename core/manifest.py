@@ -33,7 +33,7 @@ MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 6
 DIGEST = "content_sha256"
 # The manifest beside a plan, and the arrays that a trajectory begins from.
-PLAN_SCHEMA = 5
+PLAN_SCHEMA = 6
 START_KIND, START_SCHEMA = "start state", 1
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import onnx.inliner
 
 from modiff_trt.core.errors import InputError, one_line
 from modiff_trt.core.files import atomic_path, digest_of, read_file
-from modiff_trt.core.manifest import NetworkManifest, read_manifest
+from modiff_trt.core.manifest import FUNCTION, NetworkManifest, read_manifest
 
 # Of the file with a large network's tensors: the end of its name, the bytes from which on a tensor is put there, and at which
 # multiples they begin, so that readers may map them.
@@ -52,6 +53,22 @@ def read_onnx(path: Path) -> OnnxFile:
         raise InputError(f"ONNX file {path} cannot be loaded: it holds no network (ORT format, text, or another kind of file?)")
     weights = _take_in(path, outside) if outside else None
     return OnnxFile(data, proto, read_manifest(path, proto), sha256=digest_of(data), weights=weights)
+
+
+def without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its modulated layers inlined, each convolution named after its layer: TensorRT's parser cannot read a
+    convolution whose attributes are those of a function around it."""
+    if not model.functions:
+        return model
+    layers = {node.output[0]: node.name for node in model.graph.node if node.op_type == FUNCTION}
+    inlined = onnx.inliner.inline_local_functions(model)
+    producer = {output: node for node in inlined.graph.node for output in node.output}
+    for output, layer in layers.items():
+        node = producer[output]
+        while node.op_type != "Conv":
+            node = producer[next(name for name in node.input if name in producer)]
+        node.name = layer
+    return inlined
 
 
 def write_outside(path: Path, model: onnx.ModelProto) -> None:

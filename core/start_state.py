@@ -55,16 +55,19 @@ def _answers(
         answers = ort.InferenceSession(alone, providers=["CPUExecutionProvider"]).run(None, feed)
         found.update({layer: (feed[layer][0], np.asarray(answer[0])) for layer, answer in zip(feed, answers, strict=True)})
 
+    # A layer is its function, or in an inlined file its convolution; both carry the convolution's attributes.
     for node in model.graph.node:
-        if node.op_type != FUNCTION:
-            continue
         layer = node.name
-        weight, scale = (numpy_helper.to_array(constants[node.input[i]]).astype(np.float32) for i in (8, 9))
+        if node.op_type not in (FUNCTION, "Conv") or f"a_hat.{layer}" not in shapes:
+            continue
+        weight, scale = (
+            numpy_helper.to_array(constants[f"{layer}.{part}"]).astype(np.float32) for part in ("weight", "weight_scale")
+        )
         if held and held + weight.nbytes > MOST_BYTES:
             run()
             nodes, inputs, outputs, weights, feed, held = [], [], [], [], {}, 0
         held += weight.nbytes
-        step = float(numpy_helper.to_array(constants[node.input[6]]))
+        step = float(numpy_helper.to_array(constants[f"{layer}.scale"]))
         offset = dither_offset(layer, shapes[f"a_hat.{layer}"], step, upsampled=layer in upsampled)
         weights.append(numpy_helper.from_array(weight * scale[:, None, None, None], f"w.{layer}"))
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}

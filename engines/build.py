@@ -18,7 +18,7 @@ from modiff_trt.plugins.modulated_conv.tensorrt.library import Library
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Batch sizes of the optimization profile, the target GPU, and how hard the builder tries.
+    """Batch sizes of the optimization profile, the tokens of a prompt, the target GPU, and how hard the builder tries.
 
     `target` is `sm80`, `sm86`, `sm89`, `sm120`, ... for TensorRT-RTX; None is the GPU of this machine. `level` is the builder's
     optimization level, None its own default.
@@ -27,6 +27,7 @@ class BuildOptions:
     min_batch: int = 1
     opt_batch: int = 4
     max_batch: int = 16
+    tokens: int = 77
     target: str | None = None
     level: int | None = None
     version_compatible: bool = False
@@ -37,6 +38,8 @@ class BuildOptions:
                 f"--min-batch, --opt-batch and --max-batch must ascend from 1, found {self.min_batch}, {self.opt_batch}, "
                 f"{self.max_batch}"
             )
+        if self.tokens < 1:
+            raise InputError(f"--tokens must be at least 1, found {self.tokens}")
         if self.level is not None and not 0 <= self.level <= 5:
             raise InputError(f"--level must lie between 0 and 5, found {self.level}")
 
@@ -111,7 +114,8 @@ def _profile(builder: Any, network: OnnxNetwork, options: BuildOptions) -> Any:
     for name, shape in network.inputs.items():
         if shape and shape[0] == -1:
             sizes = (options.min_batch, options.opt_batch, options.max_batch)
-            profile.set_shape(name, *((size, *shape[1:]) for size in sizes))
+            rest = tuple(options.tokens if size == -1 else size for size in shape[1:])
+            profile.set_shape(name, *((size, *rest) for size in sizes))
     return profile
 
 

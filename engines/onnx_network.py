@@ -8,15 +8,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 from onnx import numpy_helper
 
-from modiff_trt.core.config import stored_config
-from modiff_trt.core.context import context_arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.grid import grid_max
 from modiff_trt.core.manifest import FUNCTION, NetworkManifest
-from modiff_trt.core.onnx_file import read_onnx
+from modiff_trt.core.onnx_file import read_onnx, without_functions
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 
 
@@ -40,31 +37,21 @@ def load_network(path: Path, plugin: bool = False) -> OnnxNetwork:
     if file.weights is not None:
         raise InputError(f"{path} keeps its weights in {file.weights.name}; plans are built from files below 2 GiB, without it")
     model, manifest = file.proto, file.manifest
-    if context_arrays(stored_config(manifest["config"], str(path)).architecture):
-        raise InputError(f"{path} is of a network with a context, whose plans cannot be built yet; use `sample --backend onnx`")
-    modulated = [node.name for node in model.graph.node if node.op_type == FUNCTION]
-    if plugin:
-        changed = _to_plugins(model, path, manifest)
-    else:
-        # The parser cannot read a convolution whose attributes are those of a function around it.
-        changed = onnx.inliner.inline_local_functions(model)
-    _name_convolutions(changed, [] if plugin else modulated, list(manifest["layers"]))
+    if plugin and "row_scale" in [value.name for value in model.graph.input] and not model.functions:
+        raise InputError(f"{path} was exported with --inline, which leaves the plugin nothing to take; build with --no-plugin")
+    changed = _to_plugins(model, path, manifest) if plugin else without_functions(model)
+    _name_convolutions(changed, list(manifest["layers"]))
     inputs = {value.name: tuple(d.dim_value or -1 for d in value.type.tensor_type.shape.dim) for value in model.graph.input}
     return OnnxNetwork(model, changed.SerializeToString(), manifest, sha256=file.sha256, inputs=inputs, plugin=plugin)
 
 
-def _name_convolutions(model: onnx.ModelProto, modulated: list[str], layers: list[str]) -> None:
+def _name_convolutions(model: onnx.ModelProto, layers: list[str]) -> None:
     """Gives each convolution its layer's name, by which the engine's report knows it."""
     producer = {output: node for node in model.graph.node for output in node.output}
     for layer in layers:
         for output in (f"{layer}.out", f"{layer}.product"):
             if output in producer and producer[output].op_type == "Conv":
                 producer[output].name = layer
-    for layer in modulated:
-        node = producer[f"o_hat_out.{layer}"]
-        while node.op_type != "Conv":
-            node = producer[next(name for name in node.input if name in producer)]
-        node.name = layer
 
 
 def _to_plugins(exported: onnx.ModelProto, path: Path, manifest: NetworkManifest) -> onnx.ModelProto:

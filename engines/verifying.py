@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from rich.console import Console
 
-from modiff_trt.core.context import Arrays
+from modiff_trt.core.context import NO_CONTEXT, Arrays, Context
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.rows import RowTable
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxModel
@@ -64,6 +64,7 @@ def verify(
     passes: int,
     tolerance: float,
     seed: int = 0,
+    context: Context = NO_CONTEXT,
     on_pass: Callable[[], None] = lambda: None,
 ) -> Verdict:
     """Runs both for some passes on the same x, and compares every output.
@@ -72,8 +73,9 @@ def verify(
     edge differ by a whole step, so the mean difference is compared, not the largest.
     """
     passes = min(passes, len(reference.rows))
-    reference.reset(batch)
-    candidate.reset(batch)
+    given = context.of(range(batch))
+    reference.reset(batch, given)
+    candidate.reset(batch, given)
     x = ImageNoise(seed, range(batch), input_shape).draw()
     worst = 0.0
     for row in range(passes):

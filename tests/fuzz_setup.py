@@ -88,7 +88,8 @@ def make_plan(base):
     }
     manifest = {"schema": PLAN_SCHEMA, "plan_sha256": digest_of(data), "onnx_sha256": model.sha256, "runtime": "tensorrt"}
     manifest |= {"version": "11.0", "target": "sm89", "plugin": True, "network": model.manifest, "report": report}
-    options = {"min_batch": 1, "opt_batch": 2, "max_batch": 4, "target": None, "level": None, "version_compatible": False}
+    options = {"min_batch": 1, "opt_batch": 2, "max_batch": 4, "tokens": 77, "target": None, "level": None}
+    options["version_compatible"] = False
     write_signed(base / "p/m.json", manifest | {"options": options})
     (base / "p/m.plan").write_bytes(data)
 

@@ -29,7 +29,7 @@ from modiff_trt.core.manifest import (
     content_digest,
     encode_array,
 )
-from modiff_trt.core.onnx_file import DATA, write_outside
+from modiff_trt.core.onnx_file import DATA, without_functions, write_outside
 from modiff_trt.core.scales import LayerScales, Scales, only_simulated
 from modiff_trt.export.onnx.ops import IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
 from modiff_trt.networks.binding import embeddings, time_table
@@ -44,9 +44,15 @@ LARGEST_FILE = 2**31 - 2**26
 
 
 def build_onnx(
-    network: Network, checkpoint: Checkpoint, scales: Scales | None, dtype: str, scales_sha256: str | None
+    network: Network,
+    checkpoint: Checkpoint,
+    scales: Scales | None,
+    dtype: str,
+    scales_sha256: str | None,
+    inline: bool = False,
 ) -> onnx.ModelProto:
-    """The ONNX model of a network: quantized by `scales`, or in float throughout when it is None.
+    """The ONNX model of a network: quantized by `scales`, or in float throughout when it is None. With `inline` the modulated
+    layers stand in the graph node by node, which TensorRT's parser reads without our plugin, and not as local functions.
 
     Raises InputError for an unknown dtype, a scales file that cannot be exported, or a scale too small for float16.
     """
@@ -94,6 +100,8 @@ def build_onnx(
     model = helper.make_model(
         graph, opset_imports=opsets, functions=functions, ir_version=IR_VERSION, producer_name="modiff-trt"
     )
+    if inline:
+        model = without_functions(model)
     manifest = _manifest(network, checkpoint, scales, dtype=dtype, scales_sha256=scales_sha256, constants=constants)
     manifest["content_sha256"] = content_digest(model, manifest)
     helper.set_model_props(model, {MANIFEST_KEY: json.dumps(manifest)})

@@ -36,6 +36,11 @@ class Plan:
         options = self.manifest["options"]
         return int(options["min_batch"]), int(options["max_batch"])
 
+    @property
+    def tokens(self) -> int:
+        """Of the prompts that it was built for; of no meaning where its network has none."""
+        return int(self.manifest["options"]["tokens"])
+
 
 def load_plan(path: Path) -> Plan:
     """Reads what `modiff-trt build` wrote. Raises InputError if a part is missing or belongs to another plan."""
@@ -54,7 +59,7 @@ def load_plan(path: Path) -> Plan:
         if header["onnx_sha256"] != manifest["onnx_sha256"] or start_sha256 != manifest["start_sha256"]:
             raise InputError(f"the start state beside {path} belongs to another network; build the plan again")
         plan = Plan(path, data, cast(PlanManifest, manifest), start=start, config=config)
-        _ = plan.calibrated_rows, plan.batches
+        _ = plan.calibrated_rows, plan.batches, plan.tokens
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"the manifest of {path} is damaged; build the plan again") from None
     return plan

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from modiff_trt.core.context import Arrays
+from modiff_trt.core.context import PROMPT, Arrays, checked, context_arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.plugins.cuda.memory import DeviceArray, Graph, Stream, use_device
@@ -48,6 +48,7 @@ class TrtDenoiser:
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._inputs = {n: self._type(n) for n in names if self._engine.get_tensor_mode(n) == self._trt.TensorIOMode.INPUT}
         self._states = [n for n in self._inputs if n.startswith(STATES)]
+        self._given = context_arrays(plan.config.architecture)
         self._start = {n: self._on_device(plan.start[n].astype(self._inputs[n])) for n in self._states}
         self._row_scales = self._on_device(np.ascontiguousarray(self._rows.multipliers, np.float32))
         self._stream.synchronize()
@@ -77,9 +78,16 @@ class TrtDenoiser:
         the plan was built for."""
         least, most = self._plan.batches
         if batch > most:
-            raise InputError(f"{self._plan.path} was built for batches up to {most}, not {batch}; pass --batch-size {most}")
+            raise InputError(
+                f"{self._plan.path} was built for batches up to {most}, not {batch}; pass a smaller --batch-size "
+                "(with guidance an image counts twice)"
+            )
+        given = self._padded(context, max(batch, least))
         if max(batch, least) != self._size:
-            self._allocate(max(batch, least))
+            self._allocate(max(batch, least), given)
+        for name, value in given.items():
+            self._fixed[name].copy_from(value, self._stream)
+        self._stream.synchronize()  # the host's arrays end with this call
         for name in self._states:
             _fill(self._buffers[0][name], self._start[name], self._stream)
         self._batch, self._turn = batch, 0
@@ -121,13 +129,29 @@ class TrtDenoiser:
         self._stream.synchronize()
         return result
 
-    def _allocate(self, size: int) -> None:
+    def _padded(self, context: Arrays | None, size: int) -> dict[str, np.ndarray[Any, Any]]:
+        """What the network is conditioned on, for `size` images: those beyond the batch are given what its last one is."""
+        if not self._given:
+            return {}
+        found = {}
+        for name, lines in checked(context).items():
+            if name == PROMPT and lines.shape[1] != self._plan.tokens:
+                raise InputError(
+                    f"{self._plan.path} was built for prompts of {self._plan.tokens} tokens, not {lines.shape[1]}; pad them, "
+                    f"or build with --tokens {lines.shape[1]}"
+                )
+            missing = np.repeat(lines[-1:], size - len(lines), axis=0)
+            found[name] = np.ascontiguousarray(np.concatenate([lines, missing]), self._inputs[name])
+        return found
+
+    def _allocate(self, size: int, given: dict[str, np.ndarray[Any, Any]]) -> None:
         self._stream.synchronize()
         # The old buffers go before the new ones come; and what fails below must not pass for done.
         self._size, self._graphs, self._buffers, self._fixed = 0, [], [], {}
         image = (size, *self._plan.config.input_shape)
         self._fixed = {"x": DeviceArray(image, np.float32), "eps": DeviceArray(image, np.float32)}
         self._fixed["t"] = DeviceArray((size,), np.int64)
+        self._fixed |= {name: DeviceArray(value.shape, value.dtype) for name, value in given.items()}
         if "row_scale" in self._inputs:
             self._fixed["row_scale"] = DeviceArray(self._row_scales.shape[1:], np.float32)
         self._times = self._on_device(np.repeat(self._rows.t[:, None], size, axis=1))
@@ -140,6 +164,8 @@ class TrtDenoiser:
                 raise self._failed(f"refuses the shape {shape} for its input {name}")
         for array in (self._fixed["x"], *self._buffers[0].values()):
             array.zero(self._stream)
+        for name, value in given.items():
+            self._fixed[name].copy_from(value, self._stream)
         self._set_row(0)
         graphs = []
         for turn in range(sets):

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.tools.cli.options import ClipSample, FinalAlphaName, PredictionName, Seed, SolverName, SpacingName, StepsOffset
+from modiff_trt.tools.cli.options import (
+    ClipSample,
+    ContextFile,
+    FinalAlphaName,
+    PredictionName,
+    Seed,
+    SolverName,
+    SpacingName,
+    StepsOffset,
+)
 
 
 def build(
@@ -20,6 +29,7 @@ def build(
     min_batch: Annotated[int, typer.Option(help="smallest batch of the profile")] = 1,
     opt_batch: Annotated[int | None, typer.Option(help="batch to optimize for (4, or the nearest in the profile)")] = None,
     max_batch: Annotated[int, typer.Option(help="largest batch of the profile")] = 16,
+    tokens: Annotated[int, typer.Option(help="of a prompt, for networks that attend to one")] = 77,
     level: Annotated[int | None, typer.Option(help="builder optimization level, 0 to 5")] = None,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="run on later versions too")] = False,
     plugin: Annotated[
@@ -37,7 +47,9 @@ def build(
 
     if opt_batch is None:
         opt_batch = min(max(4, min_batch), max_batch)
-    options = BuildOptions(min_batch, opt_batch, max_batch, target=target, level=level, version_compatible=version_compatible)
+    options = BuildOptions(
+        min_batch, opt_batch, max_batch, tokens=tokens, target=target, level=level, version_compatible=version_compatible
+    )
     network = load_network(onnx, plugin)
     library = open_library(runtime)
     check_target_name(library, target)
@@ -60,8 +72,10 @@ def verify(
     batch_size: Annotated[int, typer.Option(help="images at a time")] = 2,
     tolerance: Annotated[float, typer.Option(help="mean difference allowed, relative to an output's size")] = 0.05,
     seed: Seed = 0,
+    context: ContextFile = None,
 ) -> int:
     """Compare an engine with onnxruntime, pass by pass, and name the first layer that differs (exit code 1)."""
+    from modiff_trt.core.context import load_context
     from modiff_trt.core.progress import progress_bar
     from modiff_trt.engines.verifying import check_pair, print_verdict
     from modiff_trt.engines.verifying import verify as compare
@@ -73,6 +87,7 @@ def verify(
         raise InputError("--passes and --batch-size must be at least 1, and --tolerance above 0")
     loaded, model = load_plan(plan), load_onnx(onnx)
     check_pair(loaded, model)
+    given = load_context(context, None, model.config.architecture)
     engine, reference = exported.tensorrt(loaded, (0,)), exported.onnxruntime(model, (0,))
     with progress_bar() as bar:
         task = bar.add_task("verify", total=min(passes, len(reference.rows)), unit="passes")
@@ -84,6 +99,7 @@ def verify(
             passes=passes,
             tolerance=tolerance,
             seed=seed,
+            context=given,
             on_pass=lambda: bar.advance(task),
         )
     return print_verdict(verdict, tolerance)

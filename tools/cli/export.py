@@ -22,6 +22,9 @@ def export(
     external_data: Annotated[
         bool, typer.Option("--external-data", help="tensors in OUT.data beside the graph, as always beyond 2 GiB")
     ] = False,
+    inline: Annotated[
+        bool, typer.Option("--inline", help="without local functions, as trtexec and other parsers need it; no plugin then")
+    ] = False,
     weights: Weights = None,
 ) -> None:
     """Bake the scales into a QDQ ONNX file."""
@@ -34,7 +37,12 @@ def export(
     if loaded is not None and not modulate:
         loaded = loaded.without_modulation()
     exported = build_onnx(
-        network, checkpoint, loaded, dtype=dtype, scales_sha256=loaded.file_sha256 if loaded is not None else None
+        network,
+        checkpoint,
+        loaded,
+        dtype=dtype,
+        scales_sha256=loaded.file_sha256 if loaded is not None else None,
+        inline=inline,
     )
     size = save_onnx(out, exported, outside=external_data)
     kind = f"{len(loaded.modulated)} modulated layers" if loaded is not None else "float"

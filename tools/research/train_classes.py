@@ -60,9 +60,9 @@ def train_classes(model: Path, images: np.ndarray, labels: np.ndarray, *, minute
     # diffusers' linear layers have two axes, and are convolutions here.
     linear = {name for name in names if ".transformer_blocks." in name or ".proj_" in name}
     halves = {
-        new: (arrays[name].reshape(arrays[name].shape[:2]) if name in linear and arrays[name].ndim == 4 else arrays[name]).astype(
-            np.float16
-        )
+        new: (
+            arrays[name].reshape(arrays[name].shape[:2]) if name in linear and arrays[name].ndim == 4 else arrays[name]
+        ).astype(np.float16)
         for name, new in names.items()
     }
     with atomic_path(model / PROMPTS) as temporary, temporary.open("wb") as file:

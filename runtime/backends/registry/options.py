@@ -233,8 +233,6 @@ def _trt_backend(options: SamplingOptions) -> Backend:
     from modiff_trt.runtime.backends.plan import load_plan
     from modiff_trt.runtime.backends.registry.exported import plan_backend
 
-    for given, option in ((options.context, "--context"), (options.guidance, "--guidance")):
-        _refuse(given, option, "trt, whose plans are of networks without a context")
     if options.plan is None:
         raise InputError("--backend trt needs --plan FILE; build one with `modiff-trt build`")
     for value, option in (
@@ -250,7 +248,10 @@ def _trt_backend(options: SamplingOptions) -> Backend:
     if not options.modulate and network["method"] == Method.MODIFF:
         raise InputError("--no-modulate is decided at export; run `modiff-trt export --no-modulate` and build from that file")
     timesteps, solver = _exported_sequence(options, plan.config, network, rows=plan.calibrated_rows, source=options.plan)
-    return plan_backend(plan, timesteps, solver)
+    context = load_context(options.context, options.guidance, plan.config.architecture)
+    found = plan_backend(plan, timesteps, solver)
+    manifest = found.manifest | _context_manifest(options)
+    return replace(found, denoiser=guided(found.denoiser, context), manifest=manifest, context=context)
 
 
 def _context_manifest(options: SamplingOptions) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def make(tiny, tmp_path, monkeypatch):
         save_onnx(path, build_onnx(tiny.network, tiny.checkpoint, tiny.scales(act_bits=6, **recipe), "fp32", "x"))
         model = load_onnx(path)
         shapes = {i.name: tuple(i.shape[1:]) for i in model.session.get_inputs()}
-        options = {"min_batch": batches[0], "max_batch": batches[1], "version_compatible": False}
+        options = {"min_batch": batches[0], "max_batch": batches[1], "version_compatible": False, "tokens": 77}
         manifest = {"runtime": "tensorrt", "version": "1", "options": options, "target": target, "plugin": plugin}
         manifest["network"] = model.manifest
         plan = Plan(tmp_path / "m.plan", b"", manifest, start_state(model.proto, model.manifest, shapes), model.config)
