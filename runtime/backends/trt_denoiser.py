@@ -11,7 +11,7 @@ from modiff_trt.core.errors import InputError
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.plugins.cuda.memory import DeviceArray, Graph, Stream, use_device
 from modiff_trt.plugins.modulated_conv.tensorrt import plugin as trt_plugin
-from modiff_trt.plugins.modulated_conv.tensorrt.library import Library, open_library
+from modiff_trt.plugins.modulated_conv.tensorrt.library import Library, check_runtime, is_installed, open_library
 from modiff_trt.runtime.backends.plan import Plan
 from modiff_trt.runtime.denoiser import StateInfo
 
@@ -26,8 +26,17 @@ class TrtDenoiser:
     valid until the next pass. `stream` is the handle of a CUDA stream to work on.
     """
 
-    def __init__(self, plan: Plan, timesteps: tuple[int, ...] | None = None, stream: int | None = None, gpu: int = 0) -> None:
-        """`timesteps` is only for float networks; `gpu` is the index of the GPU where no context is current.
+    def __init__(
+        self,
+        plan: Plan,
+        timesteps: tuple[int, ...] | None = None,
+        stream: int | None = None,
+        *,
+        gpu: int = 0,
+        runtime: str = "auto",
+    ) -> None:
+        """`timesteps` is only for float networks; `gpu` is the index of the GPU where no context is current. `runtime` is
+        `lean` for stock TensorRT's lean one, which `auto` takes where nothing else can run the plan.
 
         Raises InputError for a plan that this machine cannot run.
         """
@@ -35,7 +44,7 @@ class TrtDenoiser:
         if rows is None and timesteps is None:
             raise ValueError("a float network needs timesteps")
         self._rows = rows if rows is not None else plain_rows(timesteps or ())
-        library = open_library(plan.manifest["runtime"])
+        library = open_library(runtime_of(plan, runtime))
         check_plan(plan, library)
         self._plan, self._library, self._trt = plan, library, library.trt
         name, capability = use_device(gpu)
@@ -206,6 +215,22 @@ def _fill(target: DeviceArray, image: DeviceArray, stream: Stream) -> None:
         part = DeviceArray((count, *image.shape), image.dtype, target, pointer=target.row(done).pointer)
         part.copy_from(DeviceArray(part.shape, image.dtype, target, pointer=target.pointer), stream)
         done += count
+
+
+def runtime_of(plan: Plan, runtime: str) -> str:
+    """Which TensorRT is to run a plan, by what `--runtime` says. Raises InputError where that one cannot."""
+    check_runtime(runtime)
+    built, compatible = plan.manifest["runtime"], plan.manifest["options"]["version_compatible"]
+    if runtime == "auto":
+        lean = built == "tensorrt" and compatible and not is_installed("tensorrt") and is_installed("lean")
+        return "lean" if lean else built
+    if runtime == "lean" and built == "tensorrt":
+        if not compatible:
+            raise InputError(f"{plan.path} is not for the lean runtime; build it with --version-compatible")
+        return runtime
+    if runtime != built:
+        raise InputError(f"{plan.path} was built by {built}, which --runtime {runtime} cannot run; leave --runtime out")
+    return runtime
 
 
 def check_plan(plan: Plan, library: Library) -> None:

@@ -13,21 +13,33 @@ from conftest import ROOT
 
 from modiff_trt.core.ddim_yaml import load_config
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.manifest import DOMAIN, FUNCTION, PLUGIN_VERSION
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.plugins.modulated_conv.kernels.device_code import current_capability
 from modiff_trt.plugins.modulated_conv.tensorrt import plugin as trt_plugin
+from modiff_trt.plugins.modulated_conv.tensorrt.library import open_library
+from modiff_trt.runtime.backends.plan import Plan
+from modiff_trt.runtime.backends.trt_denoiser import _deserialize
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def trt():
-    from modiff_trt.plugins.modulated_conv.tensorrt.library import open_library
+# A plan of TensorRT-RTX begins so.
+RTX_HEADER = bytes.fromhex("767472740000000002000000000000004c625002000000000107017476747274")
 
+
+@pytest.fixture(scope="module", params=["tensorrt", "lean", "rtx"])
+def library(request):
+    """Each of them that is installed: stock TensorRT, its lean runtime, TensorRT-RTX."""
     try:
-        return open_library().trt
+        return open_library(request.param)
     except InputError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def trt(library):
+    return library.trt
 
 
 def shapes():
@@ -73,6 +85,15 @@ class Layer:
         self.workspace = torch.full((size,), 77, dtype=torch.uint8, device="cuda")  # poisoned
         self.plugin.on_shape_change(self.descriptions, [])
 
+    def read_back(self):
+        """The plugin as a plan has it: made by the registered creator, from the fields that were written into the plan."""
+        trt_plugin.register(self.trt)
+        creator = self.trt.get_plugin_registry().get_creator(FUNCTION, PLUGIN_VERSION, DOMAIN)
+        assert creator is not None and [field.name for field in creator.field_names][-1] == trt_plugin.KERNELS
+        fields = self.plugin.get_fields_to_serialize()
+        self.plugin = creator.create_plugin("layer", fields, self.trt.TensorRTPhase.RUNTIME).attach_to_context(None)
+        self.plugin.on_shape_change(self.descriptions, [])
+
     def enqueue(self):
         results = [self.sources[trt_plugin.O_HAT], self.sources[trt_plugin.A_HAT]]
         stream = torch.cuda.current_stream().cuda_stream
@@ -104,6 +125,23 @@ class Layer:
             f"{self.spec.name}: {int(wrong.sum())} of {wrong.numel()} sums, {int(channels.sum())} channels (first "
             f"{channels.nonzero()[:8].flatten().tolist()}), {int(pixels.sum())} pixels (first {pixels.nonzero()[:8].tolist()})"
         )
+
+
+def test_a_layer_read_back_from_a_plan_computes_the_same(trt):
+    """Through TensorRT's own registry; then captured, as a pass is."""
+    for seed, spec in enumerate(shapes()[:6]):
+        layer = Layer(trt, spec, 2, seed)
+        layer.read_back()
+        layer.check()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.graph(graph, stream=stream):
+        layer.enqueue()
+    before = layer.a_hat.clone()
+    layer.x.add_(1)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not torch.equal(before, layer.a_hat)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -157,11 +195,9 @@ def test_device_arrays_streams_and_graphs_without_torch(tmp_path):
         target.copy_from(np.zeros((2, 2), np.float32), stream)
 
 
-def test_a_gpu_that_the_plan_was_not_built_for_is_refused_in_one_line(trt, tmp_path):
-    """TensorRT-RTX does not run on every GPU; whatever it says must reach the user as one sentence."""
-    from modiff_trt.plugins.modulated_conv.tensorrt.library import open_library
-    from modiff_trt.runtime.backends.plan import Plan
-    from modiff_trt.runtime.backends.trt_denoiser import _deserialize
-
-    with pytest.raises(InputError, match="cannot load"):
-        _deserialize(open_library(), Plan(tmp_path / "x.plan", b"not a plan", {}, {}, None))
+@pytest.mark.parametrize("data", [b"not a plan", b"", RTX_HEADER * 200], ids=["damaged", "empty", "header"])
+def test_what_is_no_plan_is_refused_in_one_line(library, tmp_path, data):
+    """Whatever TensorRT says, and it says it differently on GPUs that it does not know, reaches the user as one sentence."""
+    with pytest.raises(InputError, match="cannot load") as refusal:
+        _deserialize(library, Plan(tmp_path / "x.plan", data, {}, {}, None))
+    assert "\n" not in str(refusal.value)

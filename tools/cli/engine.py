@@ -42,7 +42,7 @@ def build(
     from modiff_trt.engines.build import BuildOptions, check_target_name, target_of
     from modiff_trt.engines.onnx_network import load_network
     from modiff_trt.engines.plan_files import build_into, plan_path
-    from modiff_trt.plugins.modulated_conv.tensorrt.library import open_library
+    from modiff_trt.plugins.modulated_conv.tensorrt.library import builder
     from modiff_trt.tools.cli.building import print_report
 
     if opt_batch is None:
@@ -51,7 +51,7 @@ def build(
         min_batch, opt_batch, max_batch, tokens=tokens, target=target, level=level, version_compatible=version_compatible
     )
     network = load_network(onnx, plugin)
-    library = open_library(runtime)
+    library = builder(runtime)
     check_target_name(library, target)
     place, machine = name or onnx.stem + ("" if plugin else "-noplugin"), target_of(options)
     check_writable(plan_path(out, place, library, target=machine))

@@ -36,6 +36,7 @@ def sample(
     scales: Annotated[Path | None, typer.Option(help="scales file, for torch-sim and native")] = None,
     onnx: Annotated[Path | None, typer.Option(help="exported file, for onnx")] = None,
     plan: Annotated[Path | None, typer.Option(help="built plan, for trt")] = None,
+    runtime: Annotated[str, typer.Option(help="of a plan: auto, tensorrt, lean or rtx")] = "auto",
     timesteps: Annotated[int | None, typer.Option(help="steps (100, or what the scales were made for)")] = None,
     solver: SolverName = None,
     spacing: SpacingName = None,
@@ -88,6 +89,7 @@ def sample(
         weights=weights,
         context=context,
         guidance=guidance,
+        runtime=runtime,
     )
     loaded = load_backend(options)
     done = run_sampling(

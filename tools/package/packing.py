@@ -78,8 +78,10 @@ def _plan_files(plan: Plan) -> dict[str, Path]:
 
 
 def _plan_requirements(plan: Plan) -> tuple[str, ...]:
-    """A plan runs on the version of TensorRT that built it."""
+    """A plan runs on the version of TensorRT that built it; a version-compatible one on the lean runtime alone."""
     package = {"rtx": "tensorrt-rtx-cu13", "tensorrt": "tensorrt-cu13"}[plan.manifest["runtime"]]
+    if plan.manifest["options"]["version_compatible"]:
+        package = "tensorrt-lean-cu13"
     return "cuda-python>=13", f"{package}=={plan.manifest['version']}"
 
 

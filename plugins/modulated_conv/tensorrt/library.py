@@ -1,4 +1,5 @@
-"""Which TensorRT is there: stock TensorRT (`tensorrt`) or TensorRT-RTX (`tensorrt_rtx`), behind one name."""
+"""Which TensorRT is there: stock TensorRT (`tensorrt`), its lean runtime, which builds nothing (`tensorrt_lean`), or
+TensorRT-RTX (`tensorrt_rtx`), behind one name."""
 
 from __future__ import annotations
 
@@ -16,14 +17,15 @@ from typing import Any
 
 from modiff_trt.core.errors import InputError
 
-RUNTIMES = ("auto", "tensorrt", "rtx")
-PACKAGES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
-INSTALL = {"tensorrt": "pip install 'modiff-trt[trt]'", "rtx": "pip install 'modiff-trt[rtx]'"}
+BUILDERS = ("tensorrt", "rtx")
+PACKAGES = {"tensorrt": "tensorrt", "lean": "tensorrt_lean", "rtx": "tensorrt_rtx"}
+RUNTIMES = ("auto", *PACKAGES)
+INSTALL = {name: f"pip install 'modiff-trt[{extra}]'" for name, extra in zip(PACKAGES, ("trt", "lean", "rtx"), strict=True)}
 
 
 @dataclass(frozen=True)
 class Library:
-    """An imported TensorRT: `name` is `tensorrt` or `rtx`, `trt` the module, whose API the two share."""
+    """An imported TensorRT: `name` is `tensorrt`, `lean` or `rtx`, `trt` the module, whose API they share as far as it goes."""
 
     name: str
     trt: Any
@@ -37,15 +39,33 @@ class Library:
         return self.name == "rtx"
 
 
-def open_library(runtime: str = "auto") -> Library:
-    """Imports a TensorRT; `auto` takes stock TensorRT where it is installed, else TensorRT-RTX.
+def builder(runtime: str = "auto") -> Library:
+    """A TensorRT that builds; `auto` takes stock TensorRT where it is installed, else TensorRT-RTX. Raises InputError."""
+    check_runtime(runtime)
+    if runtime == "lean":
+        raise InputError(
+            "the lean runtime builds nothing; build with --runtime tensorrt --version-compatible, sample with lean"
+        )
+    return open_library(*(BUILDERS if runtime == "auto" else (runtime,)))
 
-    Raises InputError when it is not installed, or its libraries do not load.
-    """
+
+def check_runtime(runtime: str) -> None:
+    """Raises InputError for what is no --runtime."""
     if runtime not in RUNTIMES:
         raise InputError(f"--runtime must be one of {', '.join(RUNTIMES)}, found '{runtime}'")
-    names = list(PACKAGES) if runtime == "auto" else [runtime]
-    installed = [name for name in names if importlib.util.find_spec(PACKAGES[name]) is not None]
+
+
+def is_installed(name: str) -> bool:
+    """Whether there is a TensorRT of this name; nothing is imported."""
+    return importlib.util.find_spec(PACKAGES[name]) is not None
+
+
+def open_library(*names: str) -> Library:
+    """Imports the first of these TensorRTs that is installed.
+
+    Raises InputError when none is, or its libraries do not load.
+    """
+    installed = [name for name in names if is_installed(name)]
     if not installed:
         raise InputError(f"no TensorRT is installed; {' or '.join(INSTALL[name] for name in names)}")
     name = installed[0]

@@ -76,6 +76,7 @@ class SamplingOptions:
     weights: str | None = None
     context: Path | None = None
     guidance: float | None = None
+    runtime: str = "auto"
 
 
 def load_model(
@@ -136,6 +137,7 @@ def load_backend(options: SamplingOptions) -> Backend:
         raise InputError(f"--weights is decided at export; leave it out with --backend {shown(options.backend)[1:-1]}")
     if options.backend != "trt":
         _refuse(options.plan, "--plan", options.backend)
+        _refuse(None if options.runtime == "auto" else options.runtime, "--runtime", options.backend)
     if options.backend == "onnx":
         return _onnx_backend(options)
     if options.backend == "trt":
@@ -249,7 +251,7 @@ def _trt_backend(options: SamplingOptions) -> Backend:
         raise InputError("--no-modulate is decided at export; run `modiff-trt export --no-modulate` and build from that file")
     timesteps, solver = _exported_sequence(options, plan.config, network, rows=plan.calibrated_rows, source=options.plan)
     context = load_context(options.context, options.guidance, plan.config.architecture)
-    found = plan_backend(plan, timesteps, solver)
+    found = plan_backend(plan, timesteps, solver, runtime=options.runtime)
     manifest = found.manifest | _context_manifest(options)
     return replace(found, denoiser=guided(found.denoiser, context), manifest=manifest, context=context)
 

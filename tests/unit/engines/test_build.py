@@ -16,7 +16,7 @@ from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.export.calibration.static import Recipe, make_scales, measure_ranges
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.networks.unet2d import trace
-from modiff_trt.plugins.modulated_conv.tensorrt.library import open_library
+from modiff_trt.plugins.modulated_conv.tensorrt.library import builder, open_library
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,9 @@ def test_bad_input_is_refused_in_one_line(rtx, tiny, tmp_path):
     with pytest.raises(InputError, match="must ascend"):
         BuildOptions(4, 2, 8)
     with pytest.raises(InputError, match="--runtime must be"):
-        open_library("cuda")
+        builder("cuda")
+    with pytest.raises(InputError, match="builds nothing"):
+        builder("lean")
     with pytest.raises(InputError, match="does not exist"):
         load_network(tmp_path / "missing.onnx")
     cut = tmp_path / "cut.onnx"

@@ -21,7 +21,7 @@ def make(tiny, tmp_path, monkeypatch):
     driver = Driver()
     monkeypatch.setattr(cuda_memory, "driver", lambda: driver)
     monkeypatch.setattr(cuda_memory, "current_capability", lambda index: 89)
-    monkeypatch.setattr(trt_denoiser, "open_library", lambda runtime: Library("tensorrt", TRT))
+    monkeypatch.setattr(trt_denoiser, "open_library", lambda *names: Library("tensorrt", TRT))
     monkeypatch.setattr(trt_denoiser.trt_plugin, "register", lambda trt: None)
 
     def build(plugin=False, batches=(1, 4), target="sm89", **recipe):

@@ -1,5 +1,8 @@
 """A Stable Diffusion folder of random parts through the commands: its latents are the pipeline's, its files take prompts."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,8 @@ from command import run
 from small_diffusers import PROMPTED, diffusers, random_network
 
 from modiff_trt.core.scales import load_scales
+from modiff_trt.plugins.modulated_conv.tensorrt.library import is_installed
+from modiff_trt.runtime.backends.plan import load_plan
 
 STEPS, GUIDANCE, TOKENS, WIDTH = 4, 5.0, 7, 24
 
@@ -94,17 +99,96 @@ def test_the_whole_method_takes_prompts_and_guidance(stable, tmp_path, capsys):
     np.testing.assert_array_equal(latents(tmp_path / "one.npz"), latents(tmp_path / "native.npz"))
     capsys.readouterr()
     assert run("sample", *made["native"], *few, tmp_path / "pictures") == 2
-    assert run("build", "--onnx", onnx, "--out", tmp_path / "plan", "--runtime", "rtx", "--target", "sm89") == 2
     assert run("package", "--onnx", onnx, "--out", tmp_path / "sampler") == 2
     said = capsys.readouterr().err
     assert "4 channels, which are no pictures" in said and "needs a context, or makes latents" in said
-    assert said.count("error: ") == 3 and not (tmp_path / "sampler").exists()
+    assert said.count("error: ") == 2 and not (tmp_path / "sampler").exists()
     # Half precision between layers, with the context as it is.
     half = tmp_path / "half.onnx"
     assert run("export", *model, "--scales", scales, "--dtype", "fp16", "--out", half) == 0
     assert run("sample", "--backend", "onnx", "--onnx", half, *few, tmp_path / "half.npz") == 0
     apart = np.linalg.norm(latents(tmp_path / "half.npz") - exact) / np.linalg.norm(exact)
     assert 1e-6 < apart < 0.5
+
+
+@pytest.fixture(scope="module")
+def quantized(stable, tmp_path_factory):
+    """A folder with trajectories and scales of a network with prompts, every layer modulated."""
+    _, folder, prompts = stable
+    base = tmp_path_factory.mktemp("quantized")
+    model = ["--model", folder]
+    job = [*model, "--context", prompts, "--guidance", GUIDANCE, "--timesteps", STEPS, "--num-samples", 2]
+    assert run("collect", *job, "--out", base / "t.safetensors") == 0
+    options = ["--min-intensity", 0, "--trial-images", 0, "--preset", "fast"]
+    assert run("calibrate", *model, "--trajectories", base / "t.safetensors", *options, "--out", base / "s.safetensors") == 0
+    return base
+
+
+@pytest.mark.parametrize(
+    ("exported", "built"), [([], []), ([], ["--no-plugin"]), (["--inline"], ["--no-plugin"])], ids=["plugin", "inlined", "file"]
+)
+def test_plans_take_prompts(stable, quantized, tmp_path, exported, built):
+    if not is_installed("rtx"):
+        pytest.skip("pip install 'modiff-trt[rtx]'")
+    _, folder, _ = stable
+    onnx = tmp_path / "n.onnx"
+    model = ["--model", folder, "--scales", quantized / "s.safetensors"]
+    assert run("export", *model, "--dtype", "fp16", *exported, "--out", onnx) == 0
+    job = ["--runtime", "rtx", "--target", "sm89", "--tokens", TOKENS, "--max-batch", 4]
+    assert run("build", "--onnx", onnx, "--out", tmp_path, *job, *built) == 0
+    plan = load_plan(next(tmp_path.glob("*.plan")))
+    report = plan.manifest["report"]
+    assert plan.tokens == TOKENS and report["fell_back"] == []
+    assert report["plugin_layers"] + report["quantized_layers_in_int8"] == report["quantized_layers"] > 20
+
+
+def test_an_inlined_file_is_the_same_network(stable, quantized, tmp_path, capsys):
+    """Its images are those of the file with functions, from the same start; and no plugin is asked for in vain."""
+    _, folder, prompts = stable
+    images = {}
+    for name, options in {"functions": [], "inlined": ["--inline"]}.items():
+        onnx = tmp_path / f"{name}.onnx"
+        assert run("export", "--model", folder, "--scales", quantized / "s.safetensors", *options, "--out", onnx) == 0
+        few = ["--context", prompts, "--guidance", GUIDANCE, "--num-samples", 2, "--out", tmp_path / f"{name}.npz"]
+        assert run("sample", "--backend", "onnx", "--onnx", onnx, *few) == 0
+        images[name] = latents(tmp_path / f"{name}.npz")
+    np.testing.assert_allclose(images["functions"], images["inlined"], rtol=0, atol=1e-4)
+    assert onnx_functions(tmp_path / "functions.onnx") and not onnx_functions(tmp_path / "inlined.onnx")
+    capsys.readouterr()
+    assert run("build", "--onnx", tmp_path / "inlined.onnx", "--out", tmp_path, "--target", "sm89") == 2
+    assert "build with --no-plugin" in capsys.readouterr().err
+
+
+def onnx_functions(file):
+    import onnx
+
+    return len(onnx.load(file).functions)
+
+
+PARSE = """
+import sys
+import tensorrt_rtx as trt
+logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+builder = trt.Builder(logger)
+network = builder.create_network(0)
+parser = trt.OnnxParser(network, logger)
+sys.exit(0 if parser.parse(open(sys.argv[1], "rb").read()) else 7)
+"""
+
+
+def test_another_parser_reads_the_inlined_file_as_it_is(stable, quantized, tmp_path):
+    """As `trtexec --onnx=FILE` does: TensorRT's own parser in a process that has nothing of this program. It cannot read the
+    file with functions, for which the documents name `export --inline`."""
+    if not is_installed("rtx"):
+        pytest.skip("pip install 'modiff-trt[rtx]'")
+    _, folder, _ = stable
+    read = {}
+    for options in ([], ["--inline"]):
+        onnx = tmp_path / f"{len(options)}.onnx"
+        model = ["--model", folder, "--scales", quantized / "s.safetensors", "--dtype", "fp16"]
+        assert run("export", *model, *options, "--out", onnx) == 0
+        read[len(options)] = subprocess.run([sys.executable, "-c", PARSE, onnx], capture_output=True, check=False).returncode
+    assert read[1] == 0 and read[0] != 0
 
 
 REFUSED = {
