@@ -74,7 +74,7 @@ class Layer:
             "grid": [-128, 127],
         }
         self.plugin = trt_plugin._classes(trt)[0](attributes, current_capability(), {}, [])
-        linear, real, int8 = trt.TensorFormat.LINEAR, trt.float16, trt.int8
+        linear, real, int8 = None, trt.float16, trt.int8  # a runtime alone has no formats, and `enqueue` reads none
         kinds = [(t, real, linear) for t in (self.x, self.a_hat, self.o_hat, self.m, self.scale)]
         kinds += [(self.packed, int8, linear), (self.weight_scale, real, linear)]
         self.descriptions = [SimpleNamespace(dims=list(t.shape), type=kind, format=f) for t, kind, f in kinds]
