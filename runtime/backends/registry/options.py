@@ -275,7 +275,7 @@ def _exported_sequence(
     return rows.timesteps, solver
 
 
-def _refuse(value: Path | float | None, option: str, backend: str) -> None:
+def _refuse(value: Path | float | str | None, option: str, backend: str) -> None:
     if value is not None:
         raise InputError(f"{option} does not go with --backend {backend}; leave it out")
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from command import alone
 from conftest import ROOT, random_checkpoint
 
 from modiff_trt.core.errors import InputError
@@ -23,19 +24,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def command(*arguments):
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "modiff_trt.tools.cli.main", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=clean,
-    )
-
-
 def build(onnx, out, target, *more):
-    result = command("build", "--onnx", onnx, "--out", out, "--runtime", "rtx", "--plugin", "--target", target, *more)
+    result = alone("build", "--onnx", onnx, "--out", out, "--runtime", "rtx", "--plugin", "--target", target, *more)
     assert result.returncode == 0, result.stderr
     return next(out.glob("*.plan"))
 
@@ -175,7 +165,7 @@ def test_without_a_gpu_a_plan_fails_in_one_line(plan_file, onnx_file, tmp_path):
         ("verify", "--onnx", onnx_file, "--plan", plan_file),
         ("build", "--onnx", onnx_file, "--runtime", "rtx", "--out", tmp_path / "plans"),
     ):
-        result = command(*arguments)
+        result = alone(*arguments)
         assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
         assert "GPU" in result.stderr
     assert not (tmp_path / "x.npz").exists() and not list(tmp_path.glob("plans/*"))
@@ -184,9 +174,9 @@ def test_without_a_gpu_a_plan_fails_in_one_line(plan_file, onnx_file, tmp_path):
 def test_what_the_plugin_cannot_compute_is_refused(tiny, onnx_file, tmp_path):
     path = tmp_path / "ltq.onnx"
     save_onnx(path, build_onnx(tiny.network, tiny.checkpoint, tiny.scales(granularity="tensor"), "fp16", "x"))
-    result = command("build", "--onnx", path, "--runtime", "rtx", "--plugin", "--target", "sm89", "--out", tmp_path)
+    result = alone("build", "--onnx", path, "--runtime", "rtx", "--plugin", "--target", "sm89", "--out", tmp_path)
     assert result.returncode == 2 and "--no-plugin" in result.stderr
-    result = command("build", "--onnx", onnx_file, "--runtime", "rtx", "--plugin", "--target", "sm75", "--out", tmp_path)
+    result = alone("build", "--onnx", onnx_file, "--runtime", "rtx", "--plugin", "--target", "sm75", "--out", tmp_path)
     assert result.returncode == 2 and "compute capability 8.0" in result.stderr and not list(tmp_path.glob("*.plan"))
 
 
@@ -212,7 +202,7 @@ def test_the_full_cifar10_network_with_the_plugin(tmp_path):
 
 def test_a_sampler_with_a_plan(onnx_file, plan_file, tmp_path):
     """On a CPU it samples with onnxruntime; asked for a GPU that is not there, it says so in one line."""
-    result = command("package", "--onnx", onnx_file, "--plan", plan_file, "--out", tmp_path / "sampler")
+    result = alone("package", "--onnx", onnx_file, "--plan", plan_file, "--out", tmp_path / "sampler")
     assert result.returncode == 0, result.stderr
     names = {path.name for path in (tmp_path / "sampler").iterdir()}
     assert {"network.onnx", "network.plan", "network.json", "network.start.safetensors"} <= names

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from command import run
+from command import alone, run
 from small_diffusers import PROMPTED, diffusers, random_network
 
 from modiff_trt.core.scales import load_scales
@@ -135,7 +135,8 @@ def test_plans_take_prompts(stable, quantized, tmp_path, exported, built):
     model = ["--model", folder, "--scales", quantized / "s.safetensors"]
     assert run("export", *model, "--dtype", "fp16", *exported, "--out", onnx) == 0
     job = ["--runtime", "rtx", "--target", "sm89", "--tokens", TOKENS, "--max-batch", 4]
-    assert run("build", "--onnx", onnx, "--out", tmp_path, *job, *built) == 0
+    done = alone("build", "--onnx", onnx, "--out", tmp_path, *job, *built)
+    assert done.returncode == 0, done.stderr
     plan = load_plan(next(tmp_path.glob("*.plan")))
     report = plan.manifest["report"]
     assert plan.tokens == TOKENS and report["fell_back"] == []
