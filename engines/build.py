@@ -13,7 +13,7 @@ from modiff_trt.core.files import atomic_path
 from modiff_trt.engines.onnx_network import OnnxNetwork
 from modiff_trt.plugins.modulated_conv.kernels.device_code import check_target
 from modiff_trt.plugins.modulated_conv.tensorrt import plugin as trt_plugin
-from modiff_trt.plugins.modulated_conv.tensorrt.library import Library
+from modiff_trt.plugins.modulated_conv.tensorrt.library import Library, check_parser
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def build_plan(library: Library, network: OnnxNetwork, options: BuildOptions, ti
         config.set_compute_capability(capability, 0)
     failures: list[str] = []
     if network.plugin:
+        check_parser(library)
         failures = trt_plugin.register(trt, check_target(int(target_of(options).removeprefix("sm"))))
     parsed = builder.create_network(0)
     parser = trt.OnnxParser(parsed, logger)

@@ -1,4 +1,5 @@
-"""Trains a network with cross-attention on images and their classes: how the demo of guidance was made.
+"""Trains a network with cross-attention on images and their classes: how the demo of guidance was made. Its projections around
+transformer blocks must be linear (`use_linear_projection`).
 
     python -m modiff_trt.tools.research.train_classes --model calib_cache/demo_classes --images cifar10.npz --minutes 8
 
@@ -54,23 +55,21 @@ def train_classes(model: Path, images: np.ndarray, labels: np.ndarray, *, minute
         return answer
 
     fitted = fit(network, predict, replace(config, training=TRAINING, optim=OPTIM), images, out, minutes=minutes)
-    arrays = {name: value.float().cpu().contiguous().numpy() for name, value in fitted.weights.items()}
+    arrays = {name.removeprefix("unet."): value.float().cpu().contiguous().numpy() for name, value in fitted.weights.items()}
     prompts = arrays.pop("prompts")
-    names = {name: name.removeprefix("unet.") for name in arrays}
-    # diffusers' linear layers have two axes, and are convolutions here.
-    linear = {name for name in names if ".transformer_blocks." in name or ".proj_" in name}
-    halves = {
-        new: (
-            arrays[name].reshape(arrays[name].shape[:2]) if name in linear and arrays[name].ndim == 4 else arrays[name]
-        ).astype(np.float16)
-        for name, new in names.items()
-    }
+    halves = {name: _plain(name, value).astype(np.float16) for name, value in arrays.items()}
     with atomic_path(model / PROMPTS) as temporary, temporary.open("wb") as file:
         np.savez(file, encoder_hidden_states=prompts[:nothing], negative_encoder_hidden_states=prompts[nothing])
     with atomic_path(out) as temporary:
         save_file(halves, temporary, fitted.meta | {"seed": str(seed)})
     state_beside(out).unlink(missing_ok=True)
     return out
+
+
+def _plain(name: str, value: np.ndarray) -> np.ndarray:
+    """A parameter as diffusers has it: its linear layers, which are convolutions here, have two axes."""
+    linear = ".transformer_blocks." in name or ".proj_in." in name or ".proj_out." in name
+    return value.reshape(value.shape[:2]) if linear and value.ndim == 4 else value
 
 
 @refuses_bad_input

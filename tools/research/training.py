@@ -129,11 +129,11 @@ def fit(model: nn.Module, predict: Predict, config: Config, images: np.ndarray, 
             with torch.no_grad():
                 names = [k for k, _ in model.named_parameters()]
                 torch._foreach_lerp_([ema[k] for k in names], [p.detach() for p in model.parameters()], 1 - decay)
+            spent = before + time.monotonic() - started
             if step % 50 == 0:
                 value = loss.item()
                 if not math.isfinite(value):
                     raise InputError(f"training diverged at step {step} (loss {value}); lower optim.lr in the configuration")
-                spent = before + time.monotonic() - started
                 progress.update(task, completed=min(int(spent), int(budget)), description=f"step {step}  loss {value:.4f}")
                 if time.monotonic() - saved > SAVE_SECONDS:
                     save_state()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import importlib
 import importlib.util
 import shutil
@@ -60,6 +61,14 @@ def is_installed(name: str) -> bool:
     return importlib.util.find_spec(PACKAGES[name]) is not None
 
 
+def check_parser(library: Library) -> None:
+    """Raises InputError where TensorRT's parser would end this process at the first plugin."""
+    if library.is_rtx and not _load_rtx_libraries():
+        raise InputError(
+            "tensorrt_rtx was imported before modiff_trt, whose plugin it then cannot find; import modiff_trt first"
+        )
+
+
 def open_library(*names: str) -> Library:
     """Imports the first of these TensorRTs that is installed.
 
@@ -77,16 +86,20 @@ def open_library(*names: str) -> Library:
         raise InputError(f"the package {PACKAGES[name]} does not load ({error}); reinstall it: {INSTALL[name]}") from None
 
 
-def _load_rtx_libraries() -> None:
+@functools.cache
+def _load_rtx_libraries() -> bool:
     """Loads TensorRT-RTX's libraries from a folder in which they also have their unversioned names.
 
     Its ONNX parser looks for `libtensorrt_rtx.so` beside itself as soon as a file has a plugin node, and aborts the process if
     that is missing; the wheel has `libtensorrt_rtx.so.1` alone. The links stand in a temporary folder: a user's packages are
-    left as they are. Without the wheel's libraries there is nothing to do.
+    left as they are. Without the wheel's libraries there is nothing to do. False where it is too late: the package was imported
+    before.
     """
     found = importlib.util.find_spec("tensorrt_rtx_libs")
-    if found is None or found.origin is None or "tensorrt_rtx_bindings" in sys.modules:
-        return
+    if found is None or found.origin is None:
+        return True
+    if "tensorrt_rtx_bindings" in sys.modules:
+        return False
     links = Path(tempfile.mkdtemp(prefix="modiff-trt-rtx-"))
     atexit.register(shutil.rmtree, links, ignore_errors=True)
     # The core library first: the parser depends on it.
@@ -97,3 +110,4 @@ def _load_rtx_libraries() -> None:
     for library in libraries:
         with contextlib.suppress(OSError):  # what cannot be loaded is reported by the import that follows
             ctypes.CDLL(str(links / library.name), mode=ctypes.RTLD_GLOBAL)
+    return True

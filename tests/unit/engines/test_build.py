@@ -1,6 +1,8 @@
 """Real engines, built by TensorRT-RTX for GPUs that need not be there."""
 
 import json
+import subprocess
+import sys
 
 import onnx
 import pytest
@@ -110,6 +112,15 @@ def test_bad_input_is_refused_in_one_line(rtx, tiny, tmp_path):
     onnx.save(model, cut)
     with pytest.raises(InputError, match="not written by"):
         load_network(cut)
+
+
+def test_a_package_that_was_imported_before_is_one_line():
+    """Its parser would end the process at the first plugin."""
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'modiff-trt[rtx]'")
+    library = "modiff_trt.plugins.modulated_conv.tensorrt.library"
+    code = f"import tensorrt_rtx\nfrom {library} import builder, check_parser\ncheck_parser(builder('rtx'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "import modiff_trt first" in done.stderr
 
 
 def test_stock_tensorrt_that_is_not_there_is_named():

@@ -1,18 +1,27 @@
 """What the `trt` backend does around an engine, with a stand-in for the engine: images must be those of the same file."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from conftest import make_case
 from engine_stand_in import TRT, Driver, Engine
+from small_diffusers import PROMPTED, diffusers, random_network
 
+from modiff_trt.core.context import PROMPT, Context
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.start_state import start_state
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
+from modiff_trt.networks.diffusers_folder import load_folder, read_folder
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.plugins.cuda import memory as cuda_memory
 from modiff_trt.plugins.modulated_conv.tensorrt.library import Library
 from modiff_trt.runtime.backends import trt_denoiser
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.runtime.backends.plan import Plan
-from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser
+from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser, runtime_of
+
+TOKENS = 7
 
 
 @pytest.fixture
@@ -24,12 +33,12 @@ def make(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(trt_denoiser, "open_library", lambda *names: Library("tensorrt", TRT))
     monkeypatch.setattr(trt_denoiser.trt_plugin, "register", lambda trt: None)
 
-    def build(plugin=False, batches=(1, 4), target="sm89", **recipe):
+    def build(plugin=False, batches=(1, 4), target="sm89", case=tiny, **recipe):
         path = tmp_path / "m.onnx"
-        save_onnx(path, build_onnx(tiny.network, tiny.checkpoint, tiny.scales(act_bits=6, **recipe), "fp32", "x"))
+        save_onnx(path, build_onnx(case.network, case.checkpoint, case.scales(act_bits=6, **recipe), "fp32", "x"))
         model = load_onnx(path)
         shapes = {i.name: tuple(i.shape[1:]) for i in model.session.get_inputs()}
-        options = {"min_batch": batches[0], "max_batch": batches[1], "version_compatible": False, "tokens": 77}
+        options = {"min_batch": batches[0], "max_batch": batches[1], "version_compatible": False, "tokens": TOKENS}
         manifest = {"runtime": "tensorrt", "version": "1", "options": options, "target": target, "plugin": plugin}
         manifest["network"] = model.manifest
         plan = Plan(tmp_path / "m.plan", b"", manifest, start_state(model.proto, model.manifest, shapes), model.config)
@@ -94,3 +103,54 @@ def test_another_gpu_a_default_stream_and_a_failing_engine_are_one_line(make, mo
     monkeypatch.setattr(Engine, "execute_async_v3", lambda self, stream: False)
     with pytest.raises(InputError, match="failed to run: the GPU is on fire"):
         engine.reset(1)
+
+
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory):
+    """A network with cross-attention, guided on its own trajectories, a prompt for each of two images."""
+    folder = tmp_path_factory.mktemp("prompted")
+    random_network("UNet2DConditionModel", PROMPTED).save_pretrained(folder)
+    diffusers.DDIMScheduler().save_pretrained(folder)
+    found = read_folder(folder)
+    network = trace(found.config)
+    draw = np.random.default_rng(3).standard_normal
+    sides = [{PROMPT: draw((2, TOKENS, PROMPTED["cross_attention_dim"]), np.float32)} for _ in range(2)]
+    return make_case(network, load_folder(found, network), 4, 2, 4, context=Context(*sides, 3.0))
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+def test_prompts_and_guidance_give_the_images_of_the_file(prompted, make, plugin):
+    engine, reference = make(plugin, case=prompted)
+    for images in (2, 1, 2):
+        np.testing.assert_array_equal(prompted.sample(engine, images), prompted.sample(reference, images))
+    with pytest.raises(InputError, match="guidance an image counts twice"):
+        prompted.sample(engine, 3)
+
+
+def test_a_batch_below_the_profile_is_padded_with_its_last_prompt(prompted, make):
+    engine, reference = make(case=prompted, batches=(3, 4))
+    np.testing.assert_allclose(prompted.sample(engine, 1), prompted.sample(reference, 1), rtol=1e-3, atol=1e-3)
+
+
+def test_prompts_of_another_length_and_none_are_one_line(prompted, make):
+    engine, _ = make(case=prompted)
+    with pytest.raises(InputError, match=f"prompts of {TOKENS} tokens, not 9; pad them, or build with --tokens 9"):
+        engine.reset(1, {PROMPT: np.zeros((1, 9, PROMPTED["cross_attention_dim"]), np.float32)})
+    with pytest.raises(InputError, match="pass a context"):
+        engine.reset(1)
+
+
+def test_the_lean_runtime_is_for_compatible_plans_of_stock_tensorrt(make, monkeypatch):
+    engine, _ = make()
+    plan = engine._plan
+    options = plan.manifest["options"] | {"version_compatible": True}
+    compatible = replace(plan, manifest=plan.manifest | {"options": options})
+    assert runtime_of(compatible, "lean") == "lean" and runtime_of(plan, "auto") == "tensorrt"
+    with pytest.raises(InputError, match="build it with --version-compatible"):
+        runtime_of(plan, "lean")
+    with pytest.raises(InputError, match="which --runtime rtx cannot run"):
+        runtime_of(plan, "rtx")
+    with pytest.raises(InputError, match="built by rtx, which --runtime lean cannot run"):
+        runtime_of(replace(plan, manifest=plan.manifest | {"runtime": "rtx"}), "lean")
+    monkeypatch.setattr(trt_denoiser, "is_installed", lambda name: name == "lean")
+    assert runtime_of(compatible, "auto") == "lean" and runtime_of(plan, "auto") == "tensorrt"
