@@ -18,7 +18,6 @@ SAMPLER = Solver(spacing=Spacing.LEADING, steps_offset=1, final_alpha=FinalAlpha
 ONLY = {
     "conv_resample": True,
     "dims": 2,
-    "dropout": 0,
     "resblock_updown": False,
     "use_new_attention_order": False,
     "num_heads_upsample": -1,
@@ -27,7 +26,15 @@ ONLY = {
     "disable_self_attentions": None,
     "num_attention_blocks": None,
 }
-UNUSED = {"use_checkpoint", "use_fp16", "legacy", "image_size", "use_linear_in_transformer", "disable_middle_self_attn"}
+UNUSED = {
+    "dropout",
+    "use_checkpoint",
+    "use_fp16",
+    "legacy",
+    "image_size",
+    "use_linear_in_transformer",
+    "disable_middle_self_attn",
+}
 KNOWN = {
     *(*ONLY, *UNUSED),
     *("in_channels", "out_channels", "model_channels", "attention_resolutions", "num_res_blocks", "channel_mult"),

@@ -45,7 +45,6 @@ ONLY: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "class_embed_type": (None, (None,)),
     "center_input_sample": (False, (False,)),
     "act_fn": ("silu", ("silu", "swish")),
-    "dropout": (0.0, (0.0,)),
     "num_train_timesteps": (None, (None,)),
     "only_cross_attention": (False, (False,)),
     "mid_block_only_cross_attention": (None, (None, False)),

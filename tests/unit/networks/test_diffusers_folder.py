@@ -44,6 +44,7 @@ BIG = CIFAR | {
 }
 SMALL = CIFAR | {
     "sample_size": 8,
+    "dropout": 0.1,
     "block_out_channels": (32, 64),
     "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
