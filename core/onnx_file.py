@@ -56,10 +56,8 @@ def read_onnx(path: Path) -> OnnxFile:
 
 
 def without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its modulated layers inlined, each convolution named after its layer: TensorRT's parser cannot read a
-    convolution whose attributes are those of a function around it."""
-    if not model.functions:
-        return model
+    """A copy of the model with its modulated layers inlined, each convolution named after its layer: TensorRT's parser cannot
+    read a convolution whose attributes are those of a function around it."""
     layers = {node.output[0]: node.name for node in model.graph.node if node.op_type == FUNCTION}
     inlined = onnx.inliner.inline_local_functions(model)
     producer = {output: node for node in inlined.graph.node for output in node.output}

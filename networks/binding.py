@@ -19,9 +19,14 @@ from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Bound, Params
 
 Context = Mapping[str, Tensor]
-Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
-Products = Callable[[Tensor, Tensor], Tensor]
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 EMBEDDINGS = ("time_embedding.", "class_embedding.", "add_embedding.")
+
+
+def each_alone(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` of x [N, ...], each image by a product of its own: another number of images may sum in another order, and an
+    image must not depend on the company it is computed in."""
+    return torch.cat([F.linear(one, weight, bias) for one in x.split(1)])
 
 
 def sinusoids(t: Tensor, channels: int, dtype: torch.dtype, *, freq_shift: int, flip_sin_to_cos: bool) -> Tensor:
@@ -86,13 +91,12 @@ def project_times(network: Network, params: Params, embedding: Tensor, linear: L
     }
 
 
-def keys_and_values(network: Network, params: Params, context: Context, linear: Products | None = None) -> dict[str, Tensor]:
+def keys_and_values(network: Network, params: Params, context: Context, linear: Linear = each_alone) -> dict[str, Tensor]:
     """Of every attention to a prompt: name -> [N, 2, C, S]. They depend on the prompt alone."""
-    product = linear or each_alone
     found = {}
     for name in network.prompted:
         prompt = context["encoder_hidden_states"].to(params[f"{name}.to_k.weight"].dtype)
-        parts = [product(prompt, params[f"{name}.{part}.weight"]) for part in ("to_k", "to_v")]
+        parts = [linear(prompt, params[f"{name}.{part}.weight"], None) for part in ("to_k", "to_v")]
         found[name] = torch.stack(parts, dim=1).transpose(2, 3)
     return found
 
@@ -169,12 +173,6 @@ def on_device(arrays: Arrays, device: str | torch.device) -> dict[str, Tensor]:
 def _waves(network: Network, t: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     a = network.config.architecture
     return sinusoids(t, channels, dtype, freq_shift=a.freq_shift, flip_sin_to_cos=a.flip_sin_to_cos)
-
-
-def each_alone(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` of x [N, ...], each image by a product of its own: another number of images may sum in another order, and an
-    image must not depend on the company it is computed in."""
-    return torch.cat([F.linear(one, weight, bias) for one in x.split(1)])
 
 
 def _two_layers(params: Params, name: str, x: Tensor, linear: Linear = F.linear) -> Tensor:

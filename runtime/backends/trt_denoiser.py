@@ -171,10 +171,8 @@ class TrtDenoiser:
             shape = self._fixed[name].shape if name in self._fixed else self._buffers[0][name].shape
             if not self._context.set_input_shape(name, shape):
                 raise self._failed(f"refuses the shape {shape} for its input {name}")
-        for array in (self._fixed["x"], *self._buffers[0].values()):
+        for array in (self._fixed["x"], *(self._fixed[name] for name in given), *self._buffers[0].values()):
             array.zero(self._stream)
-        for name, value in given.items():
-            self._fixed[name].copy_from(value, self._stream)
         self._set_row(0)
         graphs = []
         for turn in range(sets):

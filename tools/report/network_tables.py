@@ -21,6 +21,12 @@ def layouts(data: dict[str, Any]) -> str:
     return "\n".join(table("network", ["parameters, M", "layers", "input", "largest difference"], lines))
 
 
+def classes(results: list[dict[str, Any]]) -> str:
+    """PSNR to FP32 of the demo with classes, as `evaluate --same-noise` wrote it, by method and backend."""
+    lines = {row["name"]: [f"{row['psnr_db']:.1f}"] for row in results}
+    return "\n".join(table("method and backend", ["PSNR to FP32, dB"], lines))
+
+
 def full_width(data: dict[str, Any]) -> str:
     """Seconds and memory of each stage at Stable Diffusion's size."""
     lines = {name: [f"{row['seconds']:.0f}", f"{row['peak_gb']:.1f}"] for name, row in data["stages"].items()}

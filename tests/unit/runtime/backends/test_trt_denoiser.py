@@ -127,7 +127,7 @@ def test_prompts_and_guidance_give_the_images_of_the_file(prompted, make, plugin
         prompted.sample(engine, 3)
 
 
-def test_a_batch_below_the_profile_is_padded_with_its_last_prompt(prompted, make):
+def test_a_batch_below_the_profile_takes_its_prompts(prompted, make):
     engine, reference = make(case=prompted, batches=(3, 4))
     np.testing.assert_allclose(prompted.sample(engine, 1), prompted.sample(reference, 1), rtol=1e-3, atol=1e-3)
 

@@ -13,9 +13,10 @@ from modiff_trt.core.errors import InputError
 from modiff_trt.core.solvers import Solver
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
+from modiff_trt.runtime.backends.plan import Plan
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import sample_trajectory
-from modiff_trt.tools.package.packing import LAUNCHER, package
+from modiff_trt.tools.package.packing import LAUNCHER, _plan_requirements, package
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +86,16 @@ def test_an_existing_folder_is_not_overwritten(folder, tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         package(tmp_path / "none.onnx", tmp_path / "out", 10, Solver())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("runtime", "compatible", "needed"),
+    [
+        ("rtx", False, "tensorrt-rtx-cu13==11.4"),
+        ("tensorrt", False, "tensorrt-cu13==11.4"),
+        ("tensorrt", True, "tensorrt-lean-cu13==11.4"),
+    ],
+)
+def test_a_sampler_asks_for_the_least_tensorrt_that_runs_its_plan(tmp_path, runtime, compatible, needed):
+    manifest = {"runtime": runtime, "version": "11.4", "options": {"version_compatible": compatible}}
+    assert _plan_requirements(Plan(tmp_path / "p.plan", b"", manifest, {}, None)) == ("cuda-python>=13", needed)
