@@ -10,8 +10,8 @@ from conftest import ROOT, random_checkpoint
 
 from modiff_trt.core.ddim_yaml import load_config
 from modiff_trt.core.errors import InputError
-from modiff_trt.engines.build import BuildOptions, build_plan
-from modiff_trt.engines.onnx_network import load_network
+from modiff_trt.engines.build import BuildOptions, _profile, build_plan
+from modiff_trt.engines.onnx_network import OnnxNetwork, load_network
 from modiff_trt.engines.plan_files import build_into, plan_path
 from modiff_trt.engines.report import read_layers, summarize
 from modiff_trt.export.calibration.modes import with_modes
@@ -138,3 +138,12 @@ def test_every_name_that_is_used_exists_in_the_bindings(rtx):
     used = {name for file in files for name in re.findall(r"\btrt\.([A-Za-z]\w*)", file.read_text())}
     assert len(used) > 20
     assert [name for name in sorted(used) if not hasattr(rtx.trt, name)] == []
+
+
+def test_a_profile_spans_the_batches_and_fixes_the_tokens(rtx):
+    inputs = {"x": (-1, 4, 8, 8), "encoder_hidden_states": (-1, -1, 24), "row_scale": (5,)}
+    network = OnnxNetwork(onnx.ModelProto(), b"", {}, sha256="", inputs=inputs, plugin=False)
+    builder = rtx.trt.Builder(rtx.trt.Logger(rtx.trt.Logger.ERROR))
+    profile = _profile(builder, network, BuildOptions(1, 2, 6, tokens=7, target="sm89"))
+    assert [tuple(shape) for shape in profile.get_shape("encoder_hidden_states")] == [(n, 7, 24) for n in (1, 2, 6)]
+    assert [tuple(shape) for shape in profile.get_shape("x")] == [(n, 4, 8, 8) for n in (1, 2, 6)]

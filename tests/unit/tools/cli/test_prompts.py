@@ -127,7 +127,7 @@ def quantized(stable, tmp_path_factory):
 @pytest.mark.parametrize(
     ("exported", "built"), [([], []), ([], ["--no-plugin"]), (["--inline"], ["--no-plugin"])], ids=["plugin", "inlined", "file"]
 )
-def test_plans_take_prompts(stable, quantized, tmp_path, exported, built):
+def test_plans_take_prompts(stable, quantized, tmp_path, capsys, exported, built):
     if not is_installed("rtx"):
         pytest.skip("pip install 'modiff-trt[rtx]'")
     _, folder, _ = stable
@@ -137,10 +137,14 @@ def test_plans_take_prompts(stable, quantized, tmp_path, exported, built):
     job = ["--runtime", "rtx", "--target", "sm89", "--tokens", TOKENS, "--max-batch", 4]
     done = alone("build", "--onnx", onnx, "--out", tmp_path, *job, *built)
     assert done.returncode == 0, done.stderr
-    plan = load_plan(next(tmp_path.glob("*.plan")))
+    file = next(tmp_path.glob("*.plan"))
+    plan = load_plan(file)
     report = plan.manifest["report"]
     assert plan.tokens == TOKENS and report["fell_back"] == []
     assert report["plugin_layers"] + report["quantized_layers_in_int8"] == report["quantized_layers"] > 20
+    capsys.readouterr()
+    assert run("sample", "--backend", "trt", "--plan", file, "--num-samples", 1, "--out", tmp_path / "s.npz") == 2
+    assert "pass --context FILE.npz with encoder_hidden_states" in capsys.readouterr().err
 
 
 def test_an_inlined_file_is_the_same_network(stable, quantized, tmp_path, capsys):
