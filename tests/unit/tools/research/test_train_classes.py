@@ -9,6 +9,7 @@ from modiff_trt.core.context import load_context
 from modiff_trt.core.errors import InputError
 from modiff_trt.networks.binding import bind, on_device
 from modiff_trt.networks.diffusers_folder import load_folder, read_folder
+from modiff_trt.networks.module import PromptedUNet
 from modiff_trt.networks.torch_ops import run_unet
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.tools.research.train_classes import TOKENS, train_classes
@@ -56,3 +57,15 @@ def test_nothing_is_left_beside_the_weights(folder):
 def test_images_of_another_size_are_refused(folder):
     with pytest.raises(InputError, match="for images of"):
         train_classes(folder, np.zeros((4, 16, 16, 3), np.uint8), np.zeros(4, np.int64), minutes=1, seed=0)
+
+
+def test_each_image_is_trained_with_its_own_prompt(folder):
+    """As if its prompt were a context, computed the way that sampling computes it."""
+    network = PromptedUNet(read_folder(folder).config, prompts=CLASSES + 1, tokens=TOKENS)
+    x, t, which = torch.randn(3, 3, 8, 8), torch.tensor([5, 500, 900]), torch.tensor([2, 0, CLASSES])
+    unet, params = network.unet.network, dict(network.unet.named_parameters())
+    given = {"encoder_hidden_states": network.prompts[which]}
+    with torch.no_grad():
+        expected = run_unet(unet, params, x, bound=bind(unet, params, t, given))
+        torch.testing.assert_close(network(x, t, which), expected, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(network(x, t, which.flip(0)), expected, rtol=1e-5, atol=1e-6)
