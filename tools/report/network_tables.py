@@ -21,10 +21,10 @@ def layouts(data: dict[str, Any]) -> str:
     return "\n".join(table("network", ["parameters, M", "layers", "input", "largest difference"], lines))
 
 
-def classes(results: list[dict[str, Any]]) -> str:
+def classes(data: dict[str, Any]) -> str:
     """PSNR to FP32 of the demo with classes, as `evaluate --same-noise` wrote it, by method and backend."""
-    lines = {row["name"]: [f"{row['psnr_db']:.1f}"] for row in results}
-    return "\n".join(table("method and backend", ["PSNR to FP32, dB"], lines))
+    lines = {name: [f"{row['psnr_db']:.1f}", str(row["images"])] for name, row in data["sets"].items()}
+    return "\n".join(table("method and backend", ["PSNR to FP32, dB", "images"], lines))
 
 
 def full_width(data: dict[str, Any]) -> str:
