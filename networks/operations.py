@@ -32,6 +32,14 @@ class Role(StrEnum):
     INNER = "inner"
 
 
+class Norm(StrEnum):
+    """The normalization that a layer's input comes from."""
+
+    NONE = ""
+    GROUP = "group"
+    LAYER = "layer"
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """A convolution that can be quantized and modulated. Shapes are (C, H, W) of one image.
@@ -39,7 +47,7 @@ class LayerSpec:
     `params` are the checkpoint prefixes whose weights are stacked along the output channels (three for `qkv`).
     `padding` is (top, left, bottom, right), `split` the channel at which a concatenated skip begins (0: none). `upsampled` says
     that each 2x2 block of the input repeats one value (nearest upsampling), so that one value of a_hat stands for four.
-    `normalized` says that the input comes from a normalization. `block` is the residual or attention block it belongs to. A
+    `normalized` says from which normalization the input comes. `block` is the residual or attention block it belongs to. A
     shortcut is computed `beside` one layer, whose input it shares, and `added_to` the output of another, which runs before it.
     One that is not `biased` has no bias among the parameters.
     """
@@ -54,7 +62,7 @@ class LayerSpec:
     split: int = 0
     upsampled: bool = False
     role: Role = Role.INNER
-    normalized: bool = False
+    normalized: Norm = Norm.NONE
     block: str = ""
     beside: str = ""
     added_to: str = ""

@@ -103,10 +103,11 @@ class TorchOps:
     def cross_attention(self, name: str, q: Tensor, channels: int, heads: int) -> Tensor:
         n, _, height, width = q.shape
         k, v = self._bound[name].unflatten(2, (heads, channels // heads)).transpose(3, 4).unbind(1)
+        # Contiguous, as for attention above: other orders have no fused kernel.
         mixed = F.scaled_dot_product_attention(
-            q.reshape(n, heads, channels // heads, height * width).transpose(2, 3),
-            k.expand(n, -1, -1, -1),
-            v.expand(n, -1, -1, -1),
+            q.reshape(n, heads, channels // heads, height * width).transpose(2, 3).contiguous(),
+            k.contiguous().expand(n, -1, -1, -1),
+            v.contiguous().expand(n, -1, -1, -1),
         )
         return mixed.transpose(2, 3).reshape(n, channels, height, width)
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from modiff_trt.core.config import Architecture, Config
 from modiff_trt.core.kinds import Resampling
-from modiff_trt.networks.operations import LayerSpec, Network, Ops, Role, Shape, V, convolution, traced
+from modiff_trt.networks.operations import LayerSpec, Network, Norm, Ops, Role, Shape, V, convolution, traced
 
 W = TypeVar("W")
 # Of the normalization before transformer blocks, whatever `eps` says; and how much wider their last layers are.
@@ -37,10 +37,11 @@ def resnet(
     if double:
         in_shape = (channels, 2 * height, 2 * width)
     out_shape = (out_channels, *in_shape[1:])
+    first_norm = Norm.NONE if half else Norm.GROUP  # pooling comes between
     first = convolution(
-        f"{name}.conv1", in_shape, out_channels, kernel=3, split=split, upsampled=double, normalized=not half, block=name
+        f"{name}.conv1", in_shape, out_channels, kernel=3, split=split, upsampled=double, normalized=first_norm, block=name
     )
-    last = convolution(f"{name}.conv2", out_shape, out_channels, kernel=3, normalized=True, block=name)
+    last = convolution(f"{name}.conv2", out_shape, out_channels, kernel=3, normalized=Norm.GROUP, block=name)
     shortcut = convolution(
         f"{name}.conv_shortcut",
         in_shape,
@@ -74,9 +75,8 @@ def pixel_attention(ops: Ops[V], a: Architecture, name: str, x: V, shape: Shape,
     """Self-attention of the pixels, added to its input."""
     channels = shape[0]
     parts = (f"{name}.to_q", f"{name}.to_k", f"{name}.to_v")
-    qkv = convolution(
-        f"{name}.to_qkv", shape, 3 * channels, kernel=1, params=parts, role=Role.QKV, normalized=normed, block=name
-    )
+    norm = Norm.GROUP if normed else Norm.NONE
+    qkv = convolution(f"{name}.to_qkv", shape, 3 * channels, kernel=1, params=parts, role=Role.QKV, normalized=norm, block=name)
     out = convolution(f"{name}.to_out.0", shape, channels, kernel=1, block=name)
 
     def body(ops: Ops[W], x: W) -> W:
@@ -96,10 +96,10 @@ def transformer_block(ops: Ops[V], name: str, x: V, shape: Shape, heads: int) ->
         return convolution(f"{name}.{part}", (inputs, *shape[1:]), outputs, kernel=1, block=name, **more)
 
     parts = tuple(f"{name}.attn1.to_{part}" for part in "qkv")
-    qkv = linear("attn1.to_qkv", channels, 3 * channels, params=parts, role=Role.QKV, biased=False, normalized=True)
+    qkv = linear("attn1.to_qkv", channels, 3 * channels, params=parts, role=Role.QKV, biased=False, normalized=Norm.LAYER)
     out1, out2 = (linear(f"attn{i}.to_out.0", channels, channels) for i in (1, 2))
-    q = linear("attn2.to_q", channels, channels, biased=False, normalized=True)
-    wide = linear("ff.net.0.proj", channels, 2 * EXPANSION * channels, normalized=True)
+    q = linear("attn2.to_q", channels, channels, biased=False, normalized=Norm.LAYER)
+    wide = linear("ff.net.0.proj", channels, 2 * EXPANSION * channels, normalized=Norm.LAYER)
     narrow = linear("ff.net.2", EXPANSION * channels, channels)
 
     def body(ops: Ops[W], x: W) -> W:
@@ -179,7 +179,7 @@ def unet2d(ops: Ops[V], a: Architecture, x: V) -> V:
                 h = ops.upsample(h)
 
     h = ops.norm_silu("conv_norm_out", h, a.groups, a.eps)
-    out = convolution("conv_out", (channels, *size), a.out_channels, kernel=3, role=Role.OUTPUT, normalized=True)
+    out = convolution("conv_out", (channels, *size), a.out_channels, kernel=3, role=Role.OUTPUT, normalized=Norm.GROUP)
     return ops.layer(out, h)
 
 

@@ -32,9 +32,11 @@ class WholeTrajectory(Protocol):
     @property
     def updates(self) -> Updates: ...
 
-    def trajectory(self, x_start: np.ndarray[Any, Any], on_done: OnDone | None = None) -> np.ndarray[Any, Any]:
-        """x_0 from x_T, both float32 [N, C, H, W]. `on_done` is called with the number of
-        passes that have ended since it was called last."""
+    def trajectory(
+        self, x_start: np.ndarray[Any, Any], on_done: OnDone | None = None, context: Arrays | None = None
+    ) -> np.ndarray[Any, Any]:
+        """x_0 from x_T, both float32 [N, C, H, W]. `on_done` is called with the number of passes that have ended since it was
+        called last; `context` is that of `Denoiser.reset`."""
 
 
 class Denoiser(Protocol):

@@ -31,7 +31,7 @@ def sample_trajectory(
     (see `Denoiser.reset`). `draw_noise` supplies the fresh noise of each
     step and is required where they have any. `on_pass(row, x, y)` is called after every pass, warm-up passes included, with the
     backend's own arrays. `on_done(n)` is called when n more passes have ended. A backend that runs whole trajectories of these
-    updates by itself does so where there is no `on_pass`, no context and no noise. Raises InputError when the result is not
+    updates by itself does so where there is no `on_pass` and no noise. Raises InputError when the result is not
     finite.
     """
     if updates.draws_noise and draw_noise is None:
@@ -39,8 +39,8 @@ def sample_trajectory(
     rows = denoiser.rows
     if len(updates) != len(rows) - rows.warmup:
         raise ValueError(f"{len(updates)} updates do not fit {len(rows) - rows.warmup} steps")
-    if isinstance(denoiser, WholeTrajectory) and on_pass is None and not context and denoiser.updates.equals(updates):
-        return _finite(denoiser.trajectory(x_start, on_done))
+    if isinstance(denoiser, WholeTrajectory) and on_pass is None and denoiser.updates.equals(updates):
+        return _finite(denoiser.trajectory(x_start, on_done, context))
     denoiser.reset(len(x_start), context)
     x, before = denoiser.from_host(x_start), None
     for row in range(len(rows)):

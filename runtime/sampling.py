@@ -104,6 +104,25 @@ class Rank:
         return cut[self.rank :: self.world]
 
 
+def does_not_fit(backend: Backend, batch: list[int]) -> InputError:
+    """The one line for a batch that is too large. Which half, or half of that, and so on, does fit is tried."""
+    size = len(batch) // 2
+    while size:
+        start = ImageNoise(0, batch[:size], backend.config.input_shape).draw()
+        try:
+            backend.denoiser.reset(size, backend.context.of(batch[:size]))
+            backend.denoiser(backend.denoiser.from_host(start), 0)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return out_of_memory(f"a batch of {len(batch)} does not fit; a batch of {size} does: pass --batch-size {size}")
+        size //= 2
+    return out_of_memory(
+        f"a batch of {len(batch)} does not fit, and one image at a time is too much already: use a machine with more"
+    )
+
+
 def sample_batches(
     backend: Backend, batches: list[list[int]], seed: int, eta: float, noise: Mapping[int, np.ndarray[Any, Any]] | None = None
 ) -> Any:
@@ -119,9 +138,8 @@ def sample_batches(
             start = source.draw()
             if noise is not None:
                 start = np.stack([noise[index] for index in batch])
-            size = len(batch)
 
-            def on_done(passes: int, n: int = size) -> None:
+            def on_done(passes: int, n: int = len(batch)) -> None:
                 bar.advance(task, passes * n)
 
             try:
@@ -130,12 +148,9 @@ def sample_batches(
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                less = (
-                    f"pass --batch-size {size // 2}"
-                    if size > 1
-                    else "one image at a time is too much already: use a machine with more"
-                )
-                raise out_of_memory(f"a batch of {size} does not fit; {less}") from None
+                samples = None
+            if samples is None:  # outside of `except`, whose error holds on to what did not fit
+                raise does_not_fit(backend, batch)
             yield batch, samples
 
 

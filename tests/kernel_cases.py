@@ -52,6 +52,13 @@ CASES = {
     "norm in slabs, 16 groups of 5": KernelCase(InputShape(80, 0, 13, 11), groups=16, silu=True, add=True, write=True),
     "norm in slabs across the seam, time": KernelCase(InputShape(256, 128, 17, 9), groups=32, silu=True, time=True, batch=2),
     "norm of a sum that is not needed again": KernelCase(InputShape(64, 0, 10, 10), groups=32, add=True),
+    "norm of so many sums that a launch adds them up": KernelCase(
+        InputShape(64, 32, 70, 66), groups=32, silu=True, time=True, add=True, write=True, batch=2
+    ),
+    "norm of 32 groups of 10": KernelCase(InputShape(320, 0, 33, 31), groups=32, silu=True, batch=2, state=False),
+    "norm of 32 groups of 10, small, to float": KernelCase(
+        InputShape(320, 320, 5, 3), groups=32, silu=True, quantize=False, state=False
+    ),
     "norm, stateless": KernelCase(InputShape(64, 0, 8, 8), groups=32, state=False),
     "norm to float": KernelCase(InputShape(64, 0, 8, 8), groups=32, silu=True, quantize=False, state=False),
     "concatenation, raw": KernelCase(InputShape(64, 32, 7, 5), factors=True),
@@ -70,6 +77,7 @@ CASES["upsampled sum"] = KernelCase(InputShape(32, 0, 3, 5, upsample=True), add=
 def launch(case: KernelCase, device: str, real: torch.dtype, overlap: bool = False) -> SimpleNamespace:
     """The kernel on fresh random inputs and poisoned outputs: its arguments by name, and `before`, the state as it was."""
     from modiff_trt.plugins.modulated_conv.kernels import quantize as kernel
+    from modiff_trt.plugins.modulated_conv.kernels.groups import Norm
 
     shape, n = case.shape, case.batch
 
@@ -100,7 +108,7 @@ def launch(case: KernelCase, device: str, real: torch.dtype, overlap: bool = Fal
         shape,
         a,
         out,
-        norm=kernel.Norm(*norm) if norm else None,
+        norm=Norm(*norm) if norm else None,
         silu=case.silu,
         grid=torch.tensor([1 / grid.step, grid.unit, grid.multiple], device=device) if case.quantize else None,
         bits=case.bits,
@@ -160,3 +168,85 @@ def check(case: KernelCase, device: str, overlap: bool = False) -> None:
     if state is not None:
         assert torch.equal(state.double(), before.double() + multiple * found)
         assert float(state.abs().max()) <= reference.STATE_MAX
+
+
+@dataclass(frozen=True)
+class PixelCase:
+    """A layer norm of `channels`, or GEGLU that leaves them; N images of `pixels`."""
+
+    channels: int
+    pixels: int
+    gated: bool = False
+    batch: int = 3
+    add: bool = False
+    state: bool = True
+    quantize: bool = True
+    bits: int = 8
+    q_channels: int = 0
+    offset: float = 0.0
+
+
+PIXEL_CASES = {
+    "layer norm": PixelCase(320, 35),
+    "layer norm of a sum": PixelCase(48, 21, add=True),
+    "layer norm, far from zero": PixelCase(320, 35, offset=30.0),
+    "layer norm, stateless, 4 bits": PixelCase(96, 17, state=False, bits=4),
+    "layer norm to float": PixelCase(100, 9, state=False, quantize=False, add=True),
+    "layer norm, padded": PixelCase(40, 33, q_channels=48),
+    "layer norm of 1280": PixelCase(1280, 5, add=True),
+    "geglu": PixelCase(192, 35, gated=True),
+    "geglu, stateless, padded": PixelCase(72, 13, gated=True, state=False, q_channels=80),
+    "geglu to float": PixelCase(160, 19, gated=True, state=False, quantize=False),
+    "geglu of 5120": PixelCase(5120, 3, gated=True, batch=2, bits=6),
+}
+
+
+def launch_pixels(case: PixelCase, device: str, real: torch.dtype, overlap: bool = False) -> SimpleNamespace:
+    """`pixels.quantize_pixels` on fresh random inputs and poisoned outputs: what it was given, and `before`, the state."""
+    from modiff_trt.plugins.modulated_conv.kernels.pixels import quantize_pixels
+
+    n, pixels, c = case.batch, case.pixels, case.channels
+    a = (case.offset + torch.randn(n, pixels, 2 * c if case.gated else c)).to(device, real)
+    b = torch.randn_like(a) if case.add else None
+    total = torch.full_like(a, float("nan")) if case.add else None
+    norm = None if case.gated else ((1 + 0.1 * torch.randn(c)).to(device), (0.1 * torch.randn(c)).to(device), 1e-5)
+    top = 2 ** (case.bits - 1) - 1
+    grid = Grid(step=5 * 0.003, unit=0.003, multiple=5, low=-top - 1, high=top)
+    state = torch.randint(-900, 901, (n, pixels, c), dtype=torch.int16, device=device) if case.state else None
+    before = state.clone() if state is not None else None
+    if case.quantize:
+        out = torch.full((n, pixels, case.q_channels or c), 77, dtype=torch.int8, device=device)
+    else:
+        out = torch.full((n, pixels, c), float("nan"), dtype=real, device=device)
+    numbers = torch.tensor([1 / grid.step, grid.unit, grid.multiple], device=device) if case.quantize else None
+    sources = {"b": b, "total": total, "layer_norm": norm, "state": state}
+    quantize_pixels(a, out, grid=numbers, bits=case.bits, overlap=overlap, **sources)
+    return SimpleNamespace(**sources, a=a, out=out, grid=grid, before=before)
+
+
+def check_pixels(case: PixelCase, device: str, overlap: bool = False) -> None:
+    """The kernel against float64; integers may differ only where the float64 value lies on an edge."""
+    real = torch.float16 if device == "cuda" else torch.float32
+    made, c = launch_pixels(case, device, real, overlap), case.channels
+    source = made.a.double()
+    if case.add:
+        torch.testing.assert_close(made.total, (source + made.b.double()).to(real), rtol=1e-3, atol=1e-3)
+        source = made.total.double()
+    if case.gated:
+        value, gate = source.chunk(2, dim=2)
+        x = value * torch.nn.functional.gelu(gate)
+    else:
+        gain, shift, eps = made.layer_norm
+        x = torch.nn.functional.layer_norm(source, (c,), gain.double(), shift.double(), eps)
+    if not case.quantize:
+        torch.testing.assert_close(made.out.double(), x, rtol=2e-3, atol=2e-3)
+        return
+    residual = x if made.before is None else x - made.grid.unit * made.before.double()
+    position = (residual / made.grid.step).clamp(made.grid.low, made.grid.high)
+    found = made.out[:, :, :c].double()
+    assert (made.out[:, :, c:] == 77).all()
+    assert float((found - position).abs().max()) < 0.5 + 2e-3
+    assert float((found != position.round()).float().mean()) < 2e-3
+    assert position.abs().mean() > 1  # the case has something to round
+    if made.state is not None:
+        assert torch.equal(made.state.double(), made.before.double() + made.grid.multiple * found)

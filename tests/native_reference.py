@@ -7,7 +7,9 @@ import torch
 
 from modiff_trt.plugins.modulated_conv import reference
 from modiff_trt.plugins.modulated_conv.kernels.conv import convolve_real
-from modiff_trt.plugins.modulated_conv.kernels.quantize import Norm, quantize_input
+from modiff_trt.plugins.modulated_conv.kernels.groups import Norm
+from modiff_trt.plugins.modulated_conv.kernels.pixels import quantize_pixels
+from modiff_trt.plugins.modulated_conv.kernels.quantize import quantize_input
 
 
 class ReferenceKernels:
@@ -25,6 +27,9 @@ class ReferenceKernels:
         norm = Norm(*norm) if norm is not None else None
         factors, bits = (layer.factors, layer.bits) if layer is not None else (None, 8)
         quantize_input(shape, a, out, norm=norm, factors=factors, bits=bits, **sources)
+
+    def quantize_pixels(self, layer, a, out, **sources):
+        quantize_pixels(a, out, bits=layer.bits if layer is not None else 8, **sources)
 
     def real_product(self, layer, sources):
         (channels, height, width), spec = layer.spec.out_shape, layer.spec

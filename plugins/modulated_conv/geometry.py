@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modiff_trt.core.errors import InputError
 
@@ -13,6 +13,8 @@ RESIDUAL_TILE = (64, 64, 4)
 # With fewer programs than this a GPU is mostly empty; sums are split until they are about as many.
 FULL = 100
 MOST_TILES = 4096
+# Steps of a sum from which a program is long.
+LONG = 36
 # Images of at most so many pixels are normalized in one launch.
 SMALL = 64
 
@@ -111,6 +113,17 @@ def conv_tile(geometry: Geometry, may_split: bool = True) -> ConvTile:
     parts = (9, 3) if may_split else ()
     split = next((s for s in parts if steps % s == 0 and tiles * s <= 1.5 * FULL), 1)
     return ConvTile(rows, 32, depth, stages=5, warps=warps, split=split)
+
+
+def tiles_to_time(geometry: Geometry) -> list[ConvTile]:
+    """`conv_tile`, and beside it the same with its sum in three parts where a program would be long: two programs then share a
+    processor, and wait for each other's memory."""
+    tile = conv_tile(geometry)
+    steps = geometry.kernel**2 * geometry.padded // tile.depth
+    tiles = -(-geometry.sites // tile.sites) * -(-geometry.out_channels // tile.channels)
+    if tile.split == 1 and steps % 3 == 0 and steps >= LONG and 3 * tiles <= 6 * FULL:
+        return [tile, replace(tile, split=3)]
+    return [tile]
 
 
 def real_tile(geometry: Geometry, second: int) -> ConvTile:

@@ -28,9 +28,13 @@ def update_columns(updates: Updates, warmup: int) -> Tensor:
 
 class GraphedDenoiser(ABC):
     """A denoiser whose step runs without the host. `table` float32 [rows, W] has one vector for each pass, which a pass
-    finds at the start of `self._row`; behind it are the numbers of the row's update."""
+    finds at the start of `self._row`; behind it are the numbers of the row's update. With `guidance` the network sees each
+    image twice: without its prompt in the first half of a batch, with it in the second (see `Context`)."""
 
-    def __init__(self, config: Config, rows: RowTable, table: Tensor, updates: Updates, device: str) -> None:
+    def __init__(
+        self, config: Config, rows: RowTable, table: Tensor, updates: Updates, device: str, guidance: float | None = None
+    ) -> None:
+        self._guidance, self._copies = guidance, 1 if guidance is None else 2
         self._config, self._rows, self._updates, self._device = config, rows, updates, torch.device(device)
         self._update_at = table.shape[1]
         self._table = torch.cat([table.to(self._device), update_columns(updates, rows.warmup).to(self._device)], dim=1)
@@ -58,22 +62,22 @@ class GraphedDenoiser(ABC):
 
     @abstractmethod
     def _allocate(self, size: int) -> None:
-        """Makes whatever `_predict` needs for at most `size` images."""
+        """Makes whatever `_predict` needs for a batch of at most `size`."""
 
     @abstractmethod
     def _begin(self, size: int) -> None:
-        """Sets state to the start of a trajectory."""
+        """Sets the state of a batch of `size` to the start of a trajectory."""
 
     @abstractmethod
     def _predict(self, x: Tensor) -> Tensor:
         """Epsilon of x [N, C, H, W] float32 channels_last, for the pass whose vector is `self._row`."""
 
     def _bind(self, context: Arrays | None, batch: int, size: int) -> bool:
-        """Takes the context of `batch` images, for `size`; returns whether buffers must be allocated anew for it."""
+        """Takes the context of `batch` images, to run as `size`; returns whether buffers must be allocated anew for it."""
         return False
 
     def _refresh(self, size: int) -> None:  # noqa: B027
-        """What is due every `refresh_every` passes, for `size` images."""
+        """What is due every `refresh_every` passes, for a batch of `size`."""
 
     def _padded(self, batch: int) -> int:
         """The batch size that runs in place of `batch`."""
@@ -89,7 +93,7 @@ class GraphedDenoiser(ABC):
             self._steps.clear()
             self._refreshes.clear()
             self._x = self._eps = self._before = torch.empty(0)
-            self._allocate(size)
+            self._allocate(self._copies * size)
             shape = (size, *self._config.input_shape)
             self._eps = torch.zeros(shape, device=self._device).contiguous(memory_format=torch.channels_last)
             self._x = torch.zeros_like(self._eps)
@@ -99,7 +103,7 @@ class GraphedDenoiser(ABC):
         self._batch, self._size, self._done = batch, size, 0
         self._x[:size].zero_()  # padding must not go on from where the last trajectory left it: it would grow without end
         self._before[:size].zero_()
-        self._begin(size)
+        self._begin(self._copies * size)
         self._counter.zero_()
 
     def from_host(self, x: np.ndarray[Any, Any]) -> Tensor:
@@ -117,10 +121,12 @@ class GraphedDenoiser(ABC):
         return self._eps[: self._batch].clone()
 
     @torch.no_grad()
-    def trajectory(self, x_start: np.ndarray[Any, Any], on_done: OnDone | None = None) -> np.ndarray[Any, Any]:
+    def trajectory(
+        self, x_start: np.ndarray[Any, Any], on_done: OnDone | None = None, context: Arrays | None = None
+    ) -> np.ndarray[Any, Any]:
         """x_0 from x_T, float32 [N, C, H, W]: the passes of all rows, without host work. On
         CUDA they are queued at once, so that `on_done` hears of them together."""
-        self.begin(x_start)
+        self.begin(x_start, context)
         at_once = self._device.type == "cpu"
         for _ in range(len(self.rows)):
             self.step()
@@ -132,9 +138,9 @@ class GraphedDenoiser(ABC):
         return x
 
     @torch.no_grad()
-    def begin(self, x_start: np.ndarray[Any, Any]) -> None:
+    def begin(self, x_start: np.ndarray[Any, Any], context: Arrays | None = None) -> None:
         """`reset`, with x_T on the device: what `step` goes on from."""
-        self.reset(len(x_start))
+        self.reset(len(x_start), context)
         self._x[: len(x_start)].copy_(self.from_host(x_start))
 
     @torch.no_grad()
@@ -145,7 +151,7 @@ class GraphedDenoiser(ABC):
         due = self.refresh_every > 0 and self._done % self.refresh_every == 0 and self._done < len(self.rows)
         self._launch(self._steps, self._pass)
         if due:
-            self._launch(self._refreshes, self._refresh)
+            self._launch(self._refreshes, self._refresh_batch)
 
     def _launch(self, graphs: dict[int, torch.cuda.CUDAGraph], eager: Callable[[int], None]) -> None:
         if self._device.type == "cuda":
@@ -159,8 +165,15 @@ class GraphedDenoiser(ABC):
         # it, and that all after it wait for.
         self._counter.add_(1)
         x, eps = self._x[:size], self._eps[:size]
-        eps.copy_(self._predict(x))
+        if self._guidance is None:
+            eps.copy_(self._predict(x))
+        else:
+            negative, positive = self._predict(torch.cat([x, x])).chunk(2)
+            eps.copy_(negative + self._guidance * (positive - negative))
         self._move(x, eps, self._before[:size])
+
+    def _refresh_batch(self, size: int) -> None:
+        self._refresh(self._copies * size)
 
     def _move(self, x: Tensor, eps: Tensor, before: Tensor) -> None:
         """x' in place (see `core.solvers`): one pass over x where x0 is neither clipped nor needed again."""
@@ -188,7 +201,7 @@ class GraphedDenoiser(ABC):
         with torch.cuda.stream(stream):
             self._pass(size)
             if self.refresh_every:
-                self._refresh(size)
+                self._refresh_batch(size)
         torch.cuda.current_stream().wait_stream(stream)
         step = torch.cuda.CUDAGraph()
         with torch.cuda.graph(step):
@@ -197,5 +210,5 @@ class GraphedDenoiser(ABC):
             self._refreshes[size] = torch.cuda.CUDAGraph()
             # They share a memory pool: replays never overlap, and all that outlives a replay lies outside the pool.
             with torch.cuda.graph(self._refreshes[size], pool=step.pool()):
-                self._refresh(size)
+                self._refresh_batch(size)
         self._steps[size] = step

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import CASES, check
+from kernel_cases import CASES, PIXEL_CASES, check, check_pixels
 
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr
@@ -32,6 +32,14 @@ def test_kernel_equals_the_reference(name, overlap):
     if overlap and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("launches overlap from compute capability 9.0 on")
     check(CASES[name], "cuda", overlap)
+
+
+@pytest.mark.parametrize("name", PIXEL_CASES)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_inputs_of_transformer_layers_equal_float64(name, overlap):
+    if overlap and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("launches overlap from compute capability 9.0 on")
+    check_pixels(PIXEL_CASES[name], "cuda", overlap)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from modiff_trt.core.context import NO_CONTEXT, Context
 from modiff_trt.core.costs import KIND, REMEDY, SCHEMA, ModeCosts, costs_to_dict
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import read_signed, write_signed
@@ -25,8 +24,7 @@ from modiff_trt.core.scales import Scales
 from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.networks.operations import Network
 from modiff_trt.runtime.denoiser import Denoiser
-from modiff_trt.runtime.images.noise import ImageNoise
-from modiff_trt.tools.bench.run import run_passes, whole_intervals
+from modiff_trt.tools.bench.run import Load, run_passes, whole_intervals
 
 # Mixtures whose time is predicted and measured, so that the file says how good its predictions are.
 MIXTURES = 5
@@ -71,16 +69,17 @@ def measure_costs(
     where: str,
     baselines: dict[int, float],
     part: Path,
+    context: Context = NO_CONTEXT,
 ) -> dict[str, Any]:
     """The content of a file of costs: for each batch size `ModeCosts`, and mixtures with their predicted and measured times.
 
-    `baselines` are microseconds an image of the network in floating point, by batch size. Times are medians of `runs`. What is
-    measured stands in `part`, from where a second call with the same settings goes on; the caller removes it.
-    """
+    Images have the lines of `context`. `baselines` are microseconds an image of the network in floating point, by batch size.
+    Times are medians of `runs`. What is measured stands in `part`, from where a second call with the same settings goes on; the
+    caller removes it."""
     sizes = sorted(set(batch_sizes), reverse=True)  # buffers are allocated once, for the largest
     settings = {"sizes": sizes, "runs": runs, "passes": passes, "where": where, "scales": scales.file_sha256}
     kept = _resume(part, settings)
-    noise = {size: ImageNoise(0, range(size), network.config.input_shape).draw() for size in sizes}
+    loads = {size: Load.of(network, context, size) for size in sizes}
     base = make(scales)
     passes = whole_intervals(passes, [base])
     whole: dict[int, list[float]] = {size: list(kept["whole"].get(str(size), [])) for size in sizes}
@@ -94,7 +93,7 @@ def measure_costs(
         for size in sizes:
             pairs = []
             for _ in range(runs):
-                before, after = (_microseconds(d, noise[size], passes, device) for d in (base, other))
+                before, after = (_microseconds(d, loads[size], passes, device) for d in (base, other))
                 whole[size].append(before)
                 pairs.append(after - before)
             found[size] = statistics.median(pairs)
@@ -113,7 +112,7 @@ def measure_costs(
     added: dict[int, dict[str, dict[Mode, float]]] = {size: {name: {} for name in modes} for size in sizes}
     mixed = []
     for size in sizes:
-        _microseconds(base, noise[size], passes, device)  # compiles, tunes and captures
+        _microseconds(base, loads[size], passes, device)  # compiles, tunes and captures
     with progress_bar() as bar:
         for change in bar.track(changes, description="costs"):
             for size, difference in differences(change).items():
@@ -148,6 +147,6 @@ def _resume(part: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {"settings": settings, "differences": {}, "whole": {}}
 
 
-def _microseconds(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device: str) -> float:
+def _microseconds(denoiser: Denoiser, load: Load, passes: int, device: str) -> float:
     """Of a pass, an image."""
-    return statistics.fmean(run_passes(denoiser, x, passes, device=device)) * 1e6 / len(x)
+    return statistics.fmean(run_passes(denoiser, load, passes, device=device)) * 1e6 / len(load.x)

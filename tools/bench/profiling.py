@@ -11,19 +11,21 @@ from typing import Any
 
 import torch
 
+from modiff_trt.core.context import Context
 from modiff_trt.plugins.modulated_conv.libraries.cudnn_conv import ConvSpec, Int8Conv
 from modiff_trt.plugins.modulated_conv.libraries.timing import graph_time_us
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 
 # Class by what a kernel's name contains; the first that fits counts.
 CLASSES = {
-    "group sums": ("sums_kernel",),
-    "quantize": ("quantize_kernel",),
+    "group sums": ("sums_kernel", "affine_kernel"),
+    "quantize": ("quantize_kernel", "pixels_kernel"),
     "attention": ("sdpa", "flash", "softmax", "fmha"),
     "INT8 convolution": ("convFwd_pointwise", "conv_kernel_int8"),
     "float products": ("conv_kernel_real", "product_kernel"),
 }
 REST = "everything else"
+PASSES = 5
 
 
 def ceilings() -> dict[str, float]:
@@ -49,17 +51,17 @@ def ceilings() -> dict[str, float]:
     return found | {"int8_operations_a_second": max(found["int8_operations_a_second"], convolution)}
 
 
-def profile(denoiser: NativeDenoiser, least: Mapping[str, float], batch: int, passes: int = 5) -> dict[str, Any]:
+def profile(denoiser: NativeDenoiser, least: Mapping[str, float], context: Context, batch: int) -> dict[str, Any]:
     """Per class: microseconds an image and pass, launches a pass, and `least`, its floor, of passes without a refresh. Kernels
     that run side by side share the GPU, so that the times add up to more than the pass takes."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    denoiser.reset(batch)
+    denoiser.reset(batch, context.of(range(batch)))
     denoiser.step()
     torch.cuda.synchronize()
     with record(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
-        for _ in range(passes):
+        for _ in range(PASSES):
             denoiser.step()
         torch.cuda.synchronize()
     table = {name: {"microseconds_an_image": 0.0, "launches": 0.0} for name in [*CLASSES, REST]}
@@ -67,8 +69,8 @@ def profile(denoiser: NativeDenoiser, least: Mapping[str, float], batch: int, pa
         if event.device_time_total == 0:
             continue
         name = next((n for n, parts in CLASSES.items() if any(part in event.key for part in parts)), REST)
-        table[name]["microseconds_an_image"] += event.device_time_total / passes / batch
-        table[name]["launches"] += event.count / passes
+        table[name]["microseconds_an_image"] += event.device_time_total / PASSES / batch
+        table[name]["launches"] += event.count / PASSES
     for name, row in table.items():
-        row["floor_microseconds_an_image"] = least.get(name, 0.0)
+        row["floor_microseconds_an_image"] = context.copies * least.get(name, 0.0)
     return {"batch": batch, "classes": table}

@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from modiff_trt.core.errors import InputError
+from modiff_trt.core.context import NO_CONTEXT, Arrays, Context
+from modiff_trt.core.errors import InputError, is_out_of_memory
 from modiff_trt.core.files import write_signed
 from modiff_trt.core.kinds import Granularity
 from modiff_trt.core.scales import Scales
@@ -29,6 +30,7 @@ from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.operations import Network
 from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
 from modiff_trt.runtime.backends.registry import exported, trained
+from modiff_trt.runtime.backends.registry.guidance import guided
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.tools.bench.table import not_run
@@ -49,13 +51,18 @@ def candidates(
     names: Sequence[str],
     plans: Sequence[Path] = (),
     auto: Scales | None = None,
+    context: Context = NO_CONTEXT,
 ) -> dict[str, Make]:
     """The backends by name, in the order of `names` (`all` is every one), and a row for each plan, and for `auto`: scales whose
-    modes were chosen by measurement. Raises InputError for an unknown one. Whether one can run here shows when it is made."""
+    modes were chosen by measurement. All with the guidance of `context`. Raises InputError for an unknown one. Whether one can
+    run here shows when it is made."""
     params, steps = checkpoint.params, scales.rows.timesteps
 
     def native(chosen: Scales) -> Denoiser:
-        return trained.native(network, params, chosen, device)
+        return trained.native(network, params, chosen, device, guidance=context.guidance)
+
+    def around(denoiser: Denoiser) -> Denoiser:
+        return guided(denoiser, context)
 
     def engine(path: Path) -> Denoiser:
         from modiff_trt.runtime.backends.plan import load_plan
@@ -63,19 +70,21 @@ def candidates(
         plan = load_plan(path)
         if plan.manifest["network"]["checkpoint_sha256"] != checkpoint.sha256:
             raise InputError(f"{path} was built from another checkpoint than --ckpt")
-        return exported.tensorrt(plan, steps)
+        return around(exported.tensorrt(plan, steps))
 
     known: dict[str, Make] = {
-        "torch-fp16-compiled": lambda: trained.compiled_fp16(network, params, steps, scales.solver),
-        "torch-fp32": lambda: trained.unquantized(network, params, steps, device=device),
-        "torch-bf16": lambda: trained.unquantized(network, params, steps, device=device, dtype=torch.bfloat16),
-        "torch-sim": lambda: trained.simulated(network, params, scales, device=device),
+        "torch-fp16-compiled": lambda: trained.compiled_fp16(network, params, steps, scales.solver, guidance=context.guidance),
+        "torch-fp32": lambda: around(trained.unquantized(network, params, steps, device=device)),
+        "torch-bf16": lambda: around(trained.unquantized(network, params, steps, device=device, dtype=torch.bfloat16)),
+        "torch-sim": lambda: around(trained.simulated(network, params, scales, device=device)),
         "native-int8": lambda: native(scales.without_modulation()),
         "native-modiff": lambda: native(scales),
         "native-ltq-modiff": lambda: native(replace(scales, granularity=Granularity.TENSOR)),
-        "onnxruntime-fp32": lambda: _onnxruntime(network, checkpoint, None, steps=steps, device=device),
-        "onnxruntime-int8": lambda: _onnxruntime(network, checkpoint, scales.without_modulation(), steps=steps, device=device),
-        "onnxruntime-modiff": lambda: _onnxruntime(network, checkpoint, scales, steps=steps, device=device),
+        "onnxruntime-fp32": lambda: around(_onnxruntime(network, checkpoint, None, steps=steps, device=device)),
+        "onnxruntime-int8": lambda: around(
+            _onnxruntime(network, checkpoint, scales.without_modulation(), steps=steps, device=device)
+        ),
+        "onnxruntime-modiff": lambda: around(_onnxruntime(network, checkpoint, scales, steps=steps, device=device)),
     }
     if auto is not None:
         known["native-auto"] = lambda: native(auto)
@@ -120,23 +129,25 @@ def run_bench(
     device: str,
     out: Path,
     settings: dict[str, Any],
+    context: Context = NO_CONTEXT,
     floors: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Times every backend at every batch size, writes the JSON after each size, and returns it.
 
-    `floors` has for some backends the least microseconds an image and pass. Raises InputError if no backend can run.
-    """
+    Images have the lines of `context`. `floors` has for some backends the least microseconds an image and pass. Raises
+    InputError if no backend can run."""
     result: dict[str, Any] = settings | provenance(device) | {"runs": runs, "passes": passes, "batches": {}, "not_run": {}}
     for batch in batch_sizes:
-        x = ImageNoise(0, range(batch), network.config.input_shape).draw()
+        load = Load.of(network, context, batch)
         ready: dict[str, tuple[Denoiser, int]] = {}
         for name, make in makes.items():
             before, allocated = _memory(device), _allocated(device)
             try:
                 denoiser = make()
-                run_passes(denoiser, x, max(warmup, 1), device=device)
-            except (InputError, RuntimeError) as error:  # out of memory, or a compiler that fails, is one backend's matter
-                result["not_run"].setdefault(name, {})[str(batch)] = " ".join(str(error).split())[:300]
+                run_passes(denoiser, load, max(warmup, 1), device=device)
+            except (InputError, RuntimeError) as error:  # a full memory, or a compiler that fails, is one backend's matter
+                why = f"the memory is full at batch {batch}" if is_out_of_memory(error) else str(error)
+                result["not_run"].setdefault(name, {})[str(batch)] = " ".join(why.split())[:300]
                 continue
             # An eager backend's temporaries show in the peak, a CUDA graph's in the memory that it reserves.
             peak = torch.cuda.max_memory_allocated() - allocated if device == "cuda" else 0
@@ -148,7 +159,7 @@ def run_bench(
         timed = whole_intervals(passes, [denoiser for denoiser, _ in ready.values()])
         for _ in range(runs):
             for name, (denoiser, _) in ready.items():
-                seconds[name].append(run_passes(denoiser, x, timed, device=device))
+                seconds[name].append(run_passes(denoiser, load, timed, device=device))
         del denoiser
         result["passes"] = max(len(run[0]) for run in seconds.values())  # fewer where a trajectory is shorter
         rows = {}
@@ -220,15 +231,27 @@ def baselines(result: dict[str, Any]) -> dict[int, float]:
     return found
 
 
-def run_passes(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device: str) -> list[float]:
+@dataclass(frozen=True)
+class Load:
+    """The images of a measurement: noise [N, C, H, W], and their lines of a context."""
+
+    x: np.ndarray[Any, Any]
+    lines: Arrays
+
+    @classmethod
+    def of(cls, network: Network, context: Context, batch: int) -> Load:
+        return cls(ImageNoise(0, range(batch), network.config.input_shape).draw(), context.of(range(batch)))
+
+
+def run_passes(denoiser: Denoiser, load: Load, passes: int, device: str) -> list[float]:
     """Seconds of each pass, from the start of a trajectory."""
     passes = min(passes, len(denoiser.rows))
     if isinstance(denoiser, GraphedDenoiser):
         steps: Callable[[int], Any] = lambda row: denoiser.step()  # noqa: E731
-        denoiser.begin(x)
+        denoiser.begin(load.x, load.lines)
     else:
-        denoiser.reset(len(x))
-        on_device = denoiser.from_host(x)
+        denoiser.reset(len(load.x), load.lines)
+        on_device = denoiser.from_host(load.x)
         steps = lambda row: denoiser(on_device, row)  # noqa: E731
     if device == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(passes + 1)]
@@ -247,10 +270,10 @@ def run_passes(denoiser: Denoiser, x: np.ndarray[Any, Any], passes: int, device:
 
 
 def native_floors(
-    network: Network, scales: Scales, device: str, names: Iterable[str], auto: Scales | None = None
+    network: Network, scales: Scales, device: str, names: Iterable[str], *, auto: Scales | None = None, copies: int = 1
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(ceilings, least microseconds an image and pass of the native backends among `names`), by what this GPU reaches now;
-    empty where none of them can run."""
+    empty where none of them can run. The network sees each image in so many `copies`."""
     chosen = {"native-modiff": scales, "native-int8": scales.without_modulation()} | ({"native-auto": auto} if auto else {})
     if device != "cuda" or not chosen.keys() & set(names):
         return {}, {}
@@ -264,11 +287,18 @@ def native_floors(
     from modiff_trt.tools.bench.profiling import ceilings
 
     reached = ceilings()
-    return reached, {name: pass_floor(work(network, s), reached) for name, s in chosen.items()}
+    return reached, {name: copies * pass_floor(work(network, s), reached) for name, s in chosen.items()}
 
 
 def add_profiles(
-    network: Network, scales: Scales, make: Make, batch_sizes: Sequence[int], result: dict[str, Any], out: Path
+    network: Network,
+    scales: Scales,
+    make: Make,
+    batch_sizes: Sequence[int],
+    *,
+    context: Context,
+    result: dict[str, Any],
+    out: Path,
 ) -> None:
     """Adds the native backend's time by class of kernel to a result, and writes it again."""
     from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
@@ -277,5 +307,5 @@ def add_profiles(
 
     denoiser, least = make(), floors(work(network, scales), result["ceilings"])
     assert isinstance(denoiser, NativeDenoiser)
-    result["profiles"] = {str(batch): profile(denoiser, least, batch) for batch in batch_sizes}
+    result["profiles"] = {str(batch): profile(denoiser, least, context, batch=batch) for batch in batch_sizes}
     write_signed(out, result)

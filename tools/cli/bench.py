@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from modiff_trt.core.errors import InputError, shown
-from modiff_trt.tools.cli.options import Ckpt, Config, Device, Model, Weights
+from modiff_trt.tools.cli.options import Ckpt, Config, ContextFile, Device, Guidance, Model, Weights
 
 LARGEST_BATCH = 65536
 
@@ -36,12 +36,14 @@ def bench(
         Path | None, typer.Option(help="JSON file to write what each layer's mode costs here, for `calibrate --costs`")
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="cuda: time by class of kernel, beside the floor")] = False,
+    context: ContextFile = None,
+    guidance: Guidance = None,
     weights: Weights = None,
     device: Device = "cpu",
 ) -> None:
     """Time the backends against each other, interleaved in one run."""
-    from modiff_trt.core.context import context_arrays
-    from modiff_trt.core.files import check_writable
+    from modiff_trt.core.context import load_context
+    from modiff_trt.core.files import check_writable, sha256
     from modiff_trt.core.scales import load_scales
     from modiff_trt.runtime.backends.registry.options import check_device, checkpoint_manifest, load_model
     from modiff_trt.tools.bench.run import add_profiles, baselines, candidates, native_floors, run_bench
@@ -51,8 +53,7 @@ def bench(
         if path is not None:
             check_writable(path)
     network, checkpoint = load_model(config, ckpt, weights, model=model)
-    if context_arrays(network.config.architecture):
-        raise InputError("`bench` is for networks that are given noise alone, and this one has a context")
+    given = load_context(context, guidance, network.config.architecture)
     loaded = load_scales(scales, network, checkpoint.sha256)
     auto = load_scales(auto_scales, network, checkpoint.sha256) if auto_scales is not None else None
     try:
@@ -65,9 +66,16 @@ def bench(
         raise InputError("--profile is for --device cuda and the backend native-modiff")
     files = [Path(plan) for plan in plans.split(",") if plan]
     makes = candidates(
-        network, checkpoint, loaded, device=check_device(device), names=backends.split(","), plans=files, auto=auto
+        network,
+        checkpoint,
+        loaded,
+        device=check_device(device),
+        names=backends.split(","),
+        plans=files,
+        auto=auto,
+        context=given,
     )
-    reached, floors = native_floors(network, loaded, device, names=makes, auto=auto)
+    reached, floors = native_floors(network, loaded, device, names=makes, auto=auto, copies=given.copies)
     source = config or model
     assert source is not None
     settings: dict[str, Any] = {
@@ -76,6 +84,8 @@ def bench(
         **checkpoint_manifest(checkpoint),
     }
     settings |= {"ceilings": reached} if reached else {}
+    if context is not None:
+        settings |= {"context_sha256": sha256(context), "guidance": guidance}
     result = run_bench(
         network,
         makes,
@@ -86,11 +96,12 @@ def bench(
         device=device,
         out=out,
         settings=settings,
+        context=given,
         floors=floors,
     )
     print_bench(result)
     if profile:
-        add_profiles(network, loaded, makes["native-modiff"], batch_sizes=sizes, result=result, out=out)
+        add_profiles(network, loaded, makes["native-modiff"], batch_sizes=sizes, context=given, result=result, out=out)
     if costs is not None:
         from modiff_trt.core.files import write_signed
         from modiff_trt.runtime.backends.registry import trained
@@ -100,7 +111,7 @@ def bench(
         found = measure_costs(
             network,
             loaded,
-            lambda chosen: trained.native(network, checkpoint.params, chosen, device),
+            lambda chosen: trained.native(network, checkpoint.params, chosen, device, guidance=guidance),
             sizes,
             runs=num_runs,
             passes=num_passes,
@@ -108,6 +119,7 @@ def bench(
             where=machine.get("gpu") or f"{machine['cores']} CPU cores",
             baselines=baselines(result),
             part=part,
+            context=given,
         )
         provenance = {key: result[key] for key in ("command", "commit", "versions", "machine")}
         write_signed(costs, found | settings | provenance)

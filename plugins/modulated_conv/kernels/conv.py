@@ -162,16 +162,18 @@ def convolve_int8(
     scratch: Scratch,
     steps: Tensor | None = None,
     overlap: bool = False,
+    tile: ConvTile | None = None,
 ) -> None:
     """out = addend + scale[k] (weight * q) on torch's current stream; with `steps` float32 [N], image n's is steps[n] scale[k].
 
     q int8 [N, H*W, C] with C a multiple of CHANNELS, weight int8 [K, R, R, C], scale float32 [K]; addend [N, P*Q, K] of out's
     type (may be `out`), or a bias float32 [K]. `size` is (H, W), `padding` (top, left, bottom, right). With `overlap` (compute
     capability 9.0 and later) the launch may begin while the one before it ends, which must not write scale or a bias then.
+    Without `tile` it is that of `conv_tile`.
     """
     k, r = weight.shape[:2]
     geometry = Geometry(len(q), q.shape[2], *size, k, r, stride, padding)
-    tile = conv_tile(geometry)
+    tile = tile or conv_tile(geometry)
     conv_kernel[(triton.cdiv(geometry.sites, tile.sites), triton.cdiv(k, tile.channels), tile.split)](
         q, q, weight, scale, addend, out, scale if steps is None else steps, scale, *scratch.for_tile(geometry, tile),
         geometry.sites, **geometry.constants,

@@ -1,8 +1,9 @@
 """Triton: from a layer's sources to its int8 input, with `a_hat` updated in place. See `reference` for what is computed.
 
 Small images take one launch, in which a program holds whole normalization groups of one image. Larger ones take two: the
-first sums the groups (and writes a pending residual sum), the second does everything else in one pass. Tilings do not depend
-on the batch, so that the batch cannot change an image.
+first sums the groups (and writes a pending residual sum), the second does everything else in one pass. Where there are many
+sums to add up, a launch between them makes each channel's factor and offset of them. Tilings do not depend on the batch, so
+that the batch cannot change an image.
 
 What the launch just before does not write is loaded before `gdc_wait`, while that launch still runs: for one image, launches
 do little but wait for memory. It is safe because nothing that is loaded so early is written by launches that may still run:
@@ -12,8 +13,6 @@ its first such launch (`GraphedDenoiser._pass`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +21,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
 from modiff_trt.plugins.modulated_conv.geometry import SMALL
+from modiff_trt.plugins.modulated_conv.kernels.groups import (
+    MOST_SUMS,
+    SLAB,
+    SLABS_AT_A_TIME,
+    Norm,
+    Tiling,
+    affine_of,
+    moments,
+    sum_groups,
+)
 from modiff_trt.plugins.modulated_conv.kernels.parts import (
     MAGIC,
     channels_of,
@@ -36,24 +45,11 @@ from modiff_trt.plugins.modulated_conv.kernels.parts import (
 )
 from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
 
-# Pixels whose sums one program of the first launch takes, and pixels that one of the second covers.
-SLAB, SUM_WARPS = 128, 8
-# Of so many slabs a program of the second launch adds up the sums at a time.
-SLABS_AT_A_TIME = 16
+# Pixels that a program of the second launch covers.
 ROWS, WARPS = 32, 4
 LIMIT = tl.constexpr(STATE_MAX)
 # The least step of a grid that follows its image.
 TINY = tl.constexpr(SMALLEST_SCALE)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Group normalization: gain and shift float32 [C], the number of groups, epsilon."""
-
-    gain: Tensor
-    shift: Tensor
-    groups: int
-    eps: float
 
 
 @triton.jit
@@ -72,7 +68,7 @@ def _dynamic_grid(peak_ptr, step_ptr, unit, image, MODULATED: tl.constexpr, HIGH
 
 
 @triton.jit
-def _emit(
+def emit(
     value, state, inverse_step, unit, multiple, state_ptr, q_ptr, pixel, channel, mask,
     C: tl.constexpr, WIDTH: tl.constexpr, UPSAMPLE: tl.constexpr, Q_CHANNELS: tl.constexpr,
     QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
@@ -97,67 +93,6 @@ def _emit(
 
 
 @triton.jit
-def sums_kernel(
-    a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, partial_ptr,
-    C1: tl.constexpr, C2: tl.constexpr, PIXELS: tl.constexpr,
-    HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr, SLABS: tl.constexpr,
-    BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Program (j, s, n): sums and sums of squares over the s-th slab of the n-th image from the end, of the j-th BLOCK_G times
-    LANES channels, each LANES of which are a part of a group: partial [N, SLABS, 2, C / LANES].
-
-    OVERLAP lets the launch begin while the one before it ends.
-    """
-    # From the end: what the launch before wrote last is still in the cache, and then so is what the next launch reads first.
-    image = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
-    a_ptr += image * (PIXELS * C1)
-    b_ptr += image * (PIXELS * C1)
-    sum_ptr += image * (PIXELS * C1)
-    skip_ptr += image * (PIXELS * C2)
-    slab = tl.program_id(1)
-    C: tl.constexpr = C1 + C2
-    channel, exists = channels_of(tl.program_id(0) * (BLOCK_G * LANES), C, LANES, BLOCK_G, LANES)
-    pixel = slab * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    mask = tile_mask(exists, pixel, C, PIXELS, BLOCK_G * LANES, BLOCK_P)
-    if HAS_TIME:
-        time = tl.load(time_ptr + channel, mask=exists, other=0.0)
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-    value = source(a_ptr, b_ptr, skip_ptr, sum_ptr, pixel, channel, mask, C1, C2, HAS_B, WRITE_SUM)
-    if HAS_TIME:
-        value = tl.where(mask, value + time, 0.0)
-    sums = over_groups(value, BLOCK_P, BLOCK_G, LANES)
-    squares = over_groups(value * value, BLOCK_P, BLOCK_G, LANES)
-    parts: tl.constexpr = C // LANES
-    part = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    at = partial_ptr + (image * SLABS + slab) * (2 * parts) + part
-    tl.store(at, sums, mask=part < parts)
-    tl.store(at + parts, squares, mask=part < parts)
-
-
-@triton.jit
-def _moments(
-    partial_ptr, count, PARTS: tl.constexpr, IN_GROUP: tl.constexpr, SLABS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """(mean, variance) [BLOCK_G]: for each of this program's parts those of its whole group of IN_GROUP parts, from an image's
-    sums [SLABS, 2, PARTS]."""
-    part = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]
-    mean = tl.zeros([BLOCK_G], tl.float32)
-    power = tl.zeros([BLOCK_G], tl.float32)
-    for first in range(0, SLABS, BLOCK_S):
-        slab = first + tl.arange(0, BLOCK_S)[:, None]
-        known = (slab < SLABS) & (part < PARTS)
-        at = partial_ptr + slab * (2 * PARTS) + part // IN_GROUP * IN_GROUP
-        for i in tl.static_range(IN_GROUP):
-            mean += tl.sum(tl.load(at + i, mask=known, other=0.0), axis=0)
-            power += tl.sum(tl.load(at + PARTS + i, mask=known, other=0.0), axis=0)
-    mean /= count
-    return mean, tl.maximum(power / count - mean * mean, 0.0)
-
-
-@triton.jit
 def quantize_kernel(
     a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, partial_ptr, gain_ptr, shift_ptr, factor_ptr, grid_ptr, state_ptr, q_ptr,
     peak_ptr, step_ptr, eps,
@@ -168,10 +103,11 @@ def quantize_kernel(
     QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PEAK: tl.constexpr,
     BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (j, k, n) covers the k-th BLOCK_P pixels of image n, and the j-th BLOCK_G parts of groups (NORM 1), groups of
-    channels (2) or channels (0), of LANES lanes each.
+    """Program (j, k, n) covers the k-th BLOCK_P pixels of image n, and the j-th BLOCK_G parts of groups (NORM 1 and 3), groups
+    of channels (2) or channels (0), of LANES lanes each.
 
-    NORM is 0 (none), 1 (sums are in `partial_ptr`) or 2 (the program has all pixels and sums them itself). PEAK is
+    NORM is 0 (none), 1 (sums are in `partial_ptr`), 2 (the program has all pixels and sums them itself) or 3 (factors and
+    offsets are in `partial_ptr`). PEAK is
     0 (the grid is given), 1 (only the bits of each image's largest |residual| are put into int32 `peak_ptr`, which is zero
     before) or 2 (the grid follows from them).
     """
@@ -188,9 +124,9 @@ def quantize_kernel(
     pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     mask = tile_mask(exists, pixel, C if filled == LANES else 1, PIXELS, BLOCK_G * LANES, BLOCK_P)
     # Vectors of channels before tiles: the first load decides the layout of all, and theirs are the cheaper ones to move.
-    if HAS_TIME:
+    if HAS_TIME and NORM != 3:
         time = tl.load(time_ptr + channel, mask=exists, other=0.0)
-    if NORM > 0:
+    if NORM == 1 or NORM == 2:
         gain = tl.load(gain_ptr + channel, mask=exists, other=0.0)
         shift = tl.load(shift_ptr + channel, mask=exists, other=0.0)
     if HAS_FACTOR:
@@ -210,13 +146,16 @@ def quantize_kernel(
         gdc_launch_dependents()
     value = source(a_ptr, b_ptr, skip_ptr, sum_ptr, pixel, channel, mask, C1, C2, HAS_B, WRITE_SUM)
     # With sums from the first launch the time bias is part of the offset of each channel.
-    if HAS_TIME and NORM != 1:
+    if HAS_TIME and (NORM == 0 or NORM == 2):
         value = tl.where(mask, value + time, 0.0)
-    if NORM > 0:
+    if NORM == 3:
+        affine_ptr = partial_ptr + image * (2 * C) + channel
+        value = value * tl.load(affine_ptr, mask=exists, other=0.0) + tl.load(affine_ptr + C, mask=exists, other=0.0)
+    if NORM == 1 or NORM == 2:
         count = PIXELS * PER_GROUP
         if NORM == 1:
             sums = partial_ptr + image * (SLABS * 2 * (C // LANES))
-            mean, variance = _moments(sums, count, C // LANES, PER_GROUP // LANES, SLABS, BLOCK_S, BLOCK_G)
+            mean, variance = moments(sums, count, C // LANES, PER_GROUP // LANES, SLABS, BLOCK_S, BLOCK_G)
         else:
             mean = over_groups(value, BLOCK_P, BLOCK_G, LANES) / count
             centered = tl.where(mask, value - to_channels(mean, BLOCK_G, LANES), 0.0)
@@ -241,20 +180,10 @@ def quantize_kernel(
     else:
         if PEAK == 2:
             inverse_step, multiple = _dynamic_grid(peak_ptr, step_ptr, unit, image, MODULATED, HIGH)
-        _emit(
+        emit(
             value, state, inverse_step, unit, multiple, state_ptr, q_ptr, pixel, channel, mask,
             C, WIDTH, UPSAMPLE, Q_CHANNELS, QUANTIZE, MODULATED, LOW, HIGH,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """A program's tile: `groups` (in two launches: parts of groups) of `lanes` channels by `pixels`, run by `warps`."""
-
-    groups: int
-    lanes: int
-    pixels: int
-    warps: int
 
 
 def tiling(shape: InputShape, groups: int) -> Tiling:
@@ -317,25 +246,16 @@ def quantize_input(
         "launch_pdl": overlap,
         "enable_fp_fusion": True,
     }
-    partial = a
+    partial, block_s, affine = a, 1, False
     if two_launches:
-        partial = torch.empty(len(a), slabs, 2, c // tile.lanes, device=a.device)
-        sums_kernel[(columns, slabs, len(a))](
-            a,
-            b if b is not None else a,
-            skip if skip is not None else a,
-            time if time is not None else a,
-            total if total is not None else a,
-            partial,
-            HAS_B=b is not None,
-            WRITE_SUM=total is not None,
-            HAS_TIME=time is not None,
-            BLOCK_P=SLAB,
-            num_warps=SUM_WARPS,
-            **common,
-        )
+        assert norm is not None
+        partial = sum_groups(shape, a, b=b, skip=skip, time=time, total=total, tile=tile, overlap=overlap)
         if total is not None:
             a, b, total = total, None, None
+        block_s = min(triton.next_power_of_2(slabs), SLABS_AT_A_TIME)
+        affine = slabs * (per_group // tile.lanes) > MOST_SUMS
+        if affine:
+            partial = affine_of(partial, norm, time=time, pixels=pixels, tile=tile, overlap=overlap)
     peaks = torch.zeros(len(a), dtype=torch.int32, device=a.device) if steps is not None else None
     for peak in (0,) if peaks is None else (1, 2):
         quantize_kernel[(columns, triton.cdiv(pixels, tile.pixels), len(a))](
@@ -360,11 +280,11 @@ def quantize_input(
             HAS_B=b is not None,
             WRITE_SUM=total is not None,
             HAS_TIME=time is not None,
-            NORM=0 if norm is None else (1 if two_launches else 2),
+            NORM=0 if norm is None else (3 if affine else 1 if two_launches else 2),
             SILU=silu,
             FAST=a.is_cuda,
             PER_GROUP=per_group,
-            BLOCK_S=min(triton.next_power_of_2(slabs), SLABS_AT_A_TIME),
+            BLOCK_S=block_s,
             HAS_FACTOR=factors is not None,
             QUANTIZE=grid is not None,
             MODULATED=state is not None,

@@ -102,6 +102,28 @@ class CpuKernels:
             cells = _pixels(F.interpolate(_image(cells, shape), scale_factor=2.0, mode="nearest"))
         out[:, :, : shape.total].copy_(cells)
 
+    def quantize_pixels(
+        self,
+        layer: NativeLayer | None,
+        a: Tensor,
+        out: Tensor,
+        *,
+        b: Tensor | None,
+        total: Tensor | None,
+        layer_norm: tuple[Tensor, Tensor, float] | None,
+        grid: Tensor | None,
+        state: Tensor | None,
+    ) -> None:
+        if layer_norm is not None:
+            gain, shift, eps = layer_norm
+            x = F.layer_norm(a if b is None else torch.add(a, b, out=total), gain.shape, gain, shift, eps)
+        else:
+            value, gate = a.chunk(2, dim=2)
+            x = value * F.gelu(gate)
+        shape = InputShape(x.shape[2], 0, x.shape[1], width=1)
+        nothing = {"b": None, "total": None, "skip": None, "time": None, "norm": None, "steps": None}
+        self.quantize(layer, shape, x, out, silu=False, grid=grid, state=state, **nothing)
+
     def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
         key = (layer.spec.name, layer.weight.data_ptr())
         conv = self._convs.get(key)

@@ -41,7 +41,8 @@ class CudaKernels:
     def quantize(
         self, layer: NativeLayer | None, shape: InputShape, a: Tensor, out: Tensor, *, norm: Any, **sources: Any
     ) -> None:
-        from modiff_trt.plugins.modulated_conv.kernels.quantize import Norm, quantize_input
+        from modiff_trt.plugins.modulated_conv.kernels.groups import Norm
+        from modiff_trt.plugins.modulated_conv.kernels.quantize import quantize_input
 
         quantize_input(
             shape,
@@ -53,6 +54,11 @@ class CudaKernels:
             overlap=self._overlap,
             **sources,
         )
+
+    def quantize_pixels(self, layer: NativeLayer | None, a: Tensor, out: Tensor, **sources: Any) -> None:
+        from modiff_trt.plugins.modulated_conv.kernels.pixels import quantize_pixels
+
+        quantize_pixels(a, out, bits=layer.bits if layer is not None else 8, overlap=self._overlap, **sources)
 
     def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
         self._tactics.run(layer.spec, q, layer.weight, scale, addend, out, steps)

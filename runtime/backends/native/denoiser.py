@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modiff_trt.core.context import Arrays, checked, context_arrays
+from modiff_trt.core.context import Arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import Scales
-from modiff_trt.networks.binding import bound_parameters, conditions, each_alone, keys_and_values, on_device, project_times
+from modiff_trt.networks.binding import each_alone, project_times
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Params
+from modiff_trt.runtime.backends.bound_context import ADDED, BoundContext
 from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
 from modiff_trt.runtime.backends.native.layers import NativeModel, aligned, build
 from modiff_trt.runtime.backends.native.ops import (
@@ -32,41 +33,26 @@ from modiff_trt.runtime.backends.native.ops import (
 from modiff_trt.runtime.backends.native.refresh import REFRESH, refresh
 from modiff_trt.runtime.denoiser import OnDone, StateInfo
 
-# Among what is bound: what a context adds to the embedding of the timestep [N, C].
-ADDED = "added"
-
 
 class NativeDenoiser(GraphedDenoiser):
     """A network on native kernels. State lives in buffers that are allocated once for the largest batch seen; a smaller
     batch runs as the next power of two. Sums `o_hat` in float16 are computed anew every REFRESH passes."""
 
-    def __init__(self, network: Network, params: Params, scales: Scales, kernels: Kernels, device: str) -> None:
+    def __init__(
+        self, network: Network, params: Params, scales: Scales, kernels: Kernels, device: str, guidance: float | None = None
+    ) -> None:
         self._model = _to_device(build(network, params, scales), device, kernels)
         updates = scales.solver.updates(network.config.diffusion, scales.rows.timesteps)
-        super().__init__(network.config, scales.rows, self._model.table, updates=updates, device=device)
+        super().__init__(network.config, scales.rows, self._model.table, updates=updates, device=device, guidance=guidance)
         self._kernels = kernels
         self._shared = shared_accumulators(self._model.layers)
         self._start = self._starts()
         self._buffers = Buffers({}, {}, {}, row=self._row)
-        # Needed where a context is.
-        kept = bound_parameters(network) if context_arrays(network.config.architecture) else []
-        self._params = {key: params[key].to(device).float() for key in kept}
-        self._bound: dict[str, Tensor] = {}
+        # A token's channels side by side, [N, 2, S, C]: other orders have no fused attention.
+        self._context = BoundContext(network, params, self._device, lambda kv: kv.to(kernels.real).transpose(2, 3).contiguous())
 
     def _bind(self, context: Arrays | None, batch: int, size: int) -> bool:
-        network = self._model.network
-        if not context_arrays(network.config.architecture):
-            return False
-        given = on_device(checked(context), self._device)
-        bound = {n: kv.to(self._kernels.real) for n, kv in keys_and_values(network, self._params, given).items()}
-        added = conditions(network, self._params, given)
-        if added is not None:
-            bound[ADDED] = added
-        # Padding images are given what the last one is.
-        bound = {n: torch.cat([t, t[-1:].expand(size - batch, *t.shape[1:])]) for n, t in bound.items()}
-        grown = {n: t.shape[1:] for n, t in self._bound.items()} != {n: t.shape[1:] for n, t in bound.items()}
-        self._bound = bound
-        return grown
+        return self._context.take(context, copies=self._copies, batch=batch, size=size)
 
     @property
     def refresh_every(self) -> int:
@@ -81,7 +67,10 @@ class NativeDenoiser(GraphedDenoiser):
             infos.append(StateInfo(f"a_hat.{name}", tuple(state.shape), state.numel() * state.element_size()))
             if name not in self._shared:
                 infos.append(StateInfo(f"o_hat.{name}", tuple(o_hat.shape), o_hat.numel() * o_hat.element_size()))
-        return tuple(infos)
+        copies = self._copies
+        if copies == 1:
+            return tuple(infos)
+        return tuple(replace(info, shape=(copies, *info.shape), nbytes=copies * info.nbytes) for info in infos)
 
     @cached_property
     def _side(self) -> torch.cuda.Stream | None:
@@ -93,15 +82,16 @@ class NativeDenoiser(GraphedDenoiser):
         return 1 << (batch - 1).bit_length() if self._device.type == "cuda" else batch
 
     def _begin(self, size: int) -> None:
-        for name, value in self._bound.items():
-            self._buffers.bound[name][:size].copy_(value)
+        self._context.begin()
         for name, (state, o_hat) in self._start.items():
             self._buffers.state[name][:size].copy_(state)
             if name not in self._shared:
                 self._buffers.o_hat[name][:size].copy_(o_hat)
 
-    def trajectory(self, x_start: np.ndarray[Any, Any], on_done: OnDone | None = None) -> np.ndarray[Any, Any]:
-        x = super().trajectory(x_start, on_done)
+    def trajectory(
+        self, x_start: np.ndarray[Any, Any], on_done: OnDone | None = None, context: Arrays | None = None
+    ) -> np.ndarray[Any, Any]:
+        x = super().trajectory(x_start, on_done, context)
         self._check_sums()
         return x
 
@@ -113,7 +103,9 @@ class NativeDenoiser(GraphedDenoiser):
 
     def _check_sums(self) -> None:
         """At a trajectory's end: what overflowed once is in every later sum, but the integers between hide it from images."""
-        finite = [t[: self._batch].isfinite().all() for t in self._buffers.o_hat.values()]
+        halves = (self._copies, self._size)
+        sums = (t[: self._copies * self._size].unflatten(0, halves)[:, : self._batch] for t in self._buffers.o_hat.values())
+        finite = [t.isfinite().all() for t in sums]
         if finite and not torch.stack(finite).all():
             raise InputError(f"a sum o_hat left the range of {self._kernels.real}; use --backend torch-sim, or onnx")
 
@@ -130,7 +122,7 @@ class NativeDenoiser(GraphedDenoiser):
         times: dict[str, Tensor] = {}
         if model.embedding_at is not None:
             at, added = model.embedding_at, buffers.bound[ADDED]
-            times = project_times(model.network, self._params, self._row[at : at + added.shape[1]] + added, each_alone)
+            times = project_times(model.network, self._context.params, self._row[at : at + added.shape[1]] + added, each_alone)
         ops = NativeOps(
             self._kernels, model.layers, model.norms, time_at=model.time_at, buffers=buffers, aside=self._side, times=times
         )
@@ -169,8 +161,8 @@ class NativeDenoiser(GraphedDenoiser):
                 shape = (size, height * width, layer.weight.shape[1])
                 dtype = self._kernels.real if layer.mode == Mode.FLOAT else self._kernels.integer
                 padded[name] = torch.zeros(shape, dtype=dtype, device=self._device)
-        bound = {n: torch.zeros(size, *t.shape[1:], dtype=t.dtype, device=self._device) for n, t in self._bound.items()}
-        self._buffers = Buffers(state, o_hat, padded, row=self._row, bound=bound)
+        self._context.allocate(size)
+        self._buffers = Buffers(state, o_hat, padded, row=self._row, bound=self._context.buffers)
 
 
 def _to_device(model: NativeModel, device: str, kernels: Kernels) -> NativeModel:

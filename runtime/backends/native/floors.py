@@ -8,7 +8,7 @@ from math import prod
 
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import Scales
-from modiff_trt.networks.operations import LayerSpec, Network, Role
+from modiff_trt.networks.operations import LayerSpec, Network, Norm, Role
 from modiff_trt.plugins.modulated_conv.geometry import SMALL
 
 REAL = 2  # bytes of float16
@@ -47,7 +47,7 @@ def layer_work(spec: LayerSpec, mode: Mode) -> list[Work]:
         items.append(Work("quantize", stored * (REAL + state) + inputs))
         accumulated = 2 * REAL if mode == Mode.MODIFF else REAL
         items.append(Work("INT8 convolution", inputs + accumulated * outputs, int8=2 * spec.macs))
-    if spec.normalized and spec.in_shape[1] * spec.in_shape[2] > SMALL:
+    if spec.normalized is Norm.GROUP and spec.in_shape[1] * spec.in_shape[2] > SMALL:
         items.append(Work("group sums", REAL * inputs))
         if mode == Mode.FLOAT:
             items.append(Work("quantize", 2 * REAL * inputs))

@@ -61,6 +61,21 @@ class Kernels(Protocol):
         steps."""
         ...
 
+    def quantize_pixels(
+        self,
+        layer: NativeLayer | None,
+        a: Tensor,
+        out: Tensor,
+        *,
+        b: Tensor | None,
+        total: Tensor | None,
+        layer_norm: tuple[Tensor, Tensor, float] | None,
+        grid: Tensor | None,
+        state: Tensor | None,
+    ) -> None:
+        """`quantize` for an input that is a layer norm of a + b (which `total` receives), or without one GEGLU of a."""
+        ...
+
     def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
         """out [N, P*Q, K'] = addend (same shape, may be `out` itself; or a bias [K']) + steps[n] scale[k] (weight * q)."""
         ...
@@ -85,8 +100,10 @@ class Source:
 @dataclass(frozen=True)
 class LazyValue:
     """What the network passes around: sources of `height` x `width` pixels, and what is still to be done, in this order:
-    `skip` concatenated, `time` [C] added, `norm` (gain [C], shift [C], groups, eps), SiLU, `repeated` to 2x2 pixels each.
-    `channels` counts both sources. `accumulator` names the shared sum that `main` is, as it comes out of its layer."""
+    `skip` concatenated, `time` [C] added, `norm` (gain [C], shift [C], groups, eps), SiLU, `repeated` to 2x2 pixels each. Or,
+    in place of all these, a `layer_norm` (gain [C], shift [C], eps) over each pixel's channels, or GEGLU, of which `main` has
+    twice the channels. `channels` counts both sources, and what GEGLU leaves. `accumulator` names the shared sum that `main`
+    is, as it comes out of its layer."""
 
     main: Source
     channels: int
@@ -97,12 +114,19 @@ class LazyValue:
     norm: tuple[Tensor, Tensor, int, float] | None = None
     silu: bool = False
     repeated: bool = False
+    layer_norm: tuple[Tensor, Tensor, float] | None = None
+    gated: bool = False
     accumulator: str | None = None
 
     @property
     def is_changed(self) -> bool:
         """Whether anything but a sum and a concatenation is to be done."""
-        return self.time is not None or self.norm is not None or self.silu or self.repeated
+        return self.time is not None or self.norm is not None or self.silu or self.repeated or self.is_of_pixels
+
+    @property
+    def is_of_pixels(self) -> bool:
+        """Whether a layer norm or GEGLU is to be done, which nothing else may follow."""
+        return self.layer_norm is not None or self.gated
 
     @property
     def is_plain(self) -> bool:
@@ -114,7 +138,7 @@ class LazyValue:
 class Buffers:
     """What lives across passes for N images: `state` int16 and `o_hat` by layer (two layers may share one accumulator),
     zeroed integer inputs of layers whose channels are padded, the row vector of the current pass, and what a context gives:
-    keys and values by attention."""
+    keys and values by attention, [N, 2, S, C]."""
 
     state: Mapping[str, Tensor]
     o_hat: Mapping[str, Tensor]
@@ -235,32 +259,38 @@ class NativeOps:
 
     def _read(self, x: LazyValue, layer: NativeLayer | None, grid: Tensor | None, steps: Tensor | None = None) -> Tensor:
         """The layer's integer input (without `grid` its input in the network's type), and the layer's new state."""
+        if x.is_of_pixels and steps is not None:
+            x = self._written_value(x)
         skip = x.skip.tensor() if x.skip is not None else None
         skip_channels = skip.shape[2] if skip is not None else 0
         shape = InputShape(x.channels - skip_channels, skip_channels, x.height, width=x.width, upsample=x.repeated)
         a, b = x.main.a, x.main.b
         total = torch.empty_like(a) if b is not None else None
+        state = None if layer is None else self._buffers.state.get(layer.spec.name)
         name = layer.spec.name if layer is not None else ""
         if name in self._buffers.padded:
             out = self._buffers.padded[name]
         else:
             dtype = self._kernels.integer if grid is not None else self._kernels.real
             out = torch.empty(len(a), shape.out_pixels, shape.total, dtype=dtype, device=a.device)
-        self._kernels.quantize(
-            layer,
-            shape,
-            a,
-            out=out,
-            b=b,
-            total=total,
-            skip=skip,
-            time=x.time,
-            norm=x.norm,
-            silu=x.silu,
-            grid=grid,
-            state=self._buffers.state.get(name),
-            steps=steps,
-        )
+        if x.is_of_pixels:
+            self._kernels.quantize_pixels(layer, a, out, b=b, total=total, layer_norm=x.layer_norm, grid=grid, state=state)
+        else:
+            self._kernels.quantize(
+                layer,
+                shape,
+                a,
+                out=out,
+                b=b,
+                total=total,
+                skip=skip,
+                time=x.time,
+                norm=x.norm,
+                silu=x.silu,
+                grid=grid,
+                state=state,
+                steps=steps,
+            )
         if total is not None:
             x.main.a, x.main.b = total, None
         return out
@@ -276,7 +306,7 @@ class NativeOps:
         return self._normed(x, self._norms[f"{name}.weight"], self._norms[f"{name}.bias"], groups=groups, eps=eps)
 
     def _normed(self, x: LazyValue, gain: Tensor, shift: Tensor, groups: int, eps: float) -> LazyValue:
-        if self._whole(x).norm is not None or x.silu or x.repeated:
+        if self._whole(x).norm is not None or x.silu or x.repeated or x.is_of_pixels:
             x = self._written_value(x)
         return replace(x, norm=(gain, shift, groups, eps))
 
@@ -321,28 +351,26 @@ class NativeOps:
         return replace(qkv, main=Source(out.transpose(1, 2).reshape(n, pixels, channels)), channels=channels)
 
     def layer_norm(self, name: str, x: LazyValue) -> LazyValue:
-        x = self._written_value(x)
-        gain, shift = self._norms[f"{name}.weight"], self._norms[f"{name}.bias"]
-        tensor = x.main.tensor()
-        normed = F.layer_norm(tensor, gain.shape, gain.to(tensor.dtype), shift.to(tensor.dtype), LAYER_NORM_EPS)
-        return replace(x, main=Source(normed))
+        if not self._whole(x).is_plain:
+            x = self._written_value(x)
+        return replace(x, layer_norm=(self._norms[f"{name}.weight"], self._norms[f"{name}.bias"], LAYER_NORM_EPS))
 
     def geglu(self, x: LazyValue) -> LazyValue:
-        x = self._written_value(x)
-        value, gate = x.main.tensor().chunk(2, dim=2)
-        return replace(x, main=Source(value * F.gelu(gate)), channels=x.channels // 2)
+        if not self._whole(x).is_plain or x.main.b is not None:
+            x = self._written_value(x)
+        return replace(x, gated=True, channels=x.channels // 2)
 
     def cross_attention(self, name: str, q: LazyValue, channels: int, heads: int) -> LazyValue:
         q = self._written_value(q)
         tensor, prompt = q.main.tensor(), self._buffers.bound[name]
         n, pixels, _ = tensor.shape
-        k, v = prompt.view(n, 2, heads, channels // heads, -1).transpose(3, 4).unbind(1)
+        k, v = prompt.view(n, 2, -1, heads, channels // heads).transpose(2, 3).unbind(1)
         out = F.scaled_dot_product_attention(tensor.view(n, pixels, heads, channels // heads).transpose(1, 2), k, v)
         return replace(q, main=Source(out.transpose(1, 2).reshape(n, pixels, channels)))
 
     def upsample(self, x: LazyValue) -> LazyValue:
         """Left to the convolution that follows: its input is quantized first, then repeated."""
-        if self._whole(x).repeated:
+        if self._whole(x).repeated or x.is_of_pixels:
             x = self._written_value(x)
         return replace(x, repeated=True)
 

@@ -1,4 +1,4 @@
-"""The denoiser of a context: with its guidance around it. No torch."""
+"""Guidance around denoisers whose pass has none. Those on a device have it inside (`GraphedDenoiser`). No torch."""
 
 from __future__ import annotations
 

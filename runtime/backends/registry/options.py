@@ -173,9 +173,16 @@ def _torch_backend(options: SamplingOptions) -> Backend:
         timesteps = _sequence(options, config, solver)
         denoiser: Denoiser
         if options.dtype == "fp32" and not options.compile:
-            denoiser = trained.unquantized(network, checkpoint.params, timesteps, device=device)
+            denoiser = guided(trained.unquantized(network, checkpoint.params, timesteps, device=device), context)
         elif options.dtype == "fp16" and device == "cuda":
-            denoiser = trained.compiled_fp16(network, checkpoint.params, timesteps, solver=solver, compiled=options.compile)
+            denoiser = trained.compiled_fp16(
+                network,
+                checkpoint.params,
+                timesteps,
+                solver=solver,
+                compiled=options.compile,
+                guidance=context.guidance,
+            )
         else:
             raise InputError("--compile goes with --dtype fp16, and both with --device cuda")
         made = {
@@ -184,7 +191,7 @@ def _torch_backend(options: SamplingOptions) -> Backend:
             "timesteps": list(timesteps),
             "solver": solver.to_dict(),
         }
-        return Backend(guided(denoiser, context), config, solver, manifest=manifest | made, context=context)
+        return Backend(denoiser, config, solver, manifest=manifest | made, context=context)
     if options.scales is None:
         raise InputError(f"--backend {options.backend} needs --scales FILE; make one with `modiff-trt calibrate`")
     scales = load_scales(options.scales, network, checkpoint.sha256)
@@ -192,9 +199,10 @@ def _torch_backend(options: SamplingOptions) -> Backend:
     if not options.modulate:
         scales = scales.without_modulation()
     if options.backend == "native":
-        denoiser = trained.native(network, checkpoint.params, scales, device)
+        denoiser = trained.native(network, checkpoint.params, scales, device, guidance=context.guidance)
     elif options.backend == "torch-sim":
-        denoiser = trained.simulated(network, checkpoint.params, scales, device=device, compiled=options.compile)
+        simulated = trained.simulated(network, checkpoint.params, scales, device=device, compiled=options.compile)
+        denoiser = guided(simulated, context)
     else:
         raise ValueError(f"no denoiser of a network and its scales is called {options.backend}")
     manifest |= {
@@ -204,7 +212,7 @@ def _torch_backend(options: SamplingOptions) -> Backend:
         "timesteps": list(scales.rows.timesteps),
         "solver": scales.solver.to_dict(),
     }
-    return Backend(guided(denoiser, context), config, scales.solver, manifest=manifest, context=context)
+    return Backend(denoiser, config, scales.solver, manifest=manifest, context=context)
 
 
 def _onnx_backend(options: SamplingOptions) -> Backend:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modiff_trt.core.context import context_arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.scales import Scales
 from modiff_trt.core.solvers import Solver
@@ -34,16 +33,20 @@ def unquantized(
 
 
 def compiled_fp16(
-    network: Network, params: Params, timesteps: tuple[int, ...], solver: Solver, *, compiled: bool = True
+    network: Network,
+    params: Params,
+    timesteps: tuple[int, ...],
+    solver: Solver,
+    *,
+    compiled: bool = True,
+    guidance: float | None = None,
 ) -> CompiledDenoiser:
-    """The network as trained, in FP16 on CUDA: the baseline of speed."""
+    """The network as trained, in FP16 on CUDA: the baseline of speed. Guidance is part of its pass."""
     from modiff_trt.runtime.backends.compiled_denoiser import CompiledDenoiser
 
-    if context_arrays(network.config.architecture):
-        raise InputError("--dtype fp16 is for networks that are given noise alone, and this one has a context")
     if not torch.cuda.is_available():
         raise InputError("FP16 through torch.compile is for --device cuda")
-    return CompiledDenoiser(network, params, timesteps, solver=solver, compiled=compiled)
+    return CompiledDenoiser(network, params, timesteps, solver=solver, compiled=compiled, guidance=guidance)
 
 
 def simulated(network: Network, params: Params, scales: Scales, device: str = "cpu", **options: Any) -> SimDenoiser:
@@ -53,11 +56,13 @@ def simulated(network: Network, params: Params, scales: Scales, device: str = "c
     return SimDenoiser(network, params, scales, device=device, **options)
 
 
-def native(network: Network, params: Params, scales: Scales, device: str = "cpu") -> NativeDenoiser:
-    """True INT8. Raises InputError where it cannot run, or cannot run these scales."""
+def native(
+    network: Network, params: Params, scales: Scales, device: str = "cpu", *, guidance: float | None = None
+) -> NativeDenoiser:
+    """True INT8, with guidance as part of a pass. Raises InputError where it cannot run, or cannot run these scales."""
     from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 
-    return NativeDenoiser(network, params, scales, kernels=native_kernels(device), device=device)
+    return NativeDenoiser(network, params, scales, kernels=native_kernels(device), device=device, guidance=guidance)
 
 
 def native_kernels(device: str) -> Kernels:

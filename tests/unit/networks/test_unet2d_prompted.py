@@ -21,6 +21,8 @@ from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 from modiff_trt.runtime.backends.registry.guidance import guided
 from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
+from modiff_trt.runtime.images.noise import ImageNoise
+from modiff_trt.runtime.sampler import sample_trajectory
 
 TOKENS, IMAGES = 5, 2
 CONDITION = "UNet2DConditionModel"
@@ -181,6 +183,36 @@ def test_an_image_does_not_depend_on_the_others(case):
     first = replace(context, positive={k: np.stack([v[1], v[1]]) for k, v in context.positive.items()})
     changed = replace(case, trajectories=replace(case.trajectories, context=first)).sample(native, images=2)
     assert np.array_equal(changed[1], both[1]) and not np.allclose(changed[0], both[0], atol=1e-3)
+
+
+class InFours(NativeDenoiser):
+    """Fills batches up to four, as captured graphs do to powers of two."""
+
+    def _padded(self, batch):
+        return -(-batch // 4) * 4
+
+
+def test_guidance_inside_a_pass_is_guidance_around_it(case):
+    context, scales = case.trajectories.context, case.scales()
+    if context.guidance is None:
+        pytest.skip("no guidance")
+    parts = (case.network, case.checkpoint.params, scales, CpuKernels(), "cpu")
+    around, inside = NativeDenoiser(*parts), InFours(*parts, guidance=context.guidance)
+    x, lines = ImageNoise(0, range(3), case.network.config.input_shape).draw(), context.of(range(3))
+    expected = guided(around, context)
+    expected.reset(3, lines)
+    inside.reset(3, lines)
+    for row in range(len(scales.rows)):
+        found = inside(torch.from_numpy(x), row)
+        np.testing.assert_allclose(found, expected(torch.from_numpy(x), row), rtol=1e-5, atol=1e-5)
+    assert [i.nbytes for i in inside.state_info] == [i.nbytes for i in expected.state_info]
+    # A whole trajectory on the device, with the solver's update in it; and a smaller batch in the same buffers.
+    updates = case.updates()
+    stepped = sample_trajectory(expected, updates, x, context=lines)
+    whole = sample_trajectory(inside, updates, x, context=lines)
+    np.testing.assert_allclose(whole, stepped, rtol=1e-3, atol=1e-3)
+    alone = sample_trajectory(inside, updates, x[:1], context=context.of(range(1)))
+    np.testing.assert_array_equal(alone, whole[:1])
 
 
 def test_guidance_is_the_combination_of_two_answers(layout):

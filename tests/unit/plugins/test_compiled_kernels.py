@@ -10,10 +10,12 @@ COMPILE = """
 import sys
 
 import torch
-from kernel_cases import CASES, KernelCase, launch
+from kernel_cases import CASES, PIXEL_CASES, KernelCase, PixelCase, launch, launch_pixels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from modiff_trt.plugins.modulated_conv.kernels import groups as groups_kernel
+from modiff_trt.plugins.modulated_conv.kernels import pixels as pixels_kernel
 from modiff_trt.plugins.modulated_conv.kernels import quantize as quantize_kernel
 
 from modiff_trt.plugins.modulated_conv.kernels import refresh as refresh_kernel
@@ -38,7 +40,8 @@ class Compiled:
         if "FAST" in kwargs:
             kwargs["FAST"] = True  # as on a GPU
         names = self._kernel.arg_names
-        types = [TYPES[a.dtype] if isinstance(a, torch.Tensor) else "fp32" for a in args] + ["constexpr"] * len(kwargs)
+        kinds = {int: "i32", float: "fp32"}
+        types = [TYPES[a.dtype] if isinstance(a, torch.Tensor) else kinds[type(a)] for a in args] + ["constexpr"] * len(kwargs)
         ordered = {name: kwargs[name] for name in names[len(args) :]}
         aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(args) if isinstance(a, torch.Tensor)}
         source = ASTSource(self._kernel, dict(zip(names, types, strict=True)), ordered, aligned)
@@ -47,8 +50,10 @@ class Compiled:
         compiled.add(name)
 
 
-for name in ("sums_kernel", "quantize_kernel"):
-    Compiled(quantize_kernel, name)
+for name in ("sums_kernel", "affine_kernel"):
+    Compiled(groups_kernel, name)
+Compiled(quantize_kernel, "quantize_kernel")
+Compiled(pixels_kernel, "pixels_kernel")
 for name in ("byte_kernel", "bias_kernel"):
     Compiled(refresh_kernel, name)
 CIFAR10 = (
@@ -61,13 +66,16 @@ CIFAR10 = (
 )
 for case in (*CASES.values(), *CIFAR10):
     launch(case, "cpu", torch.float16, overlap=capability >= 90)
+for case in (*PIXEL_CASES.values(), PixelCase(640, 1024, add=True), PixelCase(2560, 1024, gated=True)):
+    launch_pixels(case, "cpu", torch.float16, overlap=capability >= 90)
 for shape in (InputShape(128, 0, 32, 32), InputShape(3, 0, 32, 32), InputShape(256, 0, 16, 16, True)):
     channels = -(-shape.total // 16) * 16
     state = torch.zeros(2, shape.pixels, shape.total, dtype=torch.int16)
     for high in (False, True):
         refresh_kernel.write_byte(shape, state, torch.zeros(2, shape.out_pixels, channels, dtype=torch.int8), high=high)
     refresh_kernel.set_to_bias(torch.zeros(2, shape.pixels, channels).half(), torch.zeros(channels))
-assert compiled == {"sums_kernel", "quantize_kernel", "byte_kernel", "bias_kernel"}, compiled
+names = {"sums_kernel", "affine_kernel", "quantize_kernel", "pixels_kernel", "byte_kernel", "bias_kernel"}
+assert compiled == names, compiled
 """
 
 

@@ -1,11 +1,13 @@
 """The INT8 convolution and the plugin's first launch, in Triton's interpreter, against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.plugins.modulated_conv import reference
-from modiff_trt.plugins.modulated_conv.geometry import RESIDUAL_TILE, ConvTile, Geometry, conv_tile
+from modiff_trt.plugins.modulated_conv.geometry import RESIDUAL_TILE, ConvTile, Geometry, conv_tile, tiles_to_time
 from modiff_trt.plugins.modulated_conv.kernels import conv as conv
 from modiff_trt.plugins.modulated_conv.kernels.residual import residual_kernel
 
@@ -59,14 +61,14 @@ def test_each_image_may_have_a_step_of_its_own(shape, scratch):
         torch.testing.assert_close(out[i : i + 1].double(), expected, rtol=1e-6, atol=2e-4)
 
 
-def test_neither_tile_nor_split_changes_a_bit(monkeypatch, scratch):
+def test_neither_tile_nor_split_changes_a_bit(scratch):
     q = torch.randint(-128, 128, (2, 36, 64), dtype=torch.int8)
     weight, scale = torch.randint(-128, 128, (48, 3, 3, 64), dtype=torch.int8), torch.rand(48)
     o_hat, results = torch.randn(2, 36, 48), []
     for tile in (ConvTile(16, 32, 32, 2, 2, 9), ConvTile(64, 64, 64, 3, 4, 1), ConvTile(32, 16, 64, 2, 4, 3)):
-        monkeypatch.setattr(conv, "conv_tile", lambda geometry, tile=tile: tile)
         out = o_hat.clone()  # in place, as in deployment
-        conv.convolve_int8(q, weight, scale, out, out, size=(6, 6), stride=1, padding=(1, 1, 1, 1), scratch=scratch)
+        window = {"size": (6, 6), "stride": 1, "padding": (1, 1, 1, 1)}
+        conv.convolve_int8(q, weight, scale, out, out, scratch=scratch, tile=tile, **window)
         results.append(out)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
@@ -76,6 +78,10 @@ def test_tiles_fill_a_gpu_before_they_grow():
     many = conv_tile(Geometry(256, 256, 32, 32, 256, 3, 1, (1, 1, 1, 1)))
     assert one.split > 1 and one.sites < many.sites and many.split == 1
     assert conv_tile(Geometry(1, 256, 8, 8, 256, 3, 1, (1, 1, 1, 1)), may_split=False).split == 1
+    assert tiles_to_time(Geometry(256, 256, 32, 32, 256, 3, 1, (1, 1, 1, 1))) == [many]
+    # Stable Diffusion's smallest images: long sums, of which a GPU holds more programs than one tile each makes.
+    whole, parts = tiles_to_time(Geometry(2, 1280, 8, 8, 1280, 3, 1, (1, 1, 1, 1)))
+    assert (whole.split, parts.split) == (1, 3) and replace(parts, split=1) == whole
     with pytest.raises(InputError, match="a smaller one"):
         _ = Geometry(10_000, 512, 32, 32, 512, 3, 1, (1, 1, 1, 1)).constants
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import CASES, check
+from kernel_cases import CASES, PIXEL_CASES, check, check_pixels
 
 from modiff_trt.plugins.modulated_conv.kernels.quantize import quantize_input
 from modiff_trt.plugins.modulated_conv.reference import InputShape
@@ -24,3 +24,8 @@ def test_what_a_state_cannot_count_does_not_coarsen_its_image_s_grid(outlier):
     error = (unit * state.float() - x).abs()
     error[0, 0, 0] = 0
     assert error.max() < unit
+
+
+@pytest.mark.parametrize("name", PIXEL_CASES)
+def test_inputs_of_transformer_layers_equal_float64(name):
+    check_pixels(PIXEL_CASES[name], "cpu")

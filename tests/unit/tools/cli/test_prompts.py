@@ -1,5 +1,6 @@
 """A Stable Diffusion folder of random parts through the commands: its latents are the pipeline's, its files take prompts."""
 
+import json
 import subprocess
 import sys
 
@@ -231,10 +232,29 @@ def test_wrong_contexts_are_refused_in_one_line(stable, tmp_path, capsys, name):
     assert not (tmp_path / "t.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", ["bench", "report"])
-def test_commands_without_a_context_say_so(stable, tmp_path, capsys, command):
-    assert run(command, "--model", stable[1], "--scales", "s", "--out", tmp_path / "out") == 2
+def test_a_report_without_a_context_says_so(stable, tmp_path, capsys):
+    assert run("report", "--model", stable[1], "--scales", "s", "--out", tmp_path / "out") == 2
     assert "given noise alone" in capsys.readouterr().err
+
+
+def test_backends_are_timed_with_prompts(stable, quantized, tmp_path, capsys):
+    _, folder, prompts = stable
+    out, costs = tmp_path / "bench.json", tmp_path / "costs.json"
+    job = ["bench", "--model", folder, "--scales", quantized / "s.safetensors", "--num-runs", 1, "--num-passes", 2]
+    backends = "torch-fp32,torch-sim,native-int8,native-modiff,onnxruntime-modiff"
+    assert run(*job, "--out", out) == 2
+    assert "pass --context FILE.npz" in capsys.readouterr().err and not out.exists()
+    prompted = ["--context", prompts, "--guidance", GUIDANCE, "--batch-sizes", "1,2"]
+    assert run(*job, *prompted, "--backends", backends, "--out", out) == 0
+    result = json.loads(out.read_text())
+    assert result["guidance"] == GUIDANCE and not result["not_run"]
+    for rows in result["batches"].values():
+        assert list(rows) == backends.split(",")
+        # Each image that is made has the state of the two that the network sees, whoever combines them.
+        of_native, of_sim = rows["native-modiff"]["state_bytes_an_image"], rows["torch-sim"]["state_bytes_an_image"]
+        assert of_native > 0 and of_sim > 0 and rows["native-int8"]["state_bytes_an_image"] == 0
+    assert run(*job, *prompted[:-1], "1", "--backends", "native-modiff", "--costs", costs, "--out", out) == 0
+    assert json.loads(costs.read_text())["batches"]["1"]["whole"] > 0
 
 
 def test_one_command_quantizes_with_prompts(stable, tmp_path, capsys):
