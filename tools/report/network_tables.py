@@ -27,6 +27,25 @@ def classes(data: dict[str, Any]) -> str:
     return "\n".join(table("method and backend", ["PSNR to FP32, dB", "images"], lines))
 
 
+def gpu_speed(data: dict[str, Any]) -> str:
+    """Milliseconds of a pass at Stable Diffusion's size, beside diffusers' own."""
+    lines = {}
+    for batch, row in data["batches"].items():
+        ratio = row["diffusers_fp16_compiled_ms"] / row["native_int8_ms"]
+        times = [f"{row[name]:.2f}" for name in ("diffusers_fp16_compiled_ms", "native_int8_ms")]
+        lines[batch] = [*times, f"{ratio:.2f}x", f"{row['memory_gb']:.1f}"]
+    second = data["second_machine"]
+    ratios = " and ".join(
+        f"{second['diffusers_fp16_compiled_ms'][n] / second['native_int8_ms'][n]:.2f}x at {n}" for n in second["native_int8_ms"]
+    )
+    note = (
+        f"\n{data['machine']['gpu']}; {data['what']}. On another H200, in one call and before sums were split: {ratios} "
+        "(`results/sd15_speed_h200.json`)."
+    )
+    columns = ["diffusers FP16, compiled, ms", "native INT8, ms", "ratio", "memory, GB"]
+    return "\n".join([*table("batch", columns, lines), note])
+
+
 def full_width(data: dict[str, Any]) -> str:
     """Seconds and memory of each stage at Stable Diffusion's size."""
     lines = {name: [f"{row['seconds']:.0f}", f"{row['peak_gb']:.1f}"] for name, row in data["stages"].items()}

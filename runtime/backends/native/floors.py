@@ -51,8 +51,12 @@ def layer_work(spec: LayerSpec, mode: Mode) -> list[Work]:
         items.append(Work("group sums", REAL * inputs))
         if mode == Mode.FLOAT:
             items.append(Work("quantize", 2 * REAL * inputs))
+    if spec.normalized is Norm.LAYER and mode == Mode.FLOAT:
+        items.append(Work("quantize", 2 * REAL * inputs))
     if spec.role is Role.QKV:
-        items.append(Work("attention", REAL * (outputs + inputs)))
+        pixels = spec.out_shape[1] * spec.out_shape[2]
+        # Two products of all pixels with all, over the channels of q.
+        items.append(Work("attention", REAL * (outputs + inputs), fp16=4 * pixels * outputs // 3))
     return items
 
 

@@ -29,7 +29,11 @@ def test_bytes_and_operations_are_those_of_the_shapes(small):
     assert Work("quantize", (2 + 4 + 1) * channels * 64) in items
     second = small.network.layer("down_blocks.0.resnets.0.conv2")
     assert Work("INT8 convolution", (1 + 4) * channels * 64, int8=2 * second.macs) in items
-    assert sum(item.int8 for item in items) + sum(item.fp16 for item in items) == 2 * sum(s.macs for s in small.network.layers)
+    # Attention at 4x4 pixels, of each to each: products with k and with v, over all channels.
+    attention = [item for item in items if item.kind == "attention"]
+    assert [item.fp16 for item in attention] == [2 * 2 * 16 * 16 * 64] * 4
+    products = [item for item in items if item.kind != "attention"]
+    assert sum(item.int8 + item.fp16 for item in products) == 2 * sum(s.macs for s in small.network.layers)
 
 
 def test_launches_that_overlap_need_the_longer_of_moving_and_multiplying():
