@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.tools.cli.options import Device, Model, Seed, Weights
+from modiff_trt.tools.cli.options import ContextFile, Device, Guidance, Model, Seed, Weights
 
 MOST_IMAGES = 256
 
@@ -25,21 +26,25 @@ def report(
     bench: Annotated[str, typer.Option(help="comma-separated files that `bench` wrote")] = "",
     evaluation: Annotated[Path | None, typer.Option(help="file that `evaluate` wrote")] = None,
     plan: Annotated[Path | None, typer.Option(help="plan whose layers are listed (its .json lies beside it)")] = None,
+    context: ContextFile = None,
+    guidance: Guidance = None,
     weights: Weights = None,
     device: Device = "cpu",
 ) -> None:
     """Write a self-contained page: images, errors, ranges, speed, metrics and manifests."""
-    from modiff_trt.core.context import from_noise_to_pictures
+    from modiff_trt.core.context import load_context
     from modiff_trt.core.files import atomic_path, check_writable, sha256
     from modiff_trt.core.scales import load_scales
     from modiff_trt.networks.state_elements import state_elements
     from modiff_trt.runtime.backends.registry.options import check_device, checkpoint_manifest, load_model
+    from modiff_trt.runtime.images.folders import PICTURE_CHANNELS
     from modiff_trt.runtime.sampling import check_seed
     from modiff_trt.tools.assets import config_path, demo_path
     from modiff_trt.tools.cli.evaluate import rows_of
     from modiff_trt.tools.provenance import provenance
     from modiff_trt.tools.report.data import compare
-    from modiff_trt.tools.report.page import bench_section, engine_section, page
+    from modiff_trt.tools.report.page import page
+    from modiff_trt.tools.report.sections import engine, speed
 
     given = [value is not None for value in ((config, ckpt, scales) if model is None else (model, scales))]
     if any(given) and not all(given):
@@ -54,16 +59,21 @@ def report(
     if not any(given):
         config, ckpt = config_path("demo.yml"), demo_path("model.safetensors")
     network, checkpoint = load_model(config, ckpt, weights, model=model)
-    if not from_noise_to_pictures(network.config):
-        raise InputError("`report` is of networks that are given noise alone; this one has a context, or makes latents")
+    if network.config.latent or network.config.input_shape[0] not in PICTURE_CHANNELS:
+        raise InputError("`report` shows pictures, and this network makes latents; measure them with `evaluate --same-noise`")
+    given_context = load_context(context, guidance, network.config.architecture)
     file = scales or demo_path("modiff-w8a6.safetensors")
     loaded = load_scales(file, network, checkpoint.sha256)
     if not loaded.modulated:
         raise InputError(f"{file} has no modulated layer; calibrate with --method modiff")
-    benches = [_result(Path(part), bench_section) for part in bench.split(",") if part]
+    benches = [_result(Path(part), speed) for part in bench.split(",") if part]
     evaluated = _result(evaluation, rows_of) if evaluation is not None else None
-    built = _result(plan.with_suffix(".json"), engine_section, of_a_plan=True) if plan is not None else None
+    built = _result(plan.with_suffix(".json"), engine, of_a_plan=True) if plan is not None else None
+    source = model or ckpt
+    assert source is not None
     manifest: dict[str, Any] = {
+        "model": source.name,
+        "date": datetime.now(UTC).date().isoformat(),
         **checkpoint_manifest(checkpoint),
         "scales_sha256": loaded.file_sha256,
         "method": loaded.method,
@@ -76,7 +86,7 @@ def report(
     shown["plan manifest"] = [plan.with_suffix(".json")] if plan else []
     for what, files in shown.items():
         manifest |= {f"{what}_sha256": [sha256(file) for file in files]} if files else {}
-    comparison = compare(network, checkpoint, loaded, images=num_samples, seed=seed, device=device)
+    comparison = compare(network, checkpoint, loaded, images=num_samples, seed=seed, device=device, context=given_context)
     manifest["relative error of eps by step"] = {
         trace.name: [round(float(error), 6) for error in comparison.eps_error(trace)] for trace in comparison.traces[1:]
     }

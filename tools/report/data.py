@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from modiff_trt.core.context import NO_CONTEXT, Context
 from modiff_trt.core.manifest import quantization
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.core.scales import Scales
@@ -34,10 +35,12 @@ class Trace:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The methods side by side; the first is full precision. `timesteps` are those of the DDIM steps."""
+    """The methods side by side: full precision, quantization without state, and with it. `timesteps` are those of the steps;
+    `weights_alone` is the PSNR in dB of the rounded weights with exact activations."""
 
     timesteps: tuple[int, ...]
     traces: tuple[Trace, ...]
+    weights_alone: float
 
     def psnr(self, trace: Trace) -> float:
         """dB of a method's final images to full precision's."""
@@ -57,9 +60,19 @@ def _name(scales: Scales) -> str:
     return f"{method} W{about['weight_bits']}A{about['act_bits']}"
 
 
-def compare(network: Network, checkpoint: Checkpoint, scales: Scales, images: int, seed: int, device: str) -> Comparison:
+def compare(
+    network: Network,
+    checkpoint: Checkpoint,
+    scales: Scales,
+    *,
+    images: int,
+    seed: int,
+    device: str,
+    context: Context = NO_CONTEXT,
+) -> Comparison:
     """Samples images 0..images-1 of `seed` with every method."""
     from modiff_trt.runtime.backends.registry import trained
+    from modiff_trt.runtime.backends.registry.guidance import guided
 
     params, steps = checkpoint.params, scales.rows.timesteps
     plain = scales.without_modulation()
@@ -70,11 +83,12 @@ def compare(network: Network, checkpoint: Checkpoint, scales: Scales, images: in
     }
     start = ImageNoise(seed, range(images), network.config.input_shape).draw()
     updates = scales.solver.updates(network.config.diffusion, steps)
+    lines = context.of(range(images))
     traces = []
     with progress_bar() as bar:
-        task = bar.add_task("trace", total=len(made) * len(steps), unit="steps")
+        task = bar.add_task("trace", total=(len(made) + 1) * len(steps), unit="steps")
         for name, make in made.items():
-            denoiser = make()
+            denoiser = guided(make(), context)
             kept: list[tuple[Float32, Float32]] = []
 
             def keep(row: int, x: Any, eps: Any, of: Denoiser = denoiser, to: list[tuple[Float32, Float32]] = kept) -> None:
@@ -82,6 +96,9 @@ def compare(network: Network, checkpoint: Checkpoint, scales: Scales, images: in
                     to.append((of.to_host(x), of.to_host(eps)))
                     bar.advance(task)
 
-            samples = sample_trajectory(denoiser, updates, start, on_pass=keep)
+            samples = sample_trajectory(denoiser, updates, start, context=lines, on_pass=keep)
             traces.append(Trace(name, samples, np.stack([x for x, _ in kept]), eps=np.stack([eps for _, eps in kept])))
-    return Comparison(steps, tuple(traces))
+        alone = guided(trained.simulated(network, params, scales, device=device, act_quant=False), context)
+        samples = sample_trajectory(alone, updates, start, context=lines)
+        bar.advance(task, len(steps))
+    return Comparison(steps, tuple(traces), psnr(samples, traces[0].samples))

@@ -11,12 +11,13 @@ import numpy as np
 from PIL import Image
 
 from modiff_trt.core.costs import ModeCurve
-from modiff_trt.core.scales import Scales
+from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.tools.report.data import Comparison
 
 # Stands for the page's own colour; nothing else has it.
 INK = "#010203"
-STYLES = (("#3b82c4", "-", "o"), ("#d97706", "--", "s"), ("#0f9d77", ":", "^"), ("#b0579b", "-.", "D"))
+# What is compared with, and what the page is about, in the page's accent.
+STYLES = (("#8b98a5", "--", "s"), ("#12968f", "-", "o"))
 SETTINGS = {
     "svg.fonttype": "none",
     "font.size": 10.5,
@@ -51,37 +52,51 @@ def _svg(figure: Any, label: str) -> str:
 def eps_errors(comparison: Comparison) -> str:
     """Relative error of eps over the steps, one line for each quantized method."""
     import matplotlib
+    from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context(SETTINGS):
         figure, axis = _figure(5.4, 3.4)
-        for trace, (colour, line, marker) in zip(comparison.traces[1:], STYLES[1:], strict=False):
+        for trace, (colour, line, marker) in zip(comparison.traces[1:], STYLES, strict=False):
             error = comparison.eps_error(trace)
             axis.plot(error, color=colour, linestyle=line, marker=marker, markevery=max(1, len(error) // 8), label=trace.name)
         axis.set_yscale("log")
-        axis.set_xlabel("DDIM step (noise to image)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlabel("step (noise to image)")
         axis.set_ylabel("error of eps, relative to FP32")
         axis.legend()
         return _svg(figure, "Relative error of the predicted noise over the denoising steps")
 
 
-def range_map(scales: Scales, of: str) -> str:
-    """Heat map of the largest activation, or residual, per layer (rows) and step (columns), on one logarithmic scale."""
+def drift(comparison: Comparison) -> str:
+    """PSNR of x to FP32's x before each step and at the end, one line for each quantized method."""
     import matplotlib
+    from matplotlib.ticker import MaxNLocator
+
+    exact = comparison.traces[0]
+    with matplotlib.rc_context(SETTINGS):
+        figure, axis = _figure(5.4, 3.4)
+        for trace, (colour, line, marker) in zip(comparison.traces[1:], STYLES, strict=False):
+            pairs = [*zip(trace.x[1:], exact.x[1:], strict=True), (trace.samples, exact.samples)]
+            decibels = [psnr(x, y) for x, y in pairs]
+            steps = range(1, len(decibels) + 1)
+            every = max(1, len(decibels) // 8)
+            axis.plot(steps, decibels, color=colour, linestyle=line, marker=marker, markevery=every, label=trace.name)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlabel("steps done")
+        axis.set_ylabel("PSNR to FP32, dB")
+        axis.legend()
+        return _svg(figure, "PSNR of the images on their way over the steps")
+
+
+def heat_map(data: np.ndarray[Any, Any], ends: tuple[float, float]) -> str:
+    """[layers, steps] as a data URL of one pixel a value, on a logarithmic scale between `ends`; transparent where it is 0."""
+    from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    both = [data[data > 0] for data in (scales.activation_range, scales.residual_range)]
-    norm = LogNorm(min(float(v.min()) for v in both), max(float(v.max()) for v in both))
-    data = (scales.activation_range if of == "activation" else scales.residual_range).T
-    steps = [scales.rows.timesteps[int(s)] for s in scales.range_steps]
-    with matplotlib.rc_context(SETTINGS):
-        figure, axis = _figure(5.4, 4.4)
-        shown = axis.imshow(np.where(data > 0, data, np.nan), aspect="auto", norm=norm, cmap="cividis", interpolation="nearest")
-        ticks = range(0, len(steps), max(1, len(steps) // 6))
-        axis.set_xticks(list(ticks), [str(steps[i]) for i in ticks])
-        axis.set_xlabel("timestep t (noise to image)")
-        axis.set_ylabel("layer, in order of execution")
-        figure.colorbar(shown, ax=axis, label=f"largest |{of}|")
-        return _svg(figure, f"Heat map of the largest {of} of each layer at each step")
+    shown = np.ma.masked_less_equal(data, 0)
+    pixels = colormaps["cividis"](LogNorm(*ends)(shown), bytes=True)
+    pixels[..., 3] = np.where(data > 0, 255, 0)
+    return png(np.asarray(pixels))
 
 
 def mode_curve(curve: ModeCurve) -> str:
@@ -92,7 +107,7 @@ def mode_curve(curve: ModeCurve) -> str:
     decibels = [point.decibels for point in curve.points]
     with matplotlib.rc_context(SETTINGS):
         figure, axis = _figure(5.4, 3.4)
-        colour, line, marker = STYLES[0]
+        colour, line, marker = STYLES[1]
         axis.plot(times, decibels, color=colour, linestyle=line, marker=marker, markerfacecolor="none")
         axis.plot(
             times[curve.chosen], decibels[curve.chosen], color=colour, marker=marker, linestyle="none", label="these scales"
@@ -103,26 +118,8 @@ def mode_curve(curve: ModeCurve) -> str:
         return _svg(figure, "PSNR of mixtures of modes over the time of a pass")
 
 
-def bars(values: dict[str, float], unit: str, label: str, best: str | None = None) -> str:
-    """Horizontal bars with their figures; `best` is drawn filled, the others hatched, so that it shows without colour."""
-    import matplotlib
-
-    with matplotlib.rc_context(SETTINGS):
-        figure, axis = _figure(5.4, 0.7 + 0.38 * len(values))
-        for i, (name, value) in enumerate(values.items()):
-            filled = name == best
-            axis.barh(i, value, 0.62, color=STYLES[2][0] if filled else "none", edgecolor=INK, hatch=None if filled else "///")
-            shown = f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
-            axis.annotate(shown, (value, i), (5, 0), textcoords="offset points", va="center")
-        axis.set_yticks(range(len(values)), list(values))
-        axis.invert_yaxis()
-        axis.set_xlim(0, max(values.values()) * 1.2)
-        axis.set_xlabel(unit)
-        return _svg(figure, label)
-
-
 def png(image: np.ndarray[Any, Any]) -> str:
-    """uint8 [H, W, 3] or [H, W, 1] as a data URL."""
+    """uint8 [H, W, C] of 1, 3 or 4 channels as a data URL."""
     file = io.BytesIO()
     Image.fromarray(image.squeeze()).save(file, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")

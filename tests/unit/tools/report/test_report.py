@@ -63,6 +63,11 @@ def test_the_page_has_its_sections_and_no_address_of_the_network(tmp_path):
     assert sha256(demo_path("modiff-w8a6.safetensors")) in text
     found = [float(v) for v in re.findall(r"<b>([\d.]+) dB</b>", text)]
     assert found[1] > found[0] + 10  # MoDiff against Q-Diff
+    said = re.search(r'class="lead">(.*?)</p>', text)[1]
+    assert f"{found[1]} dB" in said and f"{found[0]} dB" in said and "limit it" in said
+    # Every layer is there by name, and what it was made with.
+    assert all(f'title="{name}: ' in text for name in ("conv_in", "mid_block.resnets.0.conv1", "conv_out"))
+    assert "model.safetensors, 50 ddim steps" in text
 
 
 def test_what_other_commands_did_not_write_is_refused_before_any_work(tmp_path, capsys):
@@ -79,7 +84,7 @@ def test_what_other_commands_did_not_write_is_refused_before_any_work(tmp_path, 
 
 def test_errors_are_those_of_the_trajectories(tiny):
     scales = tiny.scales(act_bits=6, edge_bits=8)
-    found = compare(tiny.network, tiny.checkpoint, scales, 2, 0, "cpu")
+    found = compare(tiny.network, tiny.checkpoint, scales, images=2, seed=0, device="cpu")
     assert [trace.name for trace in found.traces] == ["FP32", "Q-Diff W8A6", "MoDiff W8A6"]
     assert [trace.x.shape for trace in found.traces] == [(len(found.timesteps), 2, *tiny.network.config.input_shape)] * 3
     exact, _, modulated = found.traces
