@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from modiff_trt.runtime.backends.registry.guidance import guided
 from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import sample_trajectory
+from modiff_trt.tools.evaluation.inception import mend_torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,22 +45,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def mend_torchvision() -> None:
-    """torchvision from PyPI is built for CUDA; beside a CPU build of torch its library does not load, and then its import
-    fails for two operators that nothing here uses. Naming them lets the import through."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        kept.append(library)
-    except ImportError:
-        pass
-
-
-kept: list[torch.library.Library] = []
-mend_torchvision()
+with contextlib.suppress(ImportError):
+    mend_torchvision()  # peers import it too
 torch.set_num_threads(min(2, usable_cores()))
 
 

@@ -104,7 +104,7 @@ def calibrate(
     batch_size: BatchSize = 8,
     weights: Weights = None,
     device: Device = "cpu",
-) -> None:
+) -> str | None:
     """Find the scales of every layer and write them to a scales file."""
     from modiff_trt.core.costs import load_costs
     from modiff_trt.core.files import check_writable
@@ -247,7 +247,10 @@ def calibrate(
     if trials:
         verdict = verdict or judge(trials, scales)
         work = Work(trial_images * len(scales.rows), len(stored.chosen) * stored.x.shape[1], len(units(network)))
-        typer.echo(_verdict(verdict, scales, trial_images, work))
+        said = _verdict(verdict, scales, trial_images, work)
+        typer.echo(said)
+        return said
+    return None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from modiff_trt.tools.stopping import BAD_INPUT, INTERRUPTED, exit_code
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     # The research code spells options with underscores; both spellings work.
     context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 RECORD, SCHEMA = "quantization.json", 1
 TRAJECTORIES, SCALES, NETWORK, REPORT = "trajectories.safetensors", "scales.safetensors", "network.onnx", "report.html"
+CARD = "README.md"
 
 
 def quantize(
@@ -69,7 +71,7 @@ def quantize(
     weights: Weights = None,
     device: Device = "cpu",
 ) -> None:
-    """Quantize a checkpoint: trajectories, scales, ONNX file and report, each kept when the command is run again."""
+    """Quantize a checkpoint: trajectories, scales, ONNX file, report and README, each kept when the command is run again."""
     from modiff_trt.core.config import config_to_dict
     from modiff_trt.core.context import load_context
     from modiff_trt.core.costs import load_costs
@@ -128,7 +130,7 @@ def quantize(
     }
     of_model: dict[str, Any] = {"config": config, "ckpt": ckpt, "model": model, "weights": weights}
     trajectories, scales = out / TRAJECTORIES, out / SCALES
-    stages: dict[str, tuple[str, Callable[[], None]]] = {
+    stages: dict[str, tuple[str, Callable[[], str | None]]] = {
         "collect": (
             TRAJECTORIES,
             lambda: collect(
@@ -168,8 +170,18 @@ def quantize(
             NETWORK,
             lambda: export(**of_model, out=out / NETWORK, scales=scales, dtype="fp16" if device == "cuda" else "fp32"),
         ),
-        "report": (REPORT, lambda: report(**of_model, out=out / REPORT, scales=scales, device=device)),
+        "report": (
+            REPORT,
+            lambda: report(**of_model, out=out / REPORT, scales=scales, context=context, guidance=guidance, device=device),
+        ),
+        "README": (CARD, lambda: _write_card(name, out, network, record=record, weights=checkpoint.weights, sample=command)),
     }
+    given = "" if context is None else f" --context {context}" + ("" if guidance is None else f" --guidance {guidance:g}")
+    place = "FILE.npz" if network.config.latent else "FOLDER"
+    command = f"modiff-trt sample --backend onnx --onnx {out / NETWORK}{given} --num-samples 16 --out {place}"
+    source = model.resolve() if model is not None else ckpt
+    assert source is not None  # else `load_model` has refused
+    name = source.name if model is not None else source.stem
     with locked(out):
         record = _record(out / RECORD, settings)
         for number, (name, (file, run)) in enumerate(stages.items(), 1):
@@ -178,21 +190,45 @@ def quantize(
                 typer.echo(f"{title}: none, since {why}")
                 continue
             _stage(out / RECORD, record, name, out / file, run, title=title)
-    given = "" if context is None else f" --context {context}" + ("" if guidance is None else f" --guidance {guidance:g}")
-    place = "FILE.npz" if network.config.latent else "FOLDER"
-    command = f"modiff-trt sample --backend onnx --onnx {out / NETWORK}{given} --num-samples 16 --out {place}"
     typer.echo(f"{out}: sample with `{command}`")
 
 
 def _no_report(network: Network, scales: Scales) -> str | None:
     """Why there is nothing to report, if there is not."""
-    from modiff_trt.core.context import from_noise_to_pictures
+    from modiff_trt.runtime.images.folders import PICTURE_CHANNELS
 
     if not scales.modulated:
         return "no layer has kept its state"
-    if not from_noise_to_pictures(network.config):
-        return "it shows pictures that are made from noise alone"
+    if network.config.latent or network.config.input_shape[0] not in PICTURE_CHANNELS:
+        return "it shows pictures, and this network makes latents"
     return None
+
+
+def _write_card(name: str, out: Path, network: Network, *, record: dict[str, Any], weights: str, sample: str) -> None:
+    """The folder's README."""
+    from modiff_trt.core.context import from_noise_to_pictures
+    from modiff_trt.core.files import atomic_path
+    from modiff_trt.core.scales import load_scales
+    from modiff_trt.tools.provenance import provenance
+    from modiff_trt.tools.report.model_card import model_card
+
+    alone = from_noise_to_pictures(network.config)
+    made = provenance()
+    text = model_card(
+        name,
+        network,
+        load_scales(out / SCALES),
+        record["stages"],
+        checkpoint=weights,
+        made=f"`{made['command']}` on {datetime.now(UTC).date().isoformat()}, torch {made['versions']['torch']}",
+        commands=[
+            sample,
+            *([f"modiff-trt package --onnx {out / NETWORK} --out FOLDER   # samples without torch"] if alone else []),
+        ],
+        has_pipeline=alone,
+    )
+    with atomic_path(out / CARD) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _record(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +251,7 @@ def _record(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _stage(at: Path, record: dict[str, Any], name: str, file: Path, run: Callable[[], None], title: str) -> None:
+def _stage(at: Path, record: dict[str, Any], name: str, file: Path, run: Callable[[], str | None], title: str) -> None:
     """Runs a stage unless its file is there as it was written, and writes down that it is done."""
     from modiff_trt.core.files import sha256, write_signed
 
@@ -225,10 +261,12 @@ def _stage(at: Path, record: dict[str, Any], name: str, file: Path, run: Callabl
         return
     typer.echo(title)
     begin = time.perf_counter()
-    run()
+    said = run()
     # What was made from an earlier version of this file is not of it.
     later = list(record["stages"])
     for stage in later[later.index(name) :] if name in later else []:
         del record["stages"][stage]
     record["stages"][name] = {"file": file.name, "sha256": sha256(file), "seconds": round(time.perf_counter() - begin, 1)}
+    if said is not None:
+        record["stages"][name]["said"] = said
     write_signed(at, record)

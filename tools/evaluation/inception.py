@@ -51,9 +51,26 @@ def weights_file(path: Path | None) -> Path:
     return cached
 
 
+def mend_torchvision() -> None:
+    """torchvision from PyPI is built for CUDA; beside another build of torch its library does not load, and then its import
+    fails for two operators that nothing here uses. Naming them lets the import through."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _kept.append(library)
+
+
+# Operators are gone with the object that has named them.
+_kept: list[torch.library.Library] = []
+
+
 def build_network() -> Any:
     """torchvision's Inception v3 with pytorch-fid's changes, without weights. Raises InputError if either is absent."""
     try:
+        mend_torchvision()
         import torchvision
         from pytorch_fid import inception as fid
     except ImportError:

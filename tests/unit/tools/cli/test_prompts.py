@@ -232,9 +232,9 @@ def test_wrong_contexts_are_refused_in_one_line(stable, tmp_path, capsys, name):
     assert not (tmp_path / "t.safetensors").exists()
 
 
-def test_a_report_without_a_context_says_so(stable, tmp_path, capsys):
+def test_a_report_of_latents_is_refused(stable, tmp_path, capsys):
     assert run("report", "--model", stable[1], "--scales", "s", "--out", tmp_path / "out") == 2
-    assert "given noise alone" in capsys.readouterr().err
+    assert "this network makes latents" in capsys.readouterr().err
 
 
 def test_backends_are_timed_with_prompts(stable, quantized, tmp_path, capsys):
@@ -263,7 +263,7 @@ def test_one_command_quantizes_with_prompts(stable, tmp_path, capsys):
     prompted = [*job, "--context", prompts, "--guidance", GUIDANCE, "--out", tmp_path / "q"]
     assert run(*prompted) == 0
     said = capsys.readouterr().out.replace("\n", "")
-    assert "[4/4] report: none, since it shows pictures" in said
+    assert "[4/5] report: none, since it shows pictures" in said
     assert f"--context {prompts} --guidance 5 --num-samples 16 --out FILE.npz" in said
     sample = ["sample", "--backend", "onnx", "--onnx", tmp_path / "q" / "network.onnx", "--context", prompts]
     assert run(*sample, "--num-samples", 1, "--out", tmp_path / "s.npz") == 0

@@ -1,6 +1,8 @@
 """`quantize`: one command to a folder, which goes on where it was stopped and refuses to mix two quantizations."""
 
+import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ def test_one_command_makes_a_folder_and_keeps_what_is_there(job, tmp_path, capsy
     assert run(*job, "--out", out) == 0
     said = capsys.readouterr().out
     titles = [line for line in said.splitlines() if line.startswith("[")]
-    assert titles == ["[1/4] collect", "[2/4] calibrate", "[3/4] export", "[4/4] report"]
+    assert titles == ["[1/5] collect", "[2/5] calibrate", "[3/5] export", "[4/5] report", "[5/5] README"]
     scales = load_scales(out / "scales.safetensors")
     assert scales.modulated and len(scales.rows.timesteps) == 3
     assert (
@@ -37,11 +39,21 @@ def test_one_command_makes_a_folder_and_keeps_what_is_there(job, tmp_path, capsy
     with np.load(tmp_path / "s.npz") as images:
         assert np.isfinite(images["samples"]).all()
     assert "MoDiff" in (out / "report.html").read_text()
+    card = (out / "README.md").read_text()
+    verdict = re.search(r"PSNR of 2 trial images to FP32: [\d.]+ dB", said)
+    assert verdict and verdict[0] in card and "3 ddim" in card.replace("--timesteps 3", "3 ddim")
+    digest = hashlib.sha256((out / "network.onnx").read_bytes()).hexdigest()
+    assert digest[:16] in card and f"sample --backend onnx --onnx {out / 'network.onnx'}" in card
+    # Its Python is what runs.
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace('"."', repr(str(out)))
+    names = {}
+    exec(code, names)
+    assert len(names["images"]) == 4
 
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     capsys.readouterr()
     assert run(*job, "--out", out) == 0
-    assert capsys.readouterr().out.count("is there already") == 4
+    assert capsys.readouterr().out.count("is there already") == 5
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
     # What was made of a file that is gone is made again too.
