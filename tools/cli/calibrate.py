@@ -41,7 +41,7 @@ def calibrate(
     method: Annotated[Method, typer.Option(help="modulated residuals, or stateless (Q-Diffusion)")] = Method.MODIFF,
     weight_bit: Annotated[int, typer.Option(help="bits of the weights, 2 to 8")] = 8,
     act_bit: Annotated[int, typer.Option(help="bits of the activations, 2 to 8")] = 8,
-    edge_bit: Annotated[int | None, typer.Option(help="at least so many bits for the first and last layer")] = None,
+    edge_bit: Annotated[int | None, typer.Option(help="at least so many bits for the first and last layer (--act-bit)")] = None,
     scale_method: Annotated[ScaleMethod | None, typer.Option(help="of residuals, --granularity static (minmax)")] = None,
     activation_method: Annotated[
         ScaleMethod | None,

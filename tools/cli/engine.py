@@ -30,7 +30,7 @@ def build(
     opt_batch: Annotated[int | None, typer.Option(help="batch to optimize for (4, or the nearest in the profile)")] = None,
     max_batch: Annotated[int, typer.Option(help="largest batch of the profile")] = 16,
     tokens: Annotated[int, typer.Option(help="of a prompt, for networks that attend to one")] = 77,
-    level: Annotated[int | None, typer.Option(help="builder optimization level, 0 to 5")] = None,
+    level: Annotated[int | None, typer.Option(help="builder optimization level, 0 to 5 (TensorRT's own, 3)")] = None,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="run on later versions too")] = False,
     plugin: Annotated[
         bool, typer.Option("--plugin/--no-plugin", help="modulated layers by our plugin, or inlined, by TensorRT's own kernels")

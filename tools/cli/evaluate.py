@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -244,7 +245,7 @@ HEADINGS = (
 
 def make_table(results: dict[str, Any], paper: bool = False) -> Table:
     """The results, without columns that are empty in every row."""
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rows = rows_of(results, paper)
     shown = [i for i, heading in enumerate(HEADINGS) if any(row[i] for row in rows) or heading == "set"]
     for i in shown:
