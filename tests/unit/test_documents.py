@@ -9,7 +9,7 @@ from conftest import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", ["README.md", "docs/guide/sample.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/api.md", "docs/guide/sample.md"])
 def test_the_python_of_a_document_runs_as_it_stands(document):
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     result = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, check=False)

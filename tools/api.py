@@ -1,0 +1,106 @@
+"""What `modiff_trt` has for Python beside the stages of the command line: models, scales, denoisers and images as objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modiff_trt.core import scales as scales_file
+from modiff_trt.core.context import NO_CONTEXT, Context, load_context
+from modiff_trt.core.errors import InputError
+from modiff_trt.core.scales import Scales
+from modiff_trt.core.solvers import Solver
+from modiff_trt.networks.checkpoint import Checkpoint
+from modiff_trt.networks.operations import Network
+from modiff_trt.runtime.backends.registry import trained
+from modiff_trt.runtime.backends.registry.guidance import guided
+from modiff_trt.runtime.backends.registry.options import check_device, default_solver
+from modiff_trt.runtime.backends.registry.options import load_model as load_network
+from modiff_trt.runtime.denoiser import Denoiser
+from modiff_trt.runtime.images.noise import ImageNoise
+from modiff_trt.runtime.sampler import sample_trajectory
+
+BACKENDS = ("torch", "torch-sim", "native")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network, its weights, and the solver that its files name."""
+
+    network: Network
+    checkpoint: Checkpoint
+    solver: Solver
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A denoiser with what `sample` needs to drive it: its model, solver and context."""
+
+    denoiser: Denoiser
+    model: Model
+    solver: Solver
+    context: Context
+
+
+def load_model(
+    model: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    ckpt: str | Path | None = None,
+    weights: str | None = None,
+) -> Model:
+    """A diffusers folder `model`, or a DDIM configuration with its checkpoint. `weights` is raw or ema, of a checkpoint that
+    has both. Raises InputError for what cannot be read, or expressed."""
+    folder, configuration = (None if path is None else Path(path) for path in (model, config))
+    network, checkpoint = load_network(configuration, None if ckpt is None else Path(ckpt), weights, model=folder)
+    return Model(network, checkpoint, default_solver(configuration, folder))
+
+
+def load_scales(path: str | Path, model: Model) -> Scales:
+    """The scales file of `calibrate`. Raises InputError where it is damaged, or of another checkpoint than the model's."""
+    return scales_file.load_scales(Path(path), model.network, model.checkpoint.sha256)
+
+
+def denoiser(
+    model: Model,
+    scales: Scales | None = None,
+    *,
+    backend: str = "native",
+    device: str = "cpu",
+    timesteps: int = 100,
+    context: str | Path | None = None,
+    guidance: float | None = None,
+) -> Sampler:
+    """The network, ready to sample. `backend` is native (true INT8) or torch-sim, for `scales`, or torch: full precision, in
+    `timesteps` steps of the model's own solver. `device` is cpu or cuda. `context` is an .npz file of prompts or labels, and
+    `guidance` the weight of classifier-free guidance. Raises InputError for what does not go together."""
+    if backend not in BACKENDS:
+        raise InputError(f"the backend must be one of {', '.join(BACKENDS)}, found '{backend}'")
+    if (scales is None) != (backend == "torch"):
+        raise InputError("scales go with the backends native and torch-sim, and torch has none")
+    check_device(device)
+    network, params = model.network, model.checkpoint.params
+    given = load_context(None if context is None else Path(context), guidance, network.config.architecture)
+    if scales is None:
+        steps = model.solver.requested(network.config.diffusion, timesteps)
+        made = guided(trained.unquantized(network, params, steps, device=device), given)
+        return Sampler(made, model, model.solver, given)
+    if backend == "native":
+        return Sampler(trained.native(network, params, scales, device, guidance=given.guidance), model, scales.solver, given)
+    return Sampler(guided(trained.simulated(network, params, scales, device=device), given), model, scales.solver, given)
+
+
+def sample(sampler: Sampler, images: int, *, seed: int = 0) -> np.ndarray[Any, Any]:
+    """Images 0..N-1 of `seed`, float32 [N, C, H, W], as `modiff-trt sample` makes them: pixels in -1..1 (not clipped), or
+    latents. Each image starts from its own generator, so that an image does not depend on N. Raises InputError for a result
+    that is not finite."""
+    if images < 1:
+        raise InputError(f"the number of images must be at least 1, found {images}")
+    config, rows = sampler.model.network.config, sampler.denoiser.rows
+    updates = sampler.solver.updates(config.diffusion, rows.timesteps)
+    start = ImageNoise(seed, range(images), config.input_shape).draw()
+    lines = sampler.context.of(range(images)) if sampler.context is not NO_CONTEXT else None
+    return sample_trajectory(sampler.denoiser, updates, start, context=lines)
