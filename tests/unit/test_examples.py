@@ -1,8 +1,11 @@
 """The numbered examples run as they stand. The fourth needs a GPU that TensorRT supports."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 from conftest import ROOT
@@ -10,6 +13,7 @@ from conftest import ROOT
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 
 pytestmark = pytest.mark.slow
+SCRIPTS = sysconfig.get_path("scripts")
 
 
 # As conftest does here: diffusers must not meet a torchvision that does not fit this torch.
@@ -50,6 +54,16 @@ def test_diffusers_pipelines(tmp_path):
     assert "2 images of 8x8 pixels" in run("6_quantized_folder.py", tmp_path / "q")
 
 
+def test_polygraphy_reads_an_inlined_file(tmp_path):
+    if shutil.which("polygraphy", path=SCRIPTS) is None:
+        pytest.skip("pip install polygraphy")
+    environment = os.environ | {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "examples/7_polygraphy.sh"), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stdout[-800:] + result.stderr
+    assert "QuantizeLinear" in (tmp_path / "layers.txt").read_text() and "trtexec --onnx=" in result.stdout
+
+
 def test_every_example_is_numbered():
-    names = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+    names = sorted(path.name for path in (ROOT / "examples").glob("*_*"))
     assert [name.split("_")[0] for name in names] == [str(i) for i in range(1, len(names) + 1)]

@@ -24,6 +24,7 @@ from modiff_trt.tools.cli import (
     report,
     sample,
 )
+from modiff_trt.tools.cli.panels import grouped
 from modiff_trt.tools.stopping import BAD_INPUT, INTERRUPTED, exit_code
 
 app = typer.Typer(
@@ -68,7 +69,7 @@ STAGES = (
     engine.package,
 )
 for stage in STAGES:
-    app.command()(stage)
+    app.command()(grouped(stage))
 
 
 def main(arguments: list[str] | None = None) -> None:
