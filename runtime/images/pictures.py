@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from modiff_trt.core.errors import InputError, is_out_of_memory, one_line
+from modiff_trt.core.files import atomic_path
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -28,6 +29,8 @@ SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 # Folders that tools make beside the images of a set.
 TOOL_FOLDERS = {"grid", "grids", "preview", "previews", "thumbnail", "thumbnails", "__macosx", "__pycache__"}
 ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
+# Pixels between the images of a sheet.
+GAP = 2
 # Converted to RGB, these are cut off at 255.
 WIDE_MODES = ("I", "F")
 
@@ -45,6 +48,19 @@ def natural_key(name: str) -> tuple[Any, ...]:
     """Sorts names by the numbers in them: `sample_2` before `sample_10`. Names that differ have different keys."""
     parts = re.split(r"([0-9]+)", name)
     return (*((int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)), (-2, name))
+
+
+def save_sheet(path: Path, images: Images) -> None:
+    """One picture of images uint8 [N, H, W, C], row by row, about as wide as it is high. Written whole or not at all."""
+    n, height, width, channels = images.shape
+    columns = max(1, min(n, round(float(np.sqrt(n * height / width)))))
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + GAP), i % columns * (width + GAP)
+        sheet[top : top + height, left : left + width] = image
+    with atomic_path(path) as temporary:
+        Image.fromarray(sheet.squeeze(2) if channels == 1 else sheet).save(temporary, format="PNG", optimize=True)
 
 
 def find_pictures(folder: Path) -> tuple[list[Path], list[str]]:

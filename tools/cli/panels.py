@@ -26,7 +26,7 @@ PANELS = {
         "costs",
         "costs_batch",
     ),
-    "Output": ("out", "name", "shards", "plots", "external_data", "inline", "dtype", "layers", "profile"),
+    "Output": ("out", "name", "shards", "grid", "plots", "external_data", "inline", "dtype", "layers", "profile"),
     "Images": ("num_samples", "seed", "seeds", "batch_size", "eta"),
     "Steps": ("timesteps", "solver", "spacing", "prediction", "clip_sample", "steps_offset", "final_alpha", "calib_steps"),
     "Method": (

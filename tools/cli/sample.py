@@ -26,6 +26,9 @@ from modiff_trt.tools.cli.options import (
     Weights,
 )
 
+# A sheet of more would be too large to look at.
+MOST_IN_GRID = 256
+
 
 def sample(
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="FILE.npz, or a folder for PNG files")],
@@ -54,6 +57,9 @@ def sample(
     ] = None,
     seed: Seed = 0,
     noise: Annotated[Path | None, typer.Option(help=".npy float32 [N, C, H, W] used as x_T")] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help=f"one PNG of the images too, of the first {MOST_IN_GRID} where there are more")
+    ] = None,
     shards: Annotated[
         bool, typer.Option("--shards", help="one uint8 array a batch in the folder, instead of PNG files")
     ] = False,
@@ -64,8 +70,12 @@ def sample(
     device: Device = "cpu",
 ) -> None:
     """Sample images."""
+    from modiff_trt.core.files import check_writable
     from modiff_trt.runtime.backends.registry.options import SamplingOptions, SolverOptions, load_backend
-    from modiff_trt.runtime.sampling import image_range, run_sampling
+    from modiff_trt.runtime.images.folders import PICTURE_CHANNELS
+    from modiff_trt.runtime.images.pictures import save_sheet
+    from modiff_trt.runtime.images.sets import open_images
+    from modiff_trt.runtime.sampling import Rank, image_range, run_sampling
 
     if num_samples is not None and seeds is not None:
         raise InputError("--num-samples and --seeds both say how many images; pass one of them")
@@ -91,10 +101,22 @@ def sample(
         guidance=guidance,
         runtime=runtime,
     )
+    if grid is not None:
+        if Rank.of_environment().world > 1:
+            raise InputError("--grid is for one process: each of several has a share of the images alone")
+        if grid.suffix.lower() != ".png" or grid.resolve().parent == out.resolve():
+            raise InputError("--grid must be a FILE.png, and not in the folder of --out, where it would be an image of the set")
+        check_writable(grid)
     loaded = load_backend(options)
+    if grid is not None and (loaded.config.latent or loaded.config.input_shape[0] not in PICTURE_CHANNELS):
+        raise InputError("--grid is of pictures, and the network makes latents; leave it out")
     done = run_sampling(
         loaded, indices=indices, seed=seed, batch_size=batch_size, eta=eta, noise_file=noise, out=out, shards=shards
     )
     kept = f" ({done.images - done.new} were there already)" if done.new < done.images else ""
     of = f"share {done.rank.rank + 1} of {done.rank.world}, " if done.rank.world > 1 else ""
     typer.echo(f"{out}: {of}{done.images} images, {len(loaded.denoiser.rows)} passes each{kept}")
+    if grid is not None:
+        shown = open_images(out)
+        save_sheet(grid, next(shown.batches(min(MOST_IN_GRID, shown.count))))
+        typer.echo(f"{grid}: {min(MOST_IN_GRID, shown.count)} of them")
