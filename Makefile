@@ -137,10 +137,9 @@ lint: setup ## ruff, mypy, import-linter
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	mkdir -p .typing/modiff_trt
-	ln -sfn ../../modiff_trt/__init__.py .typing/modiff_trt/__init__.py
 	for folder in core networks plugins runtime export engines tools configs calib_cache; do ln -sfn ../../$$folder .typing/modiff_trt/$$folder; done
 	$(VENV)/bin/mypy $(foreach folder,core networks plugins runtime export engines tools,-p modiff_trt.$(folder))
-	$(VENV)/bin/lint-imports
+	cd .typing && "$(abspath $(VENV))/bin/lint-imports" --config ../pyproject.toml  # from here the folders are portions of one namespace
 
 clean: ## remove outputs, caches and built plans (not calib_cache)
 	rm -rf out engines/plans build dist .typing .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
