@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,6 +23,13 @@ class StateInfo:
     name: str
     shape: tuple[int, ...]
     nbytes: int
+
+
+def of_copies(infos: tuple[StateInfo, ...], copies: int) -> tuple[StateInfo, ...]:
+    """The state of one image that is made, where the network sees it in so many copies, each with a state of its own."""
+    if copies == 1:
+        return infos
+    return tuple(replace(info, shape=(copies, *info.shape), nbytes=copies * info.nbytes) for info in infos)
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from modiff_trt.core import scales as scales_file
-from modiff_trt.core.context import NO_CONTEXT, Context, load_context
+from modiff_trt.core.context import load_context
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.scales import Scales
 from modiff_trt.core.solvers import Solver
@@ -17,11 +17,12 @@ from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.operations import Network
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.backends.registry.guidance import guided
-from modiff_trt.runtime.backends.registry.options import check_device, default_solver
+from modiff_trt.runtime.backends.registry.options import check_device, checkpoint_manifest, default_solver
 from modiff_trt.runtime.backends.registry.options import load_model as load_network
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import sample_trajectory
+from modiff_trt.runtime.sampling import Backend
 
 BACKENDS = ("torch", "torch-sim", "native")
 
@@ -33,16 +34,6 @@ class Model:
     network: Network
     checkpoint: Checkpoint
     solver: Solver
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A denoiser with what `sample` needs to drive it: its model, solver and context."""
-
-    denoiser: Denoiser
-    model: Model
-    solver: Solver
-    context: Context
 
 
 def load_model(
@@ -73,7 +64,7 @@ def denoiser(
     timesteps: int = 100,
     context: str | Path | None = None,
     guidance: float | None = None,
-) -> Sampler:
+) -> Backend:
     """The network, ready to sample. `backend` is native (true INT8) or torch-sim, for `scales`, or torch: full precision, in
     `timesteps` steps of the model's own solver. `device` is cpu or cuda. `context` is an .npz file of prompts or labels, and
     `guidance` the weight of classifier-free guidance. Raises InputError for what does not go together."""
@@ -84,23 +75,23 @@ def denoiser(
     check_device(device)
     network, params = model.network, model.checkpoint.params
     given = load_context(None if context is None else Path(context), guidance, network.config.architecture)
+    solver = model.solver if scales is None else scales.solver
+    made: Denoiser
     if scales is None:
-        steps = model.solver.requested(network.config.diffusion, timesteps)
+        steps = solver.requested(network.config.diffusion, timesteps)
         made = guided(trained.unquantized(network, params, steps, device=device), given)
-        return Sampler(made, model, model.solver, given)
-    if backend == "native":
-        return Sampler(trained.native(network, params, scales, device, guidance=given.guidance), model, scales.solver, given)
-    return Sampler(guided(trained.simulated(network, params, scales, device=device), given), model, scales.solver, given)
+    elif backend == "native":
+        made = trained.native(network, params, scales, device, guidance=given.guidance)
+    else:
+        made = guided(trained.simulated(network, params, scales, device=device), given)
+    return Backend(made, network.config, solver, manifest=checkpoint_manifest(model.checkpoint), context=given)
 
 
-def sample(sampler: Sampler, images: int, *, seed: int = 0) -> np.ndarray[Any, Any]:
+def sample(backend: Backend, images: int, *, seed: int = 0) -> np.ndarray[Any, Any]:
     """Images 0..N-1 of `seed`, float32 [N, C, H, W], as `modiff-trt sample` makes them: pixels in -1..1 (not clipped), or
-    latents. Each image starts from its own generator, so that an image does not depend on N. Raises InputError for a result
-    that is not finite."""
+    latents. `backend` is what `denoiser` gives. Each image starts from its own generator, so that an image does not depend on
+    N. Raises InputError for a result that is not finite."""
     if images < 1:
         raise InputError(f"the number of images must be at least 1, found {images}")
-    config, rows = sampler.model.network.config, sampler.denoiser.rows
-    updates = sampler.solver.updates(config.diffusion, rows.timesteps)
-    start = ImageNoise(seed, range(images), config.input_shape).draw()
-    lines = sampler.context.of(range(images)) if sampler.context is not NO_CONTEXT else None
-    return sample_trajectory(sampler.denoiser, updates, start, context=lines)
+    start = ImageNoise(seed, range(images), backend.config.input_shape).draw()
+    return sample_trajectory(backend.denoiser, backend.updates(eta=0.0), start, context=backend.context.of(range(images)))

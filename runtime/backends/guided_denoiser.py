@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from modiff_trt.core.context import Arrays
 from modiff_trt.core.rows import RowTable
-from modiff_trt.runtime.denoiser import Array, Denoiser, StateInfo
+from modiff_trt.runtime.denoiser import Array, Denoiser, StateInfo, of_copies
 
 
 class GuidedDenoiser:
@@ -25,7 +24,7 @@ class GuidedDenoiser:
     @property
     def state_info(self) -> tuple[StateInfo, ...]:
         """Of one image that is made: the state of two."""
-        return tuple(replace(info, shape=(2, *info.shape), nbytes=2 * info.nbytes) for info in self._denoiser.state_info)
+        return of_copies(self._denoiser.state_info, copies=2)
 
     def reset(self, batch: int, context: Arrays | None = None) -> None:
         self._denoiser.reset(2 * batch, context)

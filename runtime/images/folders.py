@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
+from modiff_trt.core.config import Config
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import (
     atomic_path,
@@ -75,6 +76,13 @@ def save_npz(path: Path, samples: Float32, indices: Sequence[int], manifest: dic
 
 
 PICTURE_CHANNELS = (1, 3)
+
+
+def makes_pictures(config: Config) -> bool:
+    """Whether what a network makes can be looked at: no latents, and grey or coloured."""
+    return not config.latent and config.input_shape[0] in PICTURE_CHANNELS
+
+
 LOCK = ".lock"
 
 

@@ -195,11 +195,11 @@ def quantize(
 
 def _no_report(network: Network, scales: Scales) -> str | None:
     """Why there is nothing to report, if there is not."""
-    from modiff_trt.runtime.images.folders import PICTURE_CHANNELS
+    from modiff_trt.runtime.images.folders import makes_pictures
 
     if not scales.modulated:
         return "no layer has kept its state"
-    if network.config.latent or network.config.input_shape[0] not in PICTURE_CHANNELS:
+    if not makes_pictures(network.config):
         return "it shows pictures, and this network makes latents"
     return None
 

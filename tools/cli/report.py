@@ -37,7 +37,7 @@ def report(
     from modiff_trt.core.scales import load_scales
     from modiff_trt.networks.state_elements import state_elements
     from modiff_trt.runtime.backends.registry.options import check_device, checkpoint_manifest, load_model
-    from modiff_trt.runtime.images.folders import PICTURE_CHANNELS
+    from modiff_trt.runtime.images.folders import makes_pictures
     from modiff_trt.runtime.sampling import check_seed
     from modiff_trt.tools.assets import config_path, demo_path
     from modiff_trt.tools.cli.evaluate import rows_of
@@ -59,7 +59,7 @@ def report(
     if not any(given):
         config, ckpt = config_path("demo.yml"), demo_path("model.safetensors")
     network, checkpoint = load_model(config, ckpt, weights, model=model)
-    if network.config.latent or network.config.input_shape[0] not in PICTURE_CHANNELS:
+    if not makes_pictures(network.config):
         raise InputError("`report` shows pictures, and this network makes latents; measure them with `evaluate --same-noise`")
     given_context = load_context(context, guidance, network.config.architecture)
     file = scales or demo_path("modiff-w8a6.safetensors")

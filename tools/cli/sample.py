@@ -72,7 +72,7 @@ def sample(
     """Sample images."""
     from modiff_trt.core.files import check_writable
     from modiff_trt.runtime.backends.registry.options import SamplingOptions, SolverOptions, load_backend
-    from modiff_trt.runtime.images.folders import PICTURE_CHANNELS
+    from modiff_trt.runtime.images.folders import makes_pictures
     from modiff_trt.runtime.images.pictures import save_sheet
     from modiff_trt.runtime.images.sets import open_images
     from modiff_trt.runtime.sampling import Rank, image_range, run_sampling
@@ -108,7 +108,7 @@ def sample(
             raise InputError("--grid must be a FILE.png, and not in the folder of --out, where it would be an image of the set")
         check_writable(grid)
     loaded = load_backend(options)
-    if grid is not None and (loaded.config.latent or loaded.config.input_shape[0] not in PICTURE_CHANNELS):
+    if grid is not None and not makes_pictures(loaded.config):
         raise InputError("--grid is of pictures, and the network makes latents; leave it out")
     done = run_sampling(
         loaded, indices=indices, seed=seed, batch_size=batch_size, eta=eta, noise_file=noise, out=out, shards=shards

@@ -53,8 +53,8 @@ class Comparison:
         return np.asarray(error, np.float32)
 
 
-def _name(scales: Scales) -> str:
-    """Method and bits, as the report calls a network."""
+def title_of(scales: Scales) -> str:
+    """Method and bits, as the report and the README of a folder call a network."""
     about = quantization(scales.method, scales.granularity, scales.layer_table())
     method = method_name(about).replace("Q-Diff + ", "")
     return f"{method} W{about['weight_bits']}A{about['act_bits']}"
@@ -78,8 +78,8 @@ def compare(
     plain = scales.without_modulation()
     made: dict[str, Callable[[], Denoiser]] = {
         "FP32": lambda: trained.unquantized(network, params, steps, device=device),
-        _name(plain): lambda: trained.simulated(network, params, plain, device=device),
-        _name(scales): lambda: trained.simulated(network, params, scales, device=device),
+        title_of(plain): lambda: trained.simulated(network, params, plain, device=device),
+        title_of(scales): lambda: trained.simulated(network, params, scales, device=device),
     }
     start = ImageNoise(seed, range(images), network.config.input_shape).draw()
     updates = scales.solver.updates(network.config.diffusion, steps)

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modiff_trt.core.kinds import Mode
-from modiff_trt.core.manifest import quantization
 from modiff_trt.core.scales import Scales
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.state_elements import state_elements
-from modiff_trt.tools.evaluation.measures import method_name
+from modiff_trt.tools.report.data import title_of
 
 # What each file is for.
 FILES = {
@@ -34,8 +33,6 @@ def model_card(
 ) -> str:
     """Markdown. `stages` are those of the record, `checkpoint` says whose weights they are, `made` with which command and when,
     `commands` what can be done next; `has_pipeline` says whether `ModiffPipeline` takes the folder."""
-    about = quantization(scales.method, scales.granularity, scales.layer_table())
-    title = f"{method_name(about).replace('Q-Diff + ', '')} W{about['weight_bits']}A{about['act_bits']}"
     modes = [layer.mode for layer in scales.layers.values()]
     counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in Mode if mode in modes)
     state = 2 * sum(state_elements(scales, network).values())
@@ -65,7 +62,7 @@ def model_card(
         "",
     ]
     lines = [
-        f"# {name}, {title}",
+        f"# {name}, {title_of(scales)}",
         "",
         "| | |",
         "|---|---|",

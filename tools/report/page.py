@@ -8,6 +8,7 @@ from html import escape
 from math import log10
 from typing import Any
 
+from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import Scales
 from modiff_trt.tools.cli.evaluate import HEADINGS, rows_of
 from modiff_trt.tools.report.data import Comparison
@@ -38,7 +39,7 @@ GRADES = (
 )
 
 
-def verdict(comparison: Comparison) -> str:
+def verdict(comparison: Comparison, scales: Scales) -> str:
     """What the figures say, in three sentences: how good, beside what, and what limits it."""
     _, plain, modulated = comparison.traces
     decibels, without, weights = comparison.psnr(modulated), comparison.psnr(plain), comparison.weights_alone
@@ -47,13 +48,17 @@ def verdict(comparison: Comparison) -> str:
     if weights <= decibels + 10 * log10(2):
         said.append(
             f"The rounded weights limit it: with exact activations they alone reach {weights:.1f} dB, whatever is done to the "
-            "activations. AdaRound (--preset exact) helps against that."
+            "activations."
         )
+        if any(layer.round_up is None for layer in scales.layers.values() if layer.mode != Mode.FLOAT):
+            said.append("AdaRound (--preset exact) helps against that.")
     else:
         said.append(f"The activations limit it: with exact ones the rounded weights would reach {weights:.1f} dB.")
     ratio = error_ratio(comparison, plain, modulated)
     if ratio > 1:
-        said.append(f"In every pass {plain.name}'s predicted noise is {ratio:.1f} times as far from full precision's.")
+        said.append(
+            f"Over the steps {plain.name}'s predicted noise is {ratio:.1f} times as far from full precision's, on average."
+        )
     return " ".join(said)
 
 
@@ -89,7 +94,7 @@ def page(
     steps = f"{len(comparison.timesteps)} {scales.solver.kind} steps"
     sections = [
         f'<p class="eyebrow">Quantization report</p><h1>{escape(modulated.name)} against full precision</h1>',
-        f'<p class="lead">{escape(verdict(comparison))}</p>',
+        f'<p class="lead">{escape(verdict(comparison, scales))}</p>',
         f'<p class="made">{escape(manifest["model"])}, {steps}, {manifest["date"]}<br>{escape(manifest["command"])}</p>',
         f'<div class="hero">{viewer(comparison)}{_numbers(comparison, benches, manifest["state_bytes_an_image"])}</div>',
         "<h2>The same noise, three ways</h2><p>A sampler runs one network many times. Q-Diffusion quantizes every activation "

@@ -31,7 +31,7 @@ from modiff_trt.runtime.backends.native.ops import (
     shared_accumulators,
 )
 from modiff_trt.runtime.backends.native.refresh import REFRESH, refresh
-from modiff_trt.runtime.denoiser import OnDone, StateInfo
+from modiff_trt.runtime.denoiser import OnDone, StateInfo, of_copies
 
 
 class NativeDenoiser(GraphedDenoiser):
@@ -67,10 +67,7 @@ class NativeDenoiser(GraphedDenoiser):
             infos.append(StateInfo(f"a_hat.{name}", tuple(state.shape), state.numel() * state.element_size()))
             if name not in self._shared:
                 infos.append(StateInfo(f"o_hat.{name}", tuple(o_hat.shape), o_hat.numel() * o_hat.element_size()))
-        copies = self._copies
-        if copies == 1:
-            return tuple(infos)
-        return tuple(replace(info, shape=(copies, *info.shape), nbytes=copies * info.nbytes) for info in infos)
+        return of_copies(tuple(infos), self._copies)
 
     @cached_property
     def _side(self) -> torch.cuda.Stream | None:

@@ -44,6 +44,25 @@ def test_a_full_memory_names_the_batch_and_leaves_nothing(tmp_path, capsys, monk
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [] and not (tmp_path / "x/images").exists()
 
 
+def test_the_batch_that_is_named_is_one_that_fits(tmp_path, capsys, monkeypatch):
+    """Room for two images at a time."""
+    from modiff_trt.runtime.backends.torch_denoiser import TorchDenoiser
+
+    reset = TorchDenoiser.reset
+
+    def of_two(self, batch, context=None):
+        if batch > 2:
+            raise MemoryError
+        reset(self, batch, context)
+
+    monkeypatch.setattr(TorchDenoiser, "reset", of_two)
+    job = ["sample", *MODEL, "--timesteps", 2, "--num-samples", 14, "--out", tmp_path / "o.npz"]
+    assert run(*job, "--batch-size", 14) == 2
+    assert "a batch of 14 does not fit; a batch of 1 does: pass --batch-size 1" in capsys.readouterr().err
+    assert run(*job, "--batch-size", 4) == 2
+    assert "a batch of 4 does not fit; a batch of 2 does: pass --batch-size 2" in capsys.readouterr().err
+
+
 def test_lines_are_bounded_and_values_too():
     said = []
     assert exit_code(lambda: refuse("x" * 10**6), said.append) == 2

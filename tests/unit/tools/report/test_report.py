@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,6 +12,7 @@ from modiff_trt.core.files import sha256
 from modiff_trt.tools.assets import demo_path
 from modiff_trt.tools.cli.main import app
 from modiff_trt.tools.report.data import compare
+from modiff_trt.tools.report.page import verdict
 
 BENCH = {
     "config": "x.yml",
@@ -80,6 +82,20 @@ def test_what_other_commands_did_not_write_is_refused_before_any_work(tmp_path, 
         said = "carries no digest" if option == "--plan" else "was not written by the command"
         assert exit_.value.code == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize(("alone", "said", "helps"), [(20.0, "weights limit", True), (70.0, "activations limit", False)])
+def test_the_verdict_names_what_limits_and_what_is_left_to_do(tiny, alone, said, helps):
+    scales = tiny.scales()
+    found = replace(compare(tiny.network, tiny.checkpoint, scales, images=1, seed=0, device="cpu"), weights_alone=alone)
+    words = verdict(found, scales)
+    assert said in words and ("--preset exact" in words) == helps
+    # Weights that are learned already are not to be learned again.
+    layers = {
+        name: replace(layer, round_up=np.zeros(1, bool)) if layer.mode != "float" else layer
+        for name, layer in scales.layers.items()
+    }
+    assert "--preset exact" not in verdict(found, replace(scales, layers=layers))
 
 
 def test_errors_are_those_of_the_trajectories(tiny):
