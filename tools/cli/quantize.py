@@ -95,7 +95,7 @@ def quantize(
     if costs is not None and modes != Modes.AUTO:
         raise InputError("--costs is for --modes auto")
     network, checkpoint = load_model(config, ckpt, weights, model=model)
-    load_context(context, guidance, network.config.architecture)
+    given_context = load_context(context, guidance, network.config.architecture)
     # What a later stage would refuse is refused before the first.
     options = SolverOptions(
         solver, spacing, prediction, clip_sample=clip_sample, steps_offset=steps_offset, final_alpha=final_alpha
@@ -174,14 +174,19 @@ def quantize(
             REPORT,
             lambda: report(**of_model, out=out / REPORT, scales=scales, context=context, guidance=guidance, device=device),
         ),
-        "README": (CARD, lambda: _write_card(name, out, network, record=record, weights=checkpoint.weights, sample=command)),
+        "README": (
+            CARD,
+            lambda: _write_card(
+                called, out, network, record=record, weights=checkpoint.weights, copies=given_context.copies, sample=command
+            ),
+        ),
     }
     given = "" if context is None else f" --context {context}" + ("" if guidance is None else f" --guidance {guidance:g}")
     place = "FILE.npz" if network.config.latent else "FOLDER"
     command = f"modiff-trt sample --backend onnx --onnx {out / NETWORK}{given} --num-samples 16 --out {place}"
     source = model.resolve() if model is not None else ckpt
     assert source is not None  # else `load_model` has refused
-    name = source.name if model is not None else source.stem
+    called = source.name if model is not None else source.stem
     with locked(out):
         record = _record(out / RECORD, settings)
         for number, (name, (file, run)) in enumerate(stages.items(), 1):
@@ -204,7 +209,9 @@ def _no_report(network: Network, scales: Scales) -> str | None:
     return None
 
 
-def _write_card(name: str, out: Path, network: Network, *, record: dict[str, Any], weights: str, sample: str) -> None:
+def _write_card(
+    name: str, out: Path, network: Network, *, record: dict[str, Any], weights: str, copies: int, sample: str
+) -> None:
     """The folder's README."""
     from modiff_trt.core.context import from_noise_to_pictures
     from modiff_trt.core.files import atomic_path
@@ -225,6 +232,7 @@ def _write_card(name: str, out: Path, network: Network, *, record: dict[str, Any
             sample,
             *([f"modiff-trt package --onnx {out / NETWORK} --out FOLDER   # samples without torch"] if alone else []),
         ],
+        copies=copies,
         has_pipeline=alone,
     )
     with atomic_path(out / CARD) as temporary:

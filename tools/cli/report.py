@@ -79,7 +79,7 @@ def report(
         "method": loaded.method,
         "ddim_steps": len(loaded.rows.timesteps),
         "seed": seed,
-        "state_bytes_an_image": 2 * sum(state_elements(loaded, network).values()),
+        "state_bytes_an_image": given_context.copies * 2 * sum(state_elements(loaded, network).values()),
         **provenance(device),
     }
     shown = {"bench": [Path(part) for part in bench.split(",") if part], "evaluation": [evaluation] if evaluation else []}

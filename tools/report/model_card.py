@@ -29,13 +29,15 @@ def model_card(
     checkpoint: str,
     made: str,
     commands: Sequence[str],
+    copies: int,
     has_pipeline: bool,
 ) -> str:
     """Markdown. `stages` are those of the record, `checkpoint` says whose weights they are, `made` with which command and when,
-    `commands` what can be done next; `has_pipeline` says whether `ModiffPipeline` takes the folder."""
+    `commands` what can be done next. The network sees each image in so many `copies`; `has_pipeline` says whether
+    `ModiffPipeline` takes the folder."""
     modes = [layer.mode for layer in scales.layers.values()]
     counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in Mode if mode in modes)
-    state = 2 * sum(state_elements(scales, network).values())
+    state = copies * 2 * sum(state_elements(scales, network).values())
     facts = {
         "network": f"{network.parameter_count / 1e6:.1f} M parameters, {len(modes)} layers: {counts}",
         "checkpoint": f"{checkpoint}, SHA-256 `{scales.checkpoint_sha256[:16]}...`",

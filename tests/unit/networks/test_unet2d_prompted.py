@@ -205,7 +205,10 @@ def test_guidance_inside_a_pass_is_guidance_around_it(case):
     for row in range(len(scales.rows)):
         found = inside(torch.from_numpy(x), row)
         np.testing.assert_allclose(found, expected(torch.from_numpy(x), row), rtol=1e-5, atol=1e-5)
-    assert [i.nbytes for i in inside.state_info] == [i.nbytes for i in expected.state_info]
+    alone = [info.nbytes for info in around.state_info]
+    for guided_one in (inside, expected):
+        assert [info.nbytes for info in guided_one.state_info] == [2 * n for n in alone]
+        assert all(info.shape[0] == 2 for info in guided_one.state_info)
     # A whole trajectory on the device, with the solver's update in it; and a smaller batch in the same buffers.
     updates = case.updates()
     stepped = sample_trajectory(expected, updates, x, context=lines)

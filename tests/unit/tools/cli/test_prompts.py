@@ -11,6 +11,9 @@ from command import alone, run
 from small_diffusers import PROMPTED, diffusers, random_network
 
 from modiff_trt.core.scales import load_scales
+from modiff_trt.networks.diffusers_folder import read_folder
+from modiff_trt.networks.state_elements import state_elements
+from modiff_trt.networks.unet2d import trace
 from modiff_trt.plugins.modulated_conv.tensorrt.library import is_installed
 from modiff_trt.runtime.backends.plan import load_plan
 
@@ -265,6 +268,11 @@ def test_one_command_quantizes_with_prompts(stable, tmp_path, capsys):
     said = capsys.readouterr().out.replace("\n", "")
     assert "[4/5] report: none, since it shows pictures" in said
     assert f"--context {prompts} --guidance 5 --num-samples 16 --out FILE.npz" in said
+    # Each image that is made has the state of the two that the network sees.
+    card, scales = (tmp_path / "q" / "README.md").read_text(), load_scales(tmp_path / "q" / "scales.safetensors")
+    state = 2 * 2 * sum(state_elements(scales, trace(read_folder(folder).config)).values())
+    assert card.startswith("# sd, MoDiff W8A8\n") and f"| state | {state / 1e6:.1f} MB an image" in card
+    assert "ModiffPipeline" not in card  # which is of pictures made from noise alone
     sample = ["sample", "--backend", "onnx", "--onnx", tmp_path / "q" / "network.onnx", "--context", prompts]
     assert run(*sample, "--num-samples", 1, "--out", tmp_path / "s.npz") == 0
     # Another guidance is another quantization.

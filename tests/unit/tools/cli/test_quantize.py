@@ -40,6 +40,7 @@ def test_one_command_makes_a_folder_and_keeps_what_is_there(job, tmp_path, capsy
         assert np.isfinite(images["samples"]).all()
     assert "MoDiff" in (out / "report.html").read_text()
     card = (out / "README.md").read_text()
+    assert card.startswith("# tiny, MoDiff W8A8\n")
     verdict = re.search(r"PSNR of 2 trial images to FP32: [\d.]+ dB", said)
     assert verdict and verdict[0] in card and "3 ddim" in card.replace("--timesteps 3", "3 ddim")
     digest = hashlib.sha256((out / "network.onnx").read_bytes()).hexdigest()
