@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from modiff_trt.core.files import sha256
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
+from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.tools.assets import demo_path
 from modiff_trt.tools.cli.main import app
 from modiff_trt.tools.report.data import compare
@@ -108,3 +110,6 @@ def test_errors_are_those_of_the_trajectories(tiny):
     by_hand = np.linalg.norm(modulated.eps[3] - exact.eps[3]) / np.linalg.norm(exact.eps[3])
     assert found.eps_error(modulated)[3] == pytest.approx(by_hand, rel=1e-5)
     np.testing.assert_array_equal(exact.samples, tiny.sample(tiny.float_denoiser(), 2))
+    alone = tiny.sample(SimDenoiser(tiny.network, tiny.checkpoint.params, scales, act_quant=False), 2)
+    assert found.weights_alone == pytest.approx(psnr(alone, exact.samples))
+    assert found.weights_alone > found.psnr(modulated) + 1
