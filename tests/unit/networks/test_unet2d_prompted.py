@@ -162,16 +162,20 @@ def test_native_integers_are_those_of_the_simulation(case):
 
 
 def test_grids_that_follow_each_image_take_a_transformer_s_inputs_too(case):
-    """Their step is known once the whole input is: a layer norm and GEGLU are then computed before. Without state the rows have
-    nothing to do with each other: in some no value stands at the edge of two steps, and there both are equal."""
+    """Their step is known once the whole input is: a layer norm and GEGLU are then computed before. Without state rows and
+    images have nothing to do with each other: in some no value stands at the edge of two steps, and there both are equal."""
     if case.trajectories.context.guidance is not None:
         pytest.skip("twice the values, and guidance enlarges those at an edge")
     network, params, scales = case.network, case.checkpoint.params, case.scales(granularity="tensor", method="qdiff")
     native = answers(case, NativeDenoiser(network, params, scales, CpuKernels(), "cpu"))
     simulated, exact = answers(case, SimDenoiser(network, params, scales)), answers(case, case.float_denoiser())
     exact = [exact[case.timesteps.index(t)] for t in scales.rows.t]
-    rows = [apart([a], [b], [c]) for a, b, c in zip(native, simulated, exact, strict=True)]
-    assert min(rows) < 1e-4
+    found = [
+        apart([a[i : i + 1]], [b[i : i + 1]], [c[i : i + 1]])
+        for a, b, c in zip(native, simulated, exact, strict=True)
+        for i in range(len(a))
+    ]
+    assert min(found) < 1e-5
 
 
 def test_the_modulated_file_is_the_simulation(case):
