@@ -41,6 +41,8 @@ from modiff_trt.networks.torch_ops import layer_bias, layer_weight
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 # Tensors of one file: protobuf takes 2 GiB, with the graph.
 LARGEST_FILE = 2**31 - 2**26
+# By which a scale may change when it is written in the file's float type: twice what float16 rounds normal numbers by.
+MOST_ROUNDING = 2**-10
 
 
 def build_onnx(
@@ -138,11 +140,16 @@ def _constants(network: Network, checkpoint: Checkpoint, scales: Scales | None) 
 
 
 def _check_range(constants: dict[str, LayerConstants], real: Any) -> None:
-    tiny = float(np.finfo(real).tiny)
+    """Below float16's smallest normal number its steps are even, so that a scale there loses figures: some are allowed."""
     for name, layer in constants.items():
-        if layer.scales.mode != Mode.FLOAT and min(layer.scales.scale, float(layer.scales.weight_scale.min())) < tiny:
+        if layer.scales.mode == Mode.FLOAT:
+            continue
+        values = np.append(layer.scales.weight_scale, layer.scales.scale).astype(np.float64)
+        worst = np.abs(values.astype(real).astype(np.float64) / values - 1).argmax()
+        if abs(float(real(values[worst])) / values[worst] - 1) > MOST_ROUNDING:
             raise InputError(
-                f"layer '{name}' has a scale below {tiny:.1e}, the smallest of this float type; export with --dtype fp32"
+                f"layer '{name}' has the scale {values[worst]:.1e}, which this float type does not hold to "
+                f"{MOST_ROUNDING:.1%}; export with --dtype fp32"
             )
 
 

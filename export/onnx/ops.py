@@ -313,8 +313,8 @@ class OnnxOps:
     def attention(self, qkv: Value, channels: int, heads: int) -> Value:
         _, height, width = qkv.shape
         prefix = f"attention.{len(self.nodes)}"
-        # One head needs no axis of its own.
-        parts = [0, 3 * channels, -1] if heads == 1 else [0, 3 * heads, channels // heads, -1]
+        # One head has an axis too: without it TensorRT does not fuse attention.
+        parts = [0, 3 * heads, channels // heads, -1]
         flat = self.constant(f"shape.qkv.{'.'.join(map(str, parts))}", np.asarray(parts, np.int64))
         flat_qkv = self.node("Reshape", [qkv.name, flat], f"{prefix}.qkv")
         sizes = self.constant(f"sizes.qkv.{parts[1] // 3}", np.full(3, parts[1] // 3, np.int64))
@@ -324,7 +324,7 @@ class OnnxOps:
 
     def cross_attention(self, name: str, q: Value, channels: int, heads: int) -> Value:
         """Keys and values are computed from the prompt in the graph: a thousandth of its work, and one input for all."""
-        parts = [0, channels, -1] if heads == 1 else [0, heads, channels // heads, -1]
+        parts = [0, heads, channels // heads, -1]
         flat = self.constant(f"shape.heads.{'.'.join(map(str, parts))}", np.asarray(parts, np.int64))
         found = [self.node("Reshape", [q.name, flat], f"{name}.q")]
         for part in ("to_k", "to_v"):
@@ -335,17 +335,20 @@ class OnnxOps:
         return self._attend(name, *found, heads=heads, shape=q.shape)
 
     def _attend(self, prefix: str, q: str, k: str, v: str, *, heads: int, shape: tuple[int, ...]) -> Value:
-        """Of q, k and v [N, C, tokens], or [N, heads, C/heads, tokens] with more than one head; softmax in float32."""
+        """Of q, k and v [N, heads, C/heads, tokens]; softmax in float32.
+
+        In this order of products TensorRT takes all of it as one fused kernel, and never writes the scores."""
         each = shape[0] // heads
-        swapped = [0, 2, 1] if heads == 1 else [0, 1, 3, 2]
+        swapped = [0, 1, 3, 2]
         q = self.node("Transpose", [q], f"{prefix}.qt", perm=swapped)
         q = self.node("Mul", [q, self.real(f"attention.scale.{each}", each**-0.5)], f"{prefix}.q_scaled")
         scores = self.node("MatMul", [q, k], f"{prefix}.scores")
         scores = self.cast(scores, f"{prefix}.scores_wide", TensorProto.FLOAT)
         weights = self.node("Softmax", [scores], f"{prefix}.softmax", axis=-1)
         weights = self.cast(weights, f"{prefix}.softmax_cast", self._type)
-        weights = self.node("Transpose", [weights], f"{prefix}.weights", perm=swapped)
-        out = self.node("MatMul", [v, weights], f"{prefix}.mixed")
+        v = self.node("Transpose", [v], f"{prefix}.vt", perm=swapped)
+        out = self.node("MatMul", [weights, v], f"{prefix}.mixed")
+        out = self.node("Transpose", [out], f"{prefix}.mixed_back", perm=swapped)
         back = self.constant(f"shape.image.{'.'.join(map(str, shape))}", np.asarray([0, *shape], np.int64))
         return Value(self.node("Reshape", [out, back], f"{prefix}.out"), shape)
 

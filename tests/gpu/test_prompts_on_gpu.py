@@ -46,14 +46,14 @@ def captured(case: Case, scales):
 @pytest.mark.parametrize("recipe", [{}, {"min_intensity": 200.0}, {"method": "qdiff"}])
 def test_fifty_captured_passes_are_the_simulation(classes, recipe):
     """Judged by the distance to full precision: another order of sums moves single pixels, not the error."""
-    images, scales = range(8), classes.scales(**recipe)
+    images, scales = range(32), classes.scales(**recipe)
     reference = sample_trajectory(
         guided(classes.float_denoiser(), classes.trajectories.context),
         classes.updates(),
         noise(classes, images),
         context=classes.trajectories.context.of(images),
     )
-    deployed = captured(classes, scales).trajectory(noise(classes, images), classes.trajectories.context.of(images))
+    deployed = captured(classes, scales).trajectory(noise(classes, images), context=classes.trajectories.context.of(images))
     by_simulation, by_graph = (psnr(found, reference) for found in (simulated(classes, scales, images), deployed))
     assert abs(by_simulation - by_graph) < 0.2, f"simulation {by_simulation:.2f} dB, captured {by_graph:.2f} dB"
     assert by_graph > 20
@@ -62,9 +62,9 @@ def test_fifty_captured_passes_are_the_simulation(classes, recipe):
 @pytest.mark.parametrize("recipe", [{}, {"min_intensity": 200.0}])
 def test_sixteen_prompts_are_sampled_as_four_and_one(classes, recipe):
     denoiser, context = captured(classes, classes.scales(**recipe)), classes.trajectories.context
-    many = denoiser.trajectory(noise(classes, range(16)), context.of(range(16)))
+    many = denoiser.trajectory(noise(classes, range(16)), context=context.of(range(16)))
     for images in (1, 4):
-        few = denoiser.trajectory(noise(classes, range(images)), context.of(range(images)))
+        few = denoiser.trajectory(noise(classes, range(images)), context=context.of(range(images)))
         np.testing.assert_array_equal(few, many[:images])
 
 

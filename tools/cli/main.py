@@ -17,6 +17,7 @@ from modiff_trt.tools.cli import (
     collect,
     demo,
     engine,
+    engines,
     evaluate,
     export,
     inspect_scales,
@@ -66,6 +67,7 @@ STAGES = (
     report.report,
     engine.build,
     engine.verify,
+    engines.engines,
     engine.package,
 )
 for stage in STAGES:

@@ -19,6 +19,7 @@ from modiff_trt.export.calibration.static import Recipe, make_scales, measure_ra
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.plugins.modulated_conv.tensorrt.library import builder, open_library
+from modiff_trt.runtime.backends.registry.options import load_model
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,21 @@ def test_layers_in_float_are_told_from_those_that_fell_back(rtx, tiny, tmp_path)
     _, report = report_of(rtx, exported(tiny, scales, tmp_path / "m.onnx"), BuildOptions(target="sm89"))
     assert report["quantized_layers"] == len(tiny.network.layers) - 2
     assert report["fell_back"] == [] and report["int8_convolutions"] == report["quantized_layers"]
+
+
+@pytest.mark.parametrize("folder", ["demo", "demo_classes"])
+def test_attention_is_one_kernel(rtx, tmp_path, folder):
+    """Of one head, of several, and to prompts: the products and softmax, whose scores are then never written."""
+    place = ROOT / "calib_cache" / folder
+    of_model = {"model": place} if folder == "demo_classes" else {}
+    files = (None, None) if of_model else (ROOT / "configs/demo.yml", place / "model.safetensors")
+    network, checkpoint = load_model(*files, None, **of_model)
+    save_onnx(tmp_path / "m.onnx", build_onnx(network, checkpoint, None, "fp16", None))
+    attentions = sum(node.op_type == "Softmax" for node in onnx.load(tmp_path / "m.onnx").graph.node)
+    _, report = report_of(rtx, load_network(tmp_path / "m.onnx"), BuildOptions(target="sm89", tokens=4))
+    fused = [layer for layer in report["table"] if "mha" in layer["tactic"]]
+    assert len(fused) == attentions > 0
+    assert "gemm" not in report["kinds"] or folder == "demo_classes"  # keys and values of all prompts are one product
 
 
 @pytest.mark.slow

@@ -1,0 +1,134 @@
+"""The report on a network's engines: real plans of TensorRT-RTX for a GPU that is not there; comparison and times with
+onnxruntime standing in for the engine."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from command import alone
+from conftest import ROOT
+from engine_stand_in import TRT, Driver, Engine
+
+from modiff_trt.engines.build import BuildOptions
+from modiff_trt.export.onnx.network import build_onnx, save_onnx
+from modiff_trt.plugins.cuda import memory as cuda_memory
+from modiff_trt.plugins.modulated_conv.tensorrt.library import Library, open_library
+from modiff_trt.runtime.backends import trt_denoiser
+from modiff_trt.tools.bench.engines import KINDS, Subject, build_engine, check_engine, time_engines, verdict, write_markdown
+
+DEMO = ROOT / "calib_cache/demo"
+FILES = [
+    "--config",
+    ROOT / "configs/demo.yml",
+    "--ckpt",
+    DEMO / "model.safetensors",
+    "--scales",
+    DEMO / "modiff-w8a8.safetensors",
+]
+INLINED = [kind for kind in KINDS if not kind.plugin]
+
+
+def test_every_kind_is_built_once_and_what_cannot_run_here_is_named(tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'modiff-trt[rtx]'")
+    command = [
+        "engines",
+        *FILES,
+        "--runtime",
+        "rtx",
+        "--target",
+        "sm89",
+        "--max-batch",
+        4,
+        "--batch-sizes",
+        "1,4",
+        "--out",
+        tmp_path,
+    ]
+    for again in (False, True):
+        done = alone(*command)
+        assert done.returncode == 0, done.stderr
+        result = json.loads((tmp_path / "engines.json").read_text())
+        for kind in KINDS:
+            entry = result["engines"][kind.name]
+            assert entry["kept"] == again
+            assert entry["report"]["fell_back"] == []
+            assert entry["report"]["plugin_layers"] == (47 if kind.plugin else 0)
+            in_int8 = entry["report"]["quantized_layers_in_int8"] + entry["report"]["plugin_layers"]
+            assert in_int8 == entry["report"]["quantized_layers"] == (47 if kind.quantized else 0)
+    page = (tmp_path / "engines.md").read_text()
+    assert page.count("47 of 47") == 3 and "PSNR" not in page
+    if "not_run" in result["times"]:
+        assert "no engine was timed" in result["verdict"] and "What did not run" in page
+        assert page.count("not compared") == len(KINDS) and "sees no NVIDIA GPU" in page
+
+
+@pytest.fixture
+def subject(tiny):
+    return Subject(tiny.network, tiny.checkpoint, replace(tiny.scales(), file_sha256="0" * 64))
+
+
+@pytest.fixture
+def standing(subject, tmp_path, monkeypatch):
+    """Entries of the engines without the plugin; to run, each is the onnxruntime session of a file, which a test may change."""
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'modiff-trt[rtx]'")
+    library, options = open_library("rtx"), BuildOptions(max_batch=4, target="sm89")
+    entries = {kind.name: build_engine(subject, kind, tmp_path, library=library, options=options) for kind in INLINED}
+    driver, files = Driver(), {entry["plan"]: tmp_path / entry["onnx"] for entry in entries.values()}
+    monkeypatch.setattr(cuda_memory, "driver", lambda: driver)
+    monkeypatch.setattr(cuda_memory, "current_capability", lambda index: 89)
+    monkeypatch.setattr(trt_denoiser, "open_library", lambda *names: Library("tensorrt", same_version))
+    same_version = SimpleNamespace(**vars(TRT) | {"__version__": library.version})
+    keep = (None, type("Logger", (), {"lines": [""]}))
+    monkeypatch.setattr(trt_denoiser, "_deserialize", lambda library, plan: (Engine(files[plan.path.name], driver), keep))
+    return entries, files
+
+
+def test_the_fastest_engine_is_named_and_whether_it_is_right(subject, standing, tmp_path):
+    entries, files = standing
+    # An engine whose weights are others than its file's.
+    wrong = {name: 1.3 * value if name.endswith("conv2.weight") else value for name, value in subject.checkpoint.params.items()}
+    checkpoint = replace(subject.checkpoint, params=wrong)
+    save_onnx(tmp_path / "wrong.onnx", build_onnx(subject.network, checkpoint, None, "fp16", None))
+    files[entries["fp16"]["plan"]] = tmp_path / "wrong.onnx"
+    seen = []
+    for entry in entries.values():
+        entry["check"] = check_engine(entry, tmp_path, subject.context, batch=2, tolerance=0.05, on_pass=lambda: seen.append(1))
+    assert {name: entry["check"]["equal"] for name, entry in entries.items()} == {
+        "fp16": False,
+        "int8": True,
+        "modiff-inlined": True,
+    }
+    times = time_engines(subject, entries, tmp_path, device="cpu", batch_sizes=[1, 3], runs=1, passes=2)
+    assert set(times["batches"]) == {"1", "3"} and len(times["batches"]["3"]) == 3
+    assert "torch-fp16-compiled" in times["not_run"]
+    rows = times["batches"]["3"]
+    for name, entry in entries.items():  # not what this machine's load makes of them
+        rows[f"tensorrt {entry['plan'].removesuffix('.plan')}"]["microseconds"] = {"fp16": 1e3, "int8": 2e3}.get(name, 3e3)
+    said = verdict(entries, times["batches"])
+    assert said.startswith("fastest, but NOT equal to onnxruntime: FP16 (1 ms a pass at batch 3)")
+    assert said.endswith("the fastest that is equal: INT8 (2 ms a pass at batch 3)")
+    rows["torch-fp16-compiled"] = {"microseconds": 4e3, "microseconds_an_image": 4e3 / 3}
+    del entries["fp16"]["check"]
+    assert "not compared with onnxruntime: FP16" in verdict(entries, times["batches"])
+    del entries["fp16"]["plan"]
+    assert verdict(entries, times["batches"]).startswith(
+        "fastest, and equal to onnxruntime: INT8 (2 ms a pass at batch 3, 2.00x"
+    )
+    entries["modiff-plugin"] = {"not_run": ["not built: no plugin"]}
+    result = {
+        "config": "tiny.yml",
+        "engines": entries,
+        "times": times,
+        "machine": {"cores": 2},
+        "versions": {"python": "3"},
+        "command": "modiff-trt engines",
+        "checkpoint_sha256": "1" * 64,
+        "scales_sha256": "0" * 64,
+        "verdict": verdict(entries, times["batches"]),
+    }
+    write_markdown(tmp_path / "engines.md", result)
+    page = (tmp_path / "engines.md").read_text()
+    assert "2.00x" in page and "- INT8 + MoDiff, plugin: not built: no plugin" in page
+    columns = {line.count("|") for line in page.splitlines() if line.startswith("|")}
+    assert columns == {10}
