@@ -101,8 +101,9 @@ sampler: setup $(ONNX) ## a folder that samples by itself, without torch: out/NA
 	rm -rf out/$(NAME)-$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-sampler
 	$(RUN) package --onnx $(ONNX) --out out/$(NAME)-$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-sampler
 
-verify: setup ## a plan against onnxruntime, pass by pass, on this machine's GPU: ONNX=FILE PLAN=FILE
-	$(RUN) verify --onnx $(ONNX) --plan $(PLAN)
+verify: setup $(SCALES) ## FP16, INT8 and MoDiff engines: built, against onnxruntime, beside PyTorch; one report to post
+	$(RUN) engines $(MODEL) --scales $(SCALES) --runtime $(RUNTIME) $(if $(TARGET),--target $(TARGET)) \
+		--min-batch $(MIN_BATCH) --max-batch $(MAX_BATCH) --batch-sizes $(BATCH_SIZES) --out $(OUT)/engines
 
 fid: setup ## FID, sFID, IS and FD-CIFAR of OUT: REFERENCE=images FEATURES=fd-cifar,inception
 	$(RUN) evaluate --samples $(OUT) $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(SAME_NOISE),--same-noise $(SAME_NOISE)) \
@@ -133,12 +134,19 @@ FAST := $(addprefix tests/unit/,core networks runtime/images runtime/backends/te
 check: lint ## the developer's loop: linters and the fast tests
 	$(VENV)/bin/pytest -m "not gpu and not slow" $(FAST)
 
-lint: setup ## ruff, mypy, import-linter
+# In no environment: beside Python's packages they would pass for an installed TensorRT.
+STUBS := .typing/stubs/tensorrt_bindings
+
+$(STUBS): | $(STAMP)
+	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target .typing/stubs "tensorrt-stubs==10.13.*"
+
+lint: setup $(STUBS) ## ruff, mypy, import-linter; calls of TensorRT against the stubs of stock TensorRT
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	mkdir -p .typing/modiff_trt
 	for folder in core networks plugins runtime export engines tools configs calib_cache; do ln -sfn ../../$$folder .typing/modiff_trt/$$folder; done
 	$(VENV)/bin/mypy $(foreach folder,core networks plugins runtime export engines tools,-p modiff_trt.$(folder))
+	$(VENV)/bin/python tests/stock_signatures.py .typing/stubs
 	cd .typing && "$(abspath $(VENV))/bin/lint-imports" --config ../pyproject.toml  # from here the folders are portions of one namespace
 
 clean: ## remove outputs, caches and built plans (not calib_cache)
