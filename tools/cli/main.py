@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import sys
-import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +26,7 @@ from modiff_trt.tools.cli import (
     sample,
 )
 from modiff_trt.tools.cli.panels import grouped
+from modiff_trt.tools.cli.saying import plainly, said
 from modiff_trt.tools.stopping import BAD_INPUT, INTERRUPTED, exit_code
 
 app = typer.Typer(
@@ -47,11 +48,20 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def about(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="print the version and end", callback=_show_version, is_eager=True)
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no remarks: results and errors")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="what the libraries warn of too")] = False,
+    log: Annotated[
+        Path | None, typer.Option(help="file to add what is said to, with times, and how far long stages are")
+    ] = None,
 ) -> None:
     """Calibrate, export and deploy INT8 diffusion UNets with MoDiff state kept on the device."""
+    if quiet and verbose:
+        raise InputError("--quiet and --verbose exclude each other")
+    context.obj.enter_context(said(quiet=quiet, verbose=verbose, log=log))
 
 
 STAGES = (
@@ -76,16 +86,21 @@ for stage in STAGES:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one line on standard error and exit code 2 for anything the user can mend."""
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # those of libraries, which would stand above our own line
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("modiff_trt").setLevel(logging.INFO)
-    sys.exit(exit_code(lambda: _run(arguments), lambda line: errors.print(line, markup=False)))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(plainly())
+        code = exit_code(lambda: _run(arguments, stack), _say)
+    sys.exit(code)
 
 
-def _run(arguments: list[str] | None) -> int:
+def _say(line: str) -> None:
+    """An error, which `--quiet` does not hide."""
+    errors.quiet = False
+    errors.print(line, markup=False)
+
+
+def _run(arguments: list[str] | None, stack: contextlib.ExitStack) -> int:
     try:
-        result: Any = app(args=arguments, standalone_mode=False)
+        result: Any = app(args=arguments, standalone_mode=False, obj=stack)
     except Exception as error:
         # Usage errors of the command-line library; its base class has no stable public name.
         if not hasattr(error, "format_message"):

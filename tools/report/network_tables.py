@@ -46,6 +46,37 @@ def gpu_speed(data: dict[str, Any]) -> str:
     return "\n".join([*table("batch", columns, lines), note])
 
 
+def plans(data: dict[str, Any]) -> str:
+    """What a builder made of a network, before a change of the exported graph and after it."""
+    lines = {}
+    for name, after in data["after"].items():
+        before = data["before"][name]
+        pairs = [f"{before[key]} to {after[key]}" for key in ("layers", "fused_attentions")]
+        in_int8 = after["quantized_layers_in_int8"] + after["plugin_layers"]
+        cells = [*pairs, f"{in_int8} of {after['quantized_layers']}", f"{after['plan_bytes'] / 1e6:.0f}", f"{after['seconds']}"]
+        lines[name.replace("-", ", ")] = cells
+    columns = ["layers", "attentions in one kernel", "quantized layers in INT8", "MB", "seconds to build"]
+    note = f"\n{data['what'][0].upper()}{data['what'][1:]} (`results/plans_sd15.json`; {data['version']})."
+    return "\n".join([*table("plan", columns, lines), note])
+
+
+def installs(data: dict[str, Any]) -> str:
+    """What new environments take."""
+    lines = {
+        f"`{name}`" if name.startswith("pip") else name: [
+            f"{row['bytes'] / 1e6:.0f}",
+            str(row["packages"]),
+            f"{row['seconds']:.0f}",
+        ]
+        for name, row in data["environments"].items()
+    }
+    note = (
+        f"\nNew virtual environments of Python {data['versions']['python']}, with the CPU build of torch where there is one; "
+        "seconds with the packages near at hand, so that the network counts for little (`results/installs.json`)."
+    )
+    return "\n".join([*table("environment", ["MB", "packages", "seconds"], lines), note])
+
+
 def full_width(data: dict[str, Any]) -> str:
     """Seconds and memory of each stage at Stable Diffusion's size."""
     lines = {name: [f"{row['seconds']:.0f}", f"{row['peak_gb']:.1f}"] for name, row in data["stages"].items()}
