@@ -41,7 +41,7 @@ SCALES := $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT).safetensors
 ONNX := $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-$(DTYPE).onnx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quantize collect calibrate export engine sample fid bench compare verify report sampler results-tables check test test-gpu lint clean
+.PHONY: help setup demo quantize deploy collect calibrate export engine sample fid bench compare verify report sampler results-tables check test test-gpu lint clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z -]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,12 @@ demo: setup ## FP32, Q-Diff and MoDiff from the same noise, with the shipped mod
 quantize: setup ## all of it: trajectories, scales, ONNX file and report in OUT
 	$(RUN) quantize $(MODEL) --timesteps $(TIMESTEPS) --solver $(SOLVER) --spacing $(SPACING) --preset $(PRESET) \
 		--weight-bit $(WEIGHT_BIT) --act-bit $(ACT_BIT) --device $(DEVICE) --out $(OUT)
+
+deploy: setup ## quantize, build an engine (ENGINE=rtx:sm89 needs no GPU) and pack a sampler: OUT and OUT-sampler
+	$(RUN) quantize $(MODEL) --timesteps $(TIMESTEPS) --solver $(SOLVER) --spacing $(SPACING) --preset $(PRESET) \
+		--weight-bit $(WEIGHT_BIT) --act-bit $(ACT_BIT) --device $(DEVICE) $(if $(ENGINE),--engine $(ENGINE)) --out $(OUT)
+	rm -rf $(OUT)-sampler
+	$(RUN) package --onnx $(OUT)/network.onnx --out $(OUT)-sampler
 
 collect: setup ## full-precision trajectories for calibration
 	$(RUN) collect $(MODEL) --timesteps $(TIMESTEPS) --solver $(SOLVER) --spacing $(SPACING) --device $(DEVICE) --out $(TRAJECTORIES)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 RECORD, SCHEMA = "quantization.json", 1
 TRAJECTORIES, SCALES, NETWORK, REPORT = "trajectories.safetensors", "scales.safetensors", "network.onnx", "report.html"
-CARD = "README.md"
+HALF, CARD = "network-fp16.onnx", "README.md"
 
 
 def quantize(
@@ -68,6 +68,10 @@ def quantize(
     costs: Annotated[Path | None, typer.Option(help="--modes auto: file of `bench --costs`")] = None,
     num_samples: Annotated[int, typer.Option(help="calibration images")] = 16,
     batch_size: BatchSize = 8,
+    engine: Annotated[
+        str | None, typer.Option(help="build a TensorRT plan too: rtx:sm89, say, needs no GPU; rtx or tensorrt, for this one")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be read, written and how long, and end")] = False,
     weights: Weights = None,
     device: Device = "cpu",
 ) -> None:
@@ -86,6 +90,8 @@ def quantize(
         load_model,
     )
     from modiff_trt.tools.cli.collect import collect
+    from modiff_trt.tools.cli.dry_run import collect_seconds, tell
+    from modiff_trt.tools.cli.engine_stage import Engine
     from modiff_trt.tools.cli.export import export
     from modiff_trt.tools.cli.report import report
 
@@ -105,7 +111,9 @@ def quantize(
     check_recipe(network, recipe, len(steps))
     if costs is not None:
         load_costs(costs, [spec.name for spec in network.layers], batch=None)
-    check_writable(out / RECORD)
+    made = Engine.of(engine, given_context.copies) if engine is not None else None
+    if not dry_run:
+        check_writable(out / RECORD)
     settings = {
         "config": config_to_dict(network.config),
         **checkpoint_manifest(checkpoint),
@@ -129,6 +137,13 @@ def quantize(
         "num_samples": num_samples,
     }
     of_model: dict[str, Any] = {"config": config, "ckpt": ckpt, "model": model, "weights": weights}
+    given = "" if context is None else f" --context {context}" + ("" if guidance is None else f" --guidance {guidance:g}")
+    place = "FILE.npz" if network.config.latent else "FOLDER"
+    command = f"modiff-trt sample --backend onnx --onnx {out / NETWORK}{given} --num-samples 16 --out {place}"
+    source = model.resolve() if model is not None else ckpt
+    assert source is not None  # else `load_model` has refused
+    called = source.name if model is not None else source.stem
+    record: dict[str, Any] = {}
     trajectories, scales = out / TRAJECTORIES, out / SCALES
     stages: dict[str, tuple[str, Callable[[], str | None]]] = {
         "collect": (
@@ -174,6 +189,14 @@ def quantize(
             REPORT,
             lambda: report(**of_model, out=out / REPORT, scales=scales, context=context, guidance=guidance, device=device),
         ),
+    }
+    if made is not None:
+        half = NETWORK if device == "cuda" else HALF
+        if half != NETWORK:
+            stages["export fp16"] = (HALF, lambda: export(**of_model, out=out / HALF, scales=scales, dtype="fp16"))
+        plan = made.plan(out)
+        stages["build"] = (plan.name, lambda: made.build(out / half, load_scales(scales)))
+    stages |= {
         "README": (
             CARD,
             lambda: _write_card(
@@ -181,14 +204,19 @@ def quantize(
             ),
         ),
     }
-    given = "" if context is None else f" --context {context}" + ("" if guidance is None else f" --guidance {guidance:g}")
-    place = "FILE.npz" if network.config.latent else "FOLDER"
-    command = f"modiff-trt sample --backend onnx --onnx {out / NETWORK}{given} --num-samples 16 --out {place}"
-    source = model.resolve() if model is not None else ckpt
-    assert source is not None  # else `load_model` has refused
-    called = source.name if model is not None else source.stem
+    if dry_run:
+        record |= _record(out / RECORD, settings)
+        tell(
+            [path for path in (config, ckpt, model, context, costs) if path is not None],
+            {name: (out / file, _stands(record, name, out / file)) for name, (file, _) in stages.items()},
+            collect_seconds(network, checkpoint, given_context, passes=len(steps) * num_samples, device=device),
+            learns_weights=preset == Preset.EXACT,
+        )
+        return
     with locked(out):
-        record = _record(out / RECORD, settings)
+        record |= _record(out / RECORD, settings)
+        if any(not _stands(record, name, out / file) for name, (file, _) in stages.items()):
+            record["stages"].pop("README", None)  # it names what the others made
         for number, (name, (file, run)) in enumerate(stages.items(), 1):
             title = f"[{number}/{len(stages)}] {name}"
             if name == "report" and (why := _no_report(network, load_scales(scales))):
@@ -207,6 +235,15 @@ def _no_report(network: Network, scales: Scales) -> str | None:
     if not makes_pictures(network.config):
         return "it shows pictures, and this network makes latents"
     return None
+
+
+def _with_plan(out: Path, stages: dict[str, Any], sample: str) -> list[str]:
+    """How to sample from the plan, where one was built."""
+    if "build" not in stages:
+        return []
+    half = stages.get("export fp16", stages["export"])["file"]
+    on_plan = sample.replace(f"--backend onnx --onnx {out / NETWORK}", f"--backend trt --plan {out / stages['build']['file']}")
+    return [on_plan, f"modiff-trt verify --onnx {out / half} --plan {out / stages['build']['file']}   # is the engine right?"]
 
 
 def _write_card(
@@ -230,6 +267,7 @@ def _write_card(
         made=f"`{made['command']}` on {datetime.now(UTC).date().isoformat()}, torch {made['versions']['torch']}",
         commands=[
             sample,
+            *_with_plan(out, record["stages"], sample),
             *([f"modiff-trt package --onnx {out / NETWORK} --out FOLDER   # samples without torch"] if alone else []),
         ],
         copies=copies,
@@ -259,12 +297,19 @@ def _record(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def _stands(record: dict[str, Any], name: str, file: Path) -> bool:
+    """Whether a stage is done and its file as it was written."""
+    from modiff_trt.core.files import sha256
+
+    done = record["stages"].get(name)
+    return done is not None and done["file"] == file.name and file.exists() and sha256(file) == done["sha256"]
+
+
 def _stage(at: Path, record: dict[str, Any], name: str, file: Path, run: Callable[[], str | None], title: str) -> None:
     """Runs a stage unless its file is there as it was written, and writes down that it is done."""
     from modiff_trt.core.files import sha256, write_signed
 
-    done = record["stages"].get(name)
-    if done is not None and file.exists() and sha256(file) == done["sha256"]:
+    if _stands(record, name, file):
         typer.echo(f"{title}: {file} is there already")
         return
     typer.echo(title)

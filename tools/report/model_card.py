@@ -16,6 +16,7 @@ FILES = {
     "trajectories.safetensors": "full-precision trajectories that the scales were found on",
     "scales.safetensors": "scales, modes and rounded weights: for `sample --backend native`, `export`, `report`, `inspect`",
     "network.onnx": "the quantized network in one file: for onnxruntime, `package` and `build`",
+    "network-fp16.onnx": "the same in float16, which plans are built from",
     "report.html": "images, errors and layers: open it in a browser",
 }
 
@@ -48,9 +49,9 @@ def model_card(
     }
     rows = [f"| {what} | {said} |" for what, said in facts.items()]
     files = [
-        f"| `{stage['file']}` | {FILES[stage['file']]} | {stage['seconds']:g} | `{stage['sha256'][:16]}...` |"
+        f"| `{stage['file']}` | {_purpose(stage)} | {stage['seconds']:g} | `{stage['sha256'][:16]}...` |"
         for stage in stages.values()
-        if stage["file"] in FILES
+        if _purpose(stage)
     ]
     python = [
         "From Python, on onnxruntime:",
@@ -84,3 +85,10 @@ def model_card(
         "`quantization.json` records settings and digests; the same command goes on from there.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _purpose(stage: Mapping[str, Any]) -> str:
+    """What a stage's file is for; empty for one that needs no line."""
+    if str(stage["file"]).endswith(".plan"):
+        return f"TensorRT plan, {stage.get('said', '')}: for `sample --backend trt` and `package --plan`"
+    return FILES.get(stage["file"], "")

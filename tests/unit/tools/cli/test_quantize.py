@@ -7,11 +7,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from command import run
+from command import alone, run
 from conftest import ddim_state, random_checkpoint, tiny_config, tiny_tree
 from safetensors.torch import save_file
 
 from modiff_trt.core.scales import load_scales
+from modiff_trt.runtime.backends.plan import load_plan
 from modiff_trt.tools.cli import quantize as command
 
 
@@ -157,3 +158,42 @@ def test_what_a_later_stage_would_refuse_is_refused_before_the_first(job, tmp_pa
     captured = capsys.readouterr()
     assert why in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     assert not (tmp_path / "q").exists()
+
+
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(job, tmp_path, capsys):
+    out = tmp_path / "d"
+    assert run(*job, "--out", out, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert not out.exists() and "nothing was written" in said
+    written = re.findall(r"would write (\S+?),? ?(?:about|$)", said, re.MULTILINE)
+    assert run(*job, "--out", out) == 0
+    assert {file.name for file in out.iterdir()} - {"quantization.json"} <= {name.rsplit("/", 1)[1] for name in written}
+    (out / "report.html").unlink()
+    capsys.readouterr()
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert run(*job, "--out", out, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert said.count("is there already") == 4 and f"would write {out / 'report.html'}" in said
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_a_plan_is_built_and_the_readme_names_it(job, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'modiff-trt[rtx]'")
+    out = tmp_path / "e"
+    assert run(*job, "--out", out) == 0
+    done = alone(*job, "--out", out, "--engine", "rtx:sm89")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is there already") == 4  # the engine does not make scales again, but README is another
+    (plan,) = out.glob("*.plan")
+    card = (out / "README.md").read_text()
+    assert f"--backend trt --plan {plan}" in card and "quantized ones in INT8" in card and "network-fp16.onnx" in card
+    assert load_plan(plan).manifest["plugin"] and load_plan(plan).manifest["target"] == "sm89"
+
+
+@pytest.mark.parametrize(("engine", "said"), [("rtx:sm1", "--target must be one of"), ("x", "must be one of auto")])
+def test_an_engine_that_cannot_be_built_is_refused_before_the_first_stage(job, tmp_path, capsys, engine, said):
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'modiff-trt[rtx]'")
+    assert run(*job, "--out", tmp_path / "f", "--engine", engine) == 2
+    error = capsys.readouterr().err
+    assert f"--engine {engine}: " in error and said in error
+    assert not (tmp_path / "f").exists()
