@@ -8,35 +8,37 @@ rows of a modulated network are warm-up passes: they bring the state up, and the
 
 from pathlib import Path
 
-from modiff_trt.core.scales import load_scales
-from modiff_trt.runtime.backends.registry import trained
-from modiff_trt.runtime.backends.registry.options import load_model
-from modiff_trt.runtime.images.folders import psnr
-from modiff_trt.runtime.images.noise import ImageNoise
+import numpy as np
+
+from modiff_trt import denoiser, load_model, load_scales
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "calib_cache/demo"
 
 
-def sample(denoiser, updates, x):
+def sample(backend, x):
     """x_0 from x_T by deterministic DDIM: of each step's numbers two are enough (`core/solvers.py` says what the others do)."""
-    rows = denoiser.rows
-    denoiser.reset(len(x))
-    for row in range(len(rows)):
-        eps = denoiser(x, row)
-        if row >= rows.warmup:
-            step = row - rows.warmup
+    network, updates = backend.denoiser, backend.updates(eta=0.0)
+    network.reset(len(x))
+    x = network.from_host(x)
+    for row in range(len(network.rows)):
+        eps = network(x, row)
+        if row >= network.rows.warmup:
+            step = row - network.rows.warmup
             x = float(updates.x[step]) * x + float(updates.y[step]) * eps
-    return denoiser.to_host(x)
+    return network.to_host(x)
 
 
-network, checkpoint = load_model(ROOT / "configs/demo.yml", DEMO / "model.safetensors")
-scales = load_scales(DEMO / "modiff-w8a8.safetensors", network, checkpoint.sha256)
-noise = ImageNoise(0, range(2), network.config.input_shape).draw()
-updates = scales.solver.updates(network.config.diffusion, scales.rows.timesteps)
-float_network = trained.unquantized(network, checkpoint.params, scales.rows.timesteps)
-expected = sample(float_network, updates, float_network.from_host(noise))
-modulated = trained.simulated(network, checkpoint.params, scales)
-stateless = trained.simulated(network, checkpoint.params, scales.without_modulation())
-for name, denoiser in (("MoDiff", modulated), ("Q-Diffusion", stateless)):
-    print(f"{name}: {psnr(sample(denoiser, updates, denoiser.from_host(noise)), expected):.1f} dB to FP32")
+def psnr(a, b):
+    """Of images in -1..1."""
+    return 10 * np.log10(4 / np.mean((np.clip(a, -1, 1) - np.clip(b, -1, 1)) ** 2))
+
+
+model = load_model(config=ROOT / "configs/demo.yml", ckpt=DEMO / "model.safetensors")
+scales = load_scales(DEMO / "modiff-w8a8.safetensors", model)
+noise = np.random.default_rng(0).standard_normal((2, *model.network.config.input_shape), np.float32)
+expected = sample(denoiser(model, backend="torch", timesteps=len(scales.rows.timesteps)), noise)
+modulated = denoiser(model, scales, backend="torch-sim")
+stateless = denoiser(model, scales.without_modulation(), backend="torch-sim")
+for name, backend in (("MoDiff", modulated), ("Q-Diffusion", stateless)):
+    print(f"{name}: {psnr(sample(backend, noise), expected):.1f} dB to FP32")

@@ -32,7 +32,7 @@ from modiff_trt.core.manifest import (
 from modiff_trt.core.onnx_file import DATA, without_functions, write_outside
 from modiff_trt.core.scales import LayerScales, Scales, only_simulated
 from modiff_trt.export.onnx.ops import IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
-from modiff_trt.networks.binding import embeddings, time_table
+from modiff_trt.networks.binding import embeddings, of_images, time_table
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import quantize_layers
 from modiff_trt.networks.operations import Network
@@ -71,17 +71,23 @@ def build_onnx(
     params = {key: value.numpy() for key, value in checkpoint.params.items()}
     ops = OnnxOps(network, constants, params, modulated=modulated, dtype=real, dynamic=dynamic)
     context = context_arrays(network.config.architecture)
-    if context:
-        ops.bind_context(params, embeddings(network, checkpoint.params).numpy())
+    if network.prompted:
+        ops.bind_prompt()
+    timesteps = [int(t) for t in scales.rows.t] if scales is not None else None
+    if of_images(network):
+        ops.bind_conditions(params, embeddings(network, checkpoint.params).numpy(), timesteps)
     else:
-        ops.bind_times({block: rows.numpy() for block, rows in time_table(network, checkpoint.params).items()})
+        table = time_table(network, checkpoint.params)
+        ops.bind_times({block: rows.numpy() for block, rows in table.items()}, timesteps)
     if modulated and not dynamic:
         ops.bind_rows("row_scale")
     x = ops.cast("x", "x_cast", ops._type)
     eps = network.function(ops, Value(x, network.config.input_shape))
-    ops.node(
-        "Identity" if dtype == "fp32" else "Cast", [eps.name], "eps", **({} if dtype == "fp32" else {"to": TensorProto.FLOAT})
-    )
+    wide = ops.cast(eps.name, "eps_wide", TensorProto.FLOAT) if dtype == "fp16" else eps.name
+    if timesteps is None:
+        ops.node("Identity", [wide], "eps")
+    else:
+        ops.only_known_times(wide, "eps", timesteps, network.config.diffusion.num_diffusion_timesteps)
 
     info = helper.make_tensor_value_info
     image = ["N", *network.config.input_shape]

@@ -6,7 +6,7 @@ that knows nothing of it inlines the body; TensorRT takes a registered plugin of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,21 +123,42 @@ class OnnxOps:
     def cast(self, name: str, output: str, to: int) -> str:
         return name if to == self._type and self._type == TensorProto.FLOAT else self.node("Cast", [name], output, to=to)
 
-    def bind_times(self, table: Mapping[str, np.ndarray]) -> None:
+    def bind_times(self, table: Mapping[str, np.ndarray], timesteps: Collection[int] | None) -> None:
         """Looks up what the timestep gives all blocks, in one table [T, sum of channels], float32, by `t` [N]."""
-        name = self.constant(
-            "time_table", np.concatenate([table[b] for b in self._network.time_channels], axis=1).astype(np.float32)
-        )
-        self._split_times(self.node("Gather", [name, "t"], "time_rows", axis=0))
+        whole = np.concatenate([table[b] for b in self._network.time_channels], axis=1)
+        self._split_times(self._time_lines(whole, timesteps))
 
-    def bind_context(self, params: Mapping[str, np.ndarray], table: np.ndarray) -> None:
-        """The inputs of `networks.binding`, by diffusers' names: `table` float32 [T, C] is the embedding of each timestep,
-        before what a class or a prompt as a whole adds to it."""
+    def _time_lines(self, table: np.ndarray, timesteps: Collection[int] | None) -> str:
+        """The lines of a table [T, C] that `t` asks for. Only lines of `timesteps` are kept, where they are given: a trained
+        process has a thousand, a sampler some tens. See `only_known_times`."""
+        table, line = table.astype(np.float32), "t"
+        if timesteps is not None:
+            kept = sorted(set(timesteps))
+            lines = np.zeros(len(table), np.int64)
+            lines[kept] = np.arange(len(kept))
+            line = self.node("Gather", [self.constant("time_lines", lines), "t"], "time_line", axis=0)
+            table = table[kept]
+        return self.node("Gather", [self.constant("time_table", table), line], "time_rows", axis=0)
+
+    def only_known_times(self, eps: str, output: str, timesteps: Collection[int], steps: int) -> None:
+        """`output` is `eps` [N, C, H, W], float32, and NaN for an image whose timestep has no line, so that it cannot pass for
+        right. In the table itself NaN would vanish: it is quantized like any number."""
+        known = np.full(steps, np.nan, np.float32)
+        known[sorted(set(timesteps))] = 0
+        known_now = self.node("Gather", [self.constant("time_known", known), "t"], "time_known_now", axis=0)
+        shape = self.constant("shape.image_scalar", np.asarray([-1, 1, 1, 1], np.int64))
+        self.node("Add", [eps, self.node("Reshape", [known_now, shape], "time_known_image")], output)
+
+    def bind_prompt(self) -> None:
+        """The prompt, in the graph's float type."""
+        half = self._type == TensorProto.FLOAT16
+        more = {"to": TensorProto.FLOAT16} if half else {}
+        self.node("Cast" if half else "Identity", ["encoder_hidden_states"], PROMPT, **more)
+
+    def bind_conditions(self, params: Mapping[str, np.ndarray], table: np.ndarray, timesteps: Collection[int] | None) -> None:
+        """What the timestep gives all blocks together with what a class or a prompt as a whole says of each image, by the names
+        of `networks.binding`; `table` float32 [T, C] is the embedding of each timestep, before anything is added to it."""
         a = self._network.config.architecture
-        if self._network.prompted:
-            half = self._type == TensorProto.FLOAT16
-            more = {"to": TensorProto.FLOAT16} if half else {}
-            self.node("Cast" if half else "Identity", ["encoder_hidden_states"], PROMPT, **more)
 
         def linear(x: str, names: list[str], output: str) -> str:
             weight = np.concatenate([params[f"{name}.weight"] for name in names]).T
@@ -148,7 +169,7 @@ class OnnxOps:
         def silu(x: str) -> str:
             return self.node("Mul", [x, self.node("Sigmoid", [x], f"{x}.gate")], f"{x}.silu")
 
-        h = self.node("Gather", [self.constant("time_table", table), "t"], "time_rows", axis=0)
+        h = self._time_lines(table, timesteps)
         if a.classes:
             classes = self.constant("class_embedding.weight", params["class_embedding.weight"])
             h = self.node("Add", [h, self.node("Gather", [classes, "class_labels"], "class_rows", axis=0)], "classed")

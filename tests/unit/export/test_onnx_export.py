@@ -5,7 +5,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import random_checkpoint, tiny_config
+from conftest import ROOT, random_checkpoint, tiny_config
 from onnx_lockstep import all_modulated, passes
 
 from modiff_trt.core.errors import InputError
@@ -17,6 +17,7 @@ from modiff_trt.networks.modulated import integer_product, quantize_layers
 from modiff_trt.networks.torch_ops import run_unet
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
+from modiff_trt.runtime.backends.registry.options import load_model
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr
 
@@ -54,7 +55,7 @@ def test_stateless_network_equals_the_simulation(tiny, tmp_path, bits):
         model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}.q", onnx.TensorProto.INT8, None))
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     x = torch.randn(3, *tiny.network.config.input_shape, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([5, 300, 999])
+    t = torch.tensor(tiny.timesteps[1:4])
     outputs = dict(
         zip([o.name for o in session.get_outputs()], session.run(None, {"x": x.numpy(), "t": t.numpy()}), strict=True)
     )
@@ -164,3 +165,28 @@ def test_pooling_instead_of_convolutions(tmp_path):
     (eps,) = session.run(None, {"x": x, "t": np.array([4])})
     bias = times(network, checkpoint.params, torch.tensor([4]))
     np.testing.assert_allclose(eps, run_unet(network, checkpoint.params, torch.from_numpy(x), bias), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_quantized_file_has_a_line_for_each_calibrated_timestep_and_nan_for_others(tiny, tmp_path, scaled):
+    scales = tiny.scales(method="qdiff") if scaled else None
+    model = build_onnx(tiny.network, tiny.checkpoint, scales, "fp32", "x" if scaled else None)
+    table = next(tensor for tensor in model.graph.initializer if tensor.name == "time_table")
+    calibrated = sorted(set(tiny.timesteps))
+    lines = tiny.network.config.diffusion.num_diffusion_timesteps
+    assert table.dims[0] == (len(calibrated) if scaled else lines)
+    session = session_of(model, tmp_path)
+    x = np.random.default_rng(0).standard_normal((1, *tiny.network.config.input_shape)).astype(np.float32)
+    for t in range(0, lines, 7):
+        (eps,) = session.run(["eps"], {"x": x, "t": np.asarray([t], np.int64)})
+        assert np.isfinite(eps).all() == (not scaled or t in calibrated)
+    (eps,) = session.run(["eps"], {"x": x, "t": np.asarray([calibrated[1]], np.int64)})
+    assert np.isfinite(eps).all()
+
+
+def test_prompts_alone_leave_the_times_a_table():
+    """Projected once, for calibrated steps alone; where labels speak of each image, a product by image."""
+    network, checkpoint = load_model(None, None, None, model=ROOT / "calib_cache/demo_classes")
+    model = build_onnx(network, checkpoint, None, "fp32", None)
+    names = {tensor.name for tensor in model.graph.initializer}
+    assert "time_table" in names and "time_projections.weight" not in names
