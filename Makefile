@@ -96,6 +96,7 @@ sample: setup $(ONNX) ## images from the ONNX file
 	$(RUN) sample --backend onnx --onnx $(ONNX) $(MODEL) --num-samples $(NUM_SAMPLES) --seed $(SEED) --device $(DEVICE) --out $(OUT)
 
 engine: setup ## a TensorRT plan from the ONNX file; RUNTIME=rtx TARGET=sm89 needs no GPU
+	$(RUN) build --onnx $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-fp16.onnx --runtime $(RUNTIME) $(if $(TARGET),--target $(TARGET)) --dry-run
 	$(MAKE) export DTYPE=fp16
 	$(RUN) build --onnx $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-fp16.onnx --runtime $(RUNTIME) $(if $(TARGET),--target $(TARGET)) \
 		--min-batch $(MIN_BATCH) --opt-batch $(OPT_BATCH) --max-batch $(MAX_BATCH) --name $(NAME)-$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modiff_trt.core.errors import InputError, shown
+from modiff_trt.core.extras import install_command
 from modiff_trt.core.files import atomic_path
 from modiff_trt.engines.onnx_network import OnnxNetwork
 from modiff_trt.plugins.modulated_conv.kernels.device_code import check_target
@@ -152,7 +153,7 @@ def target_of(options: BuildOptions) -> str:
 
     if importlib.util.find_spec("cuda") is None:
         raise InputError(
-            "to build for this machine's GPU cuda-python is needed: pip install 'modiff-trt[cuda]'; or name a --target"
+            f"to build for this machine's GPU cuda-python is needed: {install_command('cuda')}; or name a --target"
         )
     try:
         return f"sm{current_capability()}"

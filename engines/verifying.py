@@ -16,6 +16,7 @@ from rich.console import Console
 
 from modiff_trt.core.context import NO_CONTEXT, Arrays, Context
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.extras import install_command
 from modiff_trt.core.rows import RowTable
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxModel
 from modiff_trt.runtime.backends.plan import Plan
@@ -99,7 +100,7 @@ def _compare(expected: dict[str, Array], found: dict[str, Array], allowed: dict[
         from polygraphy.comparator import IterationResult
         from polygraphy.logger import G_LOGGER
     except ImportError:
-        raise InputError("verify needs polygraphy; pip install polygraphy, or 'modiff-trt[rtx]'") from None
+        raise InputError(f"verify needs polygraphy; pip install polygraphy, or {install_command('rtx')}") from None
     with warnings.catch_warnings(), G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         warnings.simplefilter("ignore", DeprecationWarning)
         try:

@@ -32,6 +32,7 @@ from modiff_trt.core.manifest import (
 from modiff_trt.core.onnx_file import DATA, without_functions, write_outside
 from modiff_trt.core.scales import LayerScales, Scales, only_simulated
 from modiff_trt.export.onnx.ops import IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
+from modiff_trt.export.onnx.times import bind_conditions, bind_times, only_known_times
 from modiff_trt.networks.binding import embeddings, of_images, time_table
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import quantize_layers
@@ -75,10 +76,10 @@ def build_onnx(
         ops.bind_prompt()
     timesteps = [int(t) for t in scales.rows.t] if scales is not None else None
     if of_images(network):
-        ops.bind_conditions(params, embeddings(network, checkpoint.params).numpy(), timesteps)
+        bind_conditions(ops, network, params, table=embeddings(network, checkpoint.params).numpy(), timesteps=timesteps)
     else:
         table = time_table(network, checkpoint.params)
-        ops.bind_times({block: rows.numpy() for block, rows in table.items()}, timesteps)
+        bind_times(ops, network, {block: rows.numpy() for block, rows in table.items()}, timesteps)
     if modulated and not dynamic:
         ops.bind_rows("row_scale")
     x = ops.cast("x", "x_cast", ops._type)
@@ -87,7 +88,7 @@ def build_onnx(
     if timesteps is None:
         ops.node("Identity", [wide], "eps")
     else:
-        ops.only_known_times(wide, "eps", timesteps, network.config.diffusion.num_diffusion_timesteps)
+        only_known_times(ops, wide, "eps", timesteps=timesteps, steps=network.config.diffusion.num_diffusion_timesteps)
 
     info = helper.make_tensor_value_info
     image = ["N", *network.config.input_shape]

@@ -6,7 +6,7 @@ that knows nothing of it inlines the body; TensorRT takes a registered plugin of
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,75 +123,14 @@ class OnnxOps:
     def cast(self, name: str, output: str, to: int) -> str:
         return name if to == self._type and self._type == TensorProto.FLOAT else self.node("Cast", [name], output, to=to)
 
-    def bind_times(self, table: Mapping[str, np.ndarray], timesteps: Collection[int] | None) -> None:
-        """Looks up what the timestep gives all blocks, in one table [T, sum of channels], float32, by `t` [N]."""
-        whole = np.concatenate([table[b] for b in self._network.time_channels], axis=1)
-        self._split_times(self._time_lines(whole, timesteps))
-
-    def _time_lines(self, table: np.ndarray, timesteps: Collection[int] | None) -> str:
-        """The lines of a table [T, C] that `t` asks for. Only lines of `timesteps` are kept, where they are given: a trained
-        process has a thousand, a sampler some tens. See `only_known_times`."""
-        table, line = table.astype(np.float32), "t"
-        if timesteps is not None:
-            kept = sorted(set(timesteps))
-            lines = np.zeros(len(table), np.int64)
-            lines[kept] = np.arange(len(kept))
-            line = self.node("Gather", [self.constant("time_lines", lines), "t"], "time_line", axis=0)
-            table = table[kept]
-        return self.node("Gather", [self.constant("time_table", table), line], "time_rows", axis=0)
-
-    def only_known_times(self, eps: str, output: str, timesteps: Collection[int], steps: int) -> None:
-        """`output` is `eps` [N, C, H, W], float32, and NaN for an image whose timestep has no line, so that it cannot pass for
-        right. In the table itself NaN would vanish: it is quantized like any number."""
-        known = np.full(steps, np.nan, np.float32)
-        known[sorted(set(timesteps))] = 0
-        known_now = self.node("Gather", [self.constant("time_known", known), "t"], "time_known_now", axis=0)
-        shape = self.constant("shape.image_scalar", np.asarray([-1, 1, 1, 1], np.int64))
-        self.node("Add", [eps, self.node("Reshape", [known_now, shape], "time_known_image")], output)
-
     def bind_prompt(self) -> None:
         """The prompt, in the graph's float type."""
         half = self._type == TensorProto.FLOAT16
         more = {"to": TensorProto.FLOAT16} if half else {}
         self.node("Cast" if half else "Identity", ["encoder_hidden_states"], PROMPT, **more)
 
-    def bind_conditions(self, params: Mapping[str, np.ndarray], table: np.ndarray, timesteps: Collection[int] | None) -> None:
-        """What the timestep gives all blocks together with what a class or a prompt as a whole says of each image, by the names
-        of `networks.binding`; `table` float32 [T, C] is the embedding of each timestep, before anything is added to it."""
-        a = self._network.config.architecture
-
-        def linear(x: str, names: list[str], output: str) -> str:
-            weight = np.concatenate([params[f"{name}.weight"] for name in names]).T
-            bias = np.concatenate([params[f"{name}.bias"] for name in names])
-            inputs = [x, self.constant(f"{output}.weight", weight), self.constant(f"{output}.bias", bias)]
-            return self.node("Gemm", inputs, output)
-
-        def silu(x: str) -> str:
-            return self.node("Mul", [x, self.node("Sigmoid", [x], f"{x}.gate")], f"{x}.silu")
-
-        h = self._time_lines(table, timesteps)
-        if a.classes:
-            classes = self.constant("class_embedding.weight", params["class_embedding.weight"])
-            h = self.node("Add", [h, self.node("Gather", [classes, "class_labels"], "class_rows", axis=0)], "classed")
-        if a.added_channels:
-            # Sinusoids of each time id, beside the prompt as a whole.
-            half = a.added_times // 2
-            frequency = np.exp(np.arange(half) * (-np.log(10000) / (half - a.freq_shift))).astype(np.float32)
-            axes = self.constant("axes.last", np.asarray([-1], np.int64))
-            ids = self.node("Unsqueeze", ["time_ids", axes], "time_ids.last")
-            angle = self.node("Mul", [ids, self.constant("time_ids.frequency", frequency)], "time_ids.angle")
-            waves = [self.node(op, [angle], f"time_ids.{op.lower()}") for op in ("Sin", "Cos")]
-            waves = waves[::-1] if a.flip_sin_to_cos else waves
-            waved = self.node("Concat", waves, "time_ids.waves", axis=2)
-            flat = self.constant("shape.time_ids", np.asarray([0, -1], np.int64))
-            waved = self.node("Reshape", [waved, flat], "time_ids.flat")
-            both = self.node("Concat", ["text_embeds", waved], "added", axis=1)
-            both = silu(linear(both, ["add_embedding.linear_1"], "added.linear_1"))
-            h = self.node("Add", [h, linear(both, ["add_embedding.linear_2"], "added.linear_2")], "embedded")
-        projections = [f"{block}.time_emb_proj" for block in self._network.time_channels]
-        self._split_times(linear(silu(h), projections, "time_projections"))
-
-    def _split_times(self, rows: str) -> None:
+    def split_times(self, rows: str) -> None:
+        """What the timestep gives each block, from one tensor [N, sum of channels] for all."""
         rows = self.cast(rows, "time_rows_cast", self._type)
         sizes = self.constant("time_sizes", np.asarray(list(self._network.time_channels.values()), np.int64))
         outputs = [f"{block}.time" for block in self._network.time_channels]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.extras import install_command
 from modiff_trt.plugins.modulated_conv.kernels.device_code import check, current_capability
 
 Array = np.ndarray[Any, Any]
@@ -25,7 +26,7 @@ def driver() -> Any:
     try:
         from cuda.bindings import driver as module
     except ImportError:
-        raise InputError("the trt backend needs cuda-python; pip install 'modiff-trt[cuda]'") from None
+        raise InputError(f"the trt backend needs cuda-python; {install_command('cuda')}") from None
     return module
 
 

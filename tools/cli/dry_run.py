@@ -1,4 +1,4 @@
-"""`quantize --dry-run`: what would be read, written, and how long it takes here."""
+"""What `quantize` will take: said before each stage, and by `--dry-run` for all, with what would be read and written."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ def collect_seconds(network: Network, checkpoint: Checkpoint, context: Context, 
     return passes * run_passes(denoiser, load, 1, device=device)[0]
 
 
+def takes(name: str, collect: float, *, learns_weights: bool) -> str:
+    """What a stage is announced with: what it will take, after a `collect` of so many seconds."""
+    if name not in SHARES:
+        return ""
+    more = ", and the learning of weights" if name == "calibrate" and learns_weights else ""
+    return f": about {duration(collect * SHARES[name])}{more}"
+
+
 def tell(read: Sequence[Path], stages: dict[str, tuple[Path, bool]], collect: float, *, learns_weights: bool) -> None:
     """Prints it. `stages` have the file that each writes, and whether it stands there already; `collect` is in seconds."""
     typer.echo(f"would read {', '.join(map(str, read))}")
@@ -41,6 +49,6 @@ def tell(read: Sequence[Path], stages: dict[str, tuple[Path, bool]], collect: fl
             typer.echo(f"{name}: {file} is there already")
             continue
         left += seconds
-        more = ", and the learning of weights" if name == "calibrate" and learns_weights else ""
-        typer.echo(f"{name}: would write {file}" + (f", about {duration(seconds)}{more}" if seconds else ""))
+        about = takes(name, collect, learns_weights=learns_weights) or (f": about {duration(seconds)}" if seconds else "")
+        typer.echo(f"{name}: would write {file}{about}")
     typer.echo(f"about {duration(left)} in all, by one pass timed here; nothing was written")

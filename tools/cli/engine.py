@@ -36,6 +36,9 @@ def build(
         bool, typer.Option("--plugin/--no-plugin", help="modulated layers by our plugin, or inlined, by TensorRT's own kernels")
     ] = True,
     layers: Annotated[bool, typer.Option("--layers", help="print every layer of the engine")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check TensorRT and target, and end; FILE need not be there")
+    ] = False,
 ) -> None:
     """Build a TensorRT plan from an exported file, and say what became of its layers."""
     from modiff_trt.core.files import check_writable
@@ -50,9 +53,12 @@ def build(
     options = BuildOptions(
         min_batch, opt_batch, max_batch, tokens=tokens, target=target, level=level, version_compatible=version_compatible
     )
-    network = load_network(onnx, plugin)
+    network = None if dry_run else load_network(onnx, plugin)
     library = builder(runtime)
     check_target_name(library, target)
+    if network is None:
+        typer.echo(f"{library.name} {library.version} would build {onnx} for {target_of(options)}")
+        return
     place, machine = name or onnx.stem + ("" if plugin else "-noplugin"), target_of(options)
     check_writable(plan_path(out, place, library, target=machine))
     if network.manifest["dtype"] == "fp32":

@@ -25,7 +25,7 @@ from modiff_trt.tools.cli import (
     report,
     sample,
 )
-from modiff_trt.tools.cli.panels import grouped
+from modiff_trt.tools.cli.panels import EXAMPLES, grouped
 from modiff_trt.tools.cli.saying import plainly, said
 from modiff_trt.tools.stopping import BAD_INPUT, INTERRUPTED, exit_code
 
@@ -61,7 +61,11 @@ def about(
     """Calibrate, export and deploy INT8 diffusion UNets with MoDiff state kept on the device."""
     if quiet and verbose:
         raise InputError("--quiet and --verbose exclude each other")
-    context.obj.enter_context(said(quiet=quiet, verbose=verbose, log=log))
+    saying = said(quiet=quiet, verbose=verbose, log=log)
+    if context.obj is None:  # not by `main`, whose stack lasts until an error has been said
+        context.with_resource(saying)
+    else:
+        context.obj.enter_context(saying)
 
 
 STAGES = (
@@ -81,7 +85,7 @@ STAGES = (
     engine.package,
 )
 for stage in STAGES:
-    app.command()(grouped(stage))
+    app.command(epilog=f"Example: modiff-trt {stage.__name__} {EXAMPLES[stage.__name__]}")(grouped(stage))
 
 
 def main(arguments: list[str] | None = None) -> None:

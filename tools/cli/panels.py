@@ -69,3 +69,23 @@ def _in_panel(hint: Any, panel: str | None) -> Any:
         if isinstance(extra, OptionInfo):
             extra.rich_help_panel = panel
     return Annotated[kind, *placed]
+
+
+# What each command's `--help` ends with.
+NETWORK = "--config model.yml --ckpt model.ckpt"
+EXAMPLES = {
+    "demo": "--out out/demo",
+    "quantize": f"{NETWORK} --timesteps 100 --engine rtx:sm89 --out c",
+    "collect": f"{NETWORK} --timesteps 100 --num-samples 16 --out t.safetensors",
+    "calibrate": f"{NETWORK} --trajectories t.safetensors --act-bit 6 --preset balanced --out s.safetensors",
+    "inspect": "s.safetensors",
+    "export": f"{NETWORK} --scales s.safetensors --dtype fp16 --out n.onnx",
+    "sample": "--backend onnx --onnx n.onnx --num-samples 64 --seed 0 --out images",
+    "evaluate": "--samples images --reference cifar-10-binary.tar.gz --features fd-cifar --out results.json",
+    "bench": f"{NETWORK} --scales s.safetensors --device cuda --backends torch-fp16-compiled,native-modiff --out bench.json",
+    "report": f"{NETWORK} --scales s.safetensors --out report.html",
+    "build": "--onnx n.onnx --runtime rtx --target sm89 --max-batch 16 --out plans",
+    "verify": "--onnx n.onnx --plan plans/n.plan",
+    "engines": f"{NETWORK} --scales s.safetensors --batch-sizes 1,16 --out engines",
+    "package": "--onnx n.onnx --out sampler",
+}

@@ -90,7 +90,7 @@ def quantize(
         load_model,
     )
     from modiff_trt.tools.cli.collect import collect
-    from modiff_trt.tools.cli.dry_run import collect_seconds, tell
+    from modiff_trt.tools.cli.dry_run import collect_seconds, takes, tell
     from modiff_trt.tools.cli.engine_stage import Engine
     from modiff_trt.tools.cli.export import export
     from modiff_trt.tools.cli.report import report
@@ -222,6 +222,9 @@ def quantize(
             if name == "report" and (why := _no_report(network, load_scales(scales))):
                 typer.echo(f"{title}: none, since {why}")
                 continue
+            took = record["stages"].get("collect", {}).get("seconds", 0.0)
+            if not _stands(record, name, out / file):
+                title += takes(name, took, learns_weights=preset == Preset.EXACT)
             _stage(out / RECORD, record, name, out / file, run, title=title)
     typer.echo(f"{out}: sample with `{command}`")
 
@@ -268,7 +271,7 @@ def _write_card(
         commands=[
             sample,
             *_with_plan(out, record["stages"], sample),
-            *([f"modiff-trt package --onnx {out / NETWORK} --out FOLDER   # samples without torch"] if alone else []),
+            f"modiff-trt package --onnx {out / NETWORK} --out FOLDER   # samples without torch",
         ],
         copies=copies,
         has_pipeline=alone,

@@ -43,11 +43,10 @@ def plainly() -> Iterator[None]:
     """What a command says without options: lines of this project, and nothing of the libraries that it uses."""
     stream = logging.StreamHandler(sys.stderr)
     stream.setFormatter(logging.Formatter("%(message)s"))
-    before = PROJECT.level, PROJECT.propagate, errors.quiet
+    before = PROJECT.level, errors.quiet
     stream.setLevel(logging.INFO)
     PROJECT.addHandler(stream)
     PROJECT.setLevel(logging.INFO)
-    PROJECT.propagate = False
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")  # those of libraries, which would stand above our own line
@@ -55,7 +54,8 @@ def plainly() -> Iterator[None]:
             yield
         finally:
             PROJECT.removeHandler(stream)
-            PROJECT.level, PROJECT.propagate, errors.quiet = before
+            PROJECT.setLevel(before[0])
+            errors.quiet = before[1]
 
 
 @contextlib.contextmanager

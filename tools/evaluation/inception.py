@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.extras import install_command
 from modiff_trt.core.files import digest_of, read_file
 from modiff_trt.runtime.backends.torch_denoiser import full_precision
 from modiff_trt.runtime.images.pictures import Images
@@ -74,7 +75,7 @@ def build_network() -> Any:
         import torchvision
         from pytorch_fid import inception as fid
     except ImportError:
-        raise InputError("Inception features need pytorch-fid; pip install 'modiff-trt[fid]'") from None
+        raise InputError(f"Inception features need pytorch-fid; {install_command('fid')}") from None
     except RuntimeError as error:  # a torchvision for another torch fails while it is imported
         raise InputError(
             f"torchvision does not fit this torch ({error}); install the torchvision of its version and build (CPU or CUDA)"

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from modiff_trt.core.context import load_context
 from modiff_trt.core.errors import InputError, one_line
-from modiff_trt.core.files import read_signed
+from modiff_trt.core.files import read_signed, sha256
 from modiff_trt.core.solvers import solver_from_dict
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
 from modiff_trt.runtime.backends.plan import load_plan
 from modiff_trt.runtime.backends.registry.exported import onnx_backend, plan_backend
+from modiff_trt.runtime.backends.registry.guidance import guided
 from modiff_trt.runtime.sampling import Backend, Rank, image_range, run_sampling
 from modiff_trt.tools.stopping import exit_code
 
@@ -38,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time (8)")
     parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic, 1: as noisy as DDPM (0)")
     parser.add_argument("--noise", type=Path, help=".npy float32 [N, C, H, W] used as x_T")
+    parser.add_argument("--context", type=Path, help=".npz of what the network is given beside noise, by diffusers' names")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance: the context has what it leads away from too")
     parser.add_argument("--shards", action="store_true", help="one uint8 array a batch in the folder, instead of PNG files")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the plan, or onnxruntime-gpu")
     options = parser.parse_args(argv)
@@ -45,8 +50,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
+    backend = _backend(Path(sys.argv[0]).resolve().parent, options.device)
+    context = load_context(options.context, options.guidance, backend.config.architecture)
+    if options.context is not None:
+        given = {"context_sha256": sha256(options.context), "guidance": options.guidance}
+        backend = replace(backend, manifest=backend.manifest | given)
     done = run_sampling(
-        _backend(Path(sys.argv[0]).resolve().parent, options.device),
+        replace(backend, denoiser=guided(backend.denoiser, context), context=context),
         indices=image_range(options.num_samples, options.seeds),
         seed=options.seed,
         batch_size=options.batch_size,

@@ -6,12 +6,14 @@ import ast
 import shutil
 import tempfile
 import zipapp
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from modiff_trt.core.context import from_noise_to_pictures
+from modiff_trt.core.config import stored_config
+from modiff_trt.core.context import context_arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import sha256, unwritable, write_signed
 from modiff_trt.core.solvers import Solver, solver_from_dict
@@ -51,10 +53,6 @@ def package(onnx: Path, out: Path, timesteps: int, solver: Solver, plan: Path | 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not an empty folder; choose a new one")
     model = load_onnx(onnx)
-    if not from_noise_to_pictures(model.config):
-        raise InputError(
-            f"{onnx} needs a context, or makes latents; the deployed sampler is for networks from noise to pictures"
-        )
     if model.outside:
         raise InputError(f"{onnx} keeps its weights in a file of their own; a sampler packs one ONNX file")
     rows = model.calibrated_rows
@@ -85,6 +83,46 @@ def _plan_requirements(plan: Plan) -> tuple[str, ...]:
     return "cuda-python>=13", f"{package}=={plan.manifest['version']}"
 
 
+def pinned() -> tuple[str, ...]:
+    """The requirements, at the versions that are installed here, with which the network was read."""
+    found = []
+    for requirement in REQUIREMENTS:
+        try:
+            name = requirement.split(">=")[0]
+            found.append(f"{name}=={version(name)}")
+        except PackageNotFoundError:  # onnxruntime-gpu in the place of onnxruntime
+            found.append(requirement)
+    return tuple(found)
+
+
+def _readme(name: str, about: dict[str, Any], plan: Plan | None) -> str:
+    """What the folder is, and how to use it."""
+    network, solver = about["network"], solver_from_dict(about["solver"], name)
+    modes = [layer["mode"] for layer in network["layers"].values()]
+    counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in dict.fromkeys(modes)) or "in float"
+    config = stored_config(network["config"], name)
+    arrays = ", ".join(f"`{array}`" for array in context_arrays(config.architecture))
+    command = f"./{LAUNCHER} -n 64 --seed 0" + (" --context FILE.npz" if arrays else "")
+    place = "latents.npz" if config.latent else "images"
+    on_gpu = f"    {command} --device cuda -o {place}   # with the plan, on the GPU it was built for"
+    lines = [
+        f"# {name}",
+        "",
+        f"A diffusion network that samples by itself, without torch: {len(modes)} layers ({counts}), {network['dtype']}.",
+        f"Steps: `{solver.describe(len(about['timesteps']))}`.",
+        "",
+        "    pip install -r requirements.txt      # Python 3.11 or later; the versions that it was packed with",
+        f"    {command} -o {place}",
+        *([on_gpu] if plan is not None else []),
+        "",
+        *([f"The context has {arrays}, by diffusers' names; `--guidance G` takes `negative_...` too.", ""] if arrays else []),
+        f"`./{LAUNCHER} --help` lists the options. Image i of a seed is the same whatever the number of images.",
+        f"Made from a checkpoint with SHA-256 `{network['checkpoint_sha256']}`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def _write(onnx: Path, plan: Plan | None, out: Path, about: dict[str, Any]) -> list[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
@@ -96,8 +134,9 @@ def _write(onnx: Path, plan: Plan | None, out: Path, about: dict[str, Any]) -> l
         _copy_modules(source)
         zipapp.create_archive(source, folder / LAUNCHER, interpreter="/usr/bin/env python3", compressed=True)
         (folder / LAUNCHER).chmod(0o755)
-        requirements = REQUIREMENTS + (_plan_requirements(plan) if plan is not None else ())
+        requirements = pinned() + (_plan_requirements(plan) if plan is not None else ())
         (folder / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_readme(out.name, about, plan), encoding="utf-8")
         if sha256(folder / NETWORK) != about["onnx_sha256"]:
             raise InputError(f"{onnx} changed while it was copied; run the command again")
         write_signed(folder / ABOUT, about)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path, cache_folder
+from modiff_trt.core.progress import LINE_EVERY
 from modiff_trt.networks.operations import LayerSpec
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS, ConvTile, Geometry, tiles_to_time
 
@@ -40,7 +43,7 @@ class ConvTactics:
         self._convs: dict[ConvSpec, Int8Conv | ConvTile] = {}
         self._workspaces = [torch.empty(0, dtype=torch.uint8)]
         self._scratch = Scratch("cuda")
-        self._told = False
+        self._tuned, self._told = 0, -math.inf
 
     def run(
         self,
@@ -109,9 +112,7 @@ class ConvTactics:
             raise
         except (*PLAN_ERRORS, OSError, ValueError, IndexError, InputError):
             pass  # not there, or of no use: tuned anew
-        if not self._told:
-            log.info("timing convolutions on this GPU, once for each batch size (half a minute)")
-            self._told = True
+        self._tell()
         conv = Int8Conv(key)
         times = self._own_times(key)
         own = min(times, default=float("inf")) < conv.plan.time_us
@@ -121,6 +122,16 @@ class ConvTactics:
         with contextlib.suppress(InputError, RuntimeError), atomic_path(cache_folder() / f"{name}.plan") as temporary:
             temporary.write_bytes(hashlib.sha256(blob).digest() + blob)
         return tiles_to_time(_geometry(key))[best] if own else conv
+
+    def _tell(self) -> None:
+        """Says now and then that shapes are being timed: how many there will be is not known here."""
+        if self._tuned == 0:
+            log.info("timing convolutions on this GPU, once for each shape and batch size: half a minute, or minutes")
+            self._told = time.monotonic()
+        elif time.monotonic() - self._told >= LINE_EVERY:
+            log.info("timed %d shapes so far", self._tuned)
+            self._told = time.monotonic()
+        self._tuned += 1
 
     def _own_times(self, key: ConvSpec) -> list[float]:
         """Microseconds a run of our kernel by tile; empty where it is not tried."""

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.extras import install_command
 
 BUILDERS = ("tensorrt", "rtx")
 PACKAGES = {"tensorrt": "tensorrt", "lean": "tensorrt_lean", "rtx": "tensorrt_rtx"}
 RUNTIMES = ("auto", *PACKAGES)
-INSTALL = {name: f"pip install 'modiff-trt[{extra}]'" for name, extra in zip(PACKAGES, ("trt", "lean", "rtx"), strict=True)}
+INSTALL = {name: install_command(extra) for name, extra in zip(PACKAGES, ("trt", "lean", "rtx"), strict=True)}
 
 
 @dataclass(frozen=True)

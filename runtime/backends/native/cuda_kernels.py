@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.extras import install_command
 from modiff_trt.plugins.modulated_conv.libraries.conv_tactics import ConvTactics
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.native.layers import NativeLayer
@@ -91,7 +92,7 @@ def check_gpu() -> None:
         raise InputError(
             f"{name} has compute capability {capability[0]}.{capability[1]}; the native kernels need 8.0 (Ampere) or later"
         )
-    for package, extra in (("triton", "a CUDA build of torch brings it"), ("cudnn", "pip install 'modiff-trt[cuda]'")):
+    for package, extra in (("triton", "a CUDA build of torch brings it"), ("cudnn", install_command("cuda"))):
         try:
             __import__(package)
         except ImportError:

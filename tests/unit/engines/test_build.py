@@ -6,6 +6,7 @@ import sys
 
 import onnx
 import pytest
+from command import run
 from conftest import ROOT, random_checkpoint
 
 from modiff_trt.core.ddim_yaml import load_config
@@ -142,7 +143,7 @@ def test_a_package_that_was_imported_before_is_one_line():
 def test_stock_tensorrt_that_is_not_there_is_named():
     if __import__("importlib.util").util.find_spec("tensorrt") is not None:
         pytest.skip("stock TensorRT is installed")
-    with pytest.raises(InputError, match=r"modiff-trt\[trt\]"):
+    with pytest.raises(InputError, match=r"\[trt\]"):
         open_library("tensorrt")
 
 
@@ -163,3 +164,12 @@ def test_a_profile_spans_the_batches_and_fixes_the_tokens(rtx):
     profile = _profile(builder, network, BuildOptions(1, 2, 6, tokens=7, target="sm89"))
     assert [tuple(shape) for shape in profile.get_shape("encoder_hidden_states")] == [(n, 7, 24) for n in (1, 2, 6)]
     assert [tuple(shape) for shape in profile.get_shape("x")] == [(n, 4, 8, 8) for n in (1, 2, 6)]
+
+
+def test_a_dry_run_checks_what_builds_before_there_is_a_file(tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'modiff-trt[rtx]'")
+    job = ["build", "--onnx", tmp_path / "later.onnx", "--runtime", "rtx", "--dry-run"]
+    assert run(*job, "--target", "sm89") == 0
+    assert "would build" in capsys.readouterr().out and not any(tmp_path.iterdir())
+    assert run(*job, "--target", "sm1") == 2
+    assert "--target must be one of" in capsys.readouterr().err

@@ -8,6 +8,8 @@ import venv
 
 import numpy as np
 import pytest
+from command import run as command
+from conftest import ROOT
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.solvers import Solver
@@ -99,3 +101,33 @@ def test_an_existing_folder_is_not_overwritten(folder, tmp_path):
 def test_a_sampler_asks_for_the_least_tensorrt_that_runs_its_plan(tmp_path, runtime, compatible, needed):
     manifest = {"runtime": runtime, "version": "11.4", "options": {"version_compatible": compatible}}
     assert _plan_requirements(Plan(tmp_path / "p.plan", b"", manifest, {}, None)) == ("cuda-python>=13", needed)
+
+
+def test_the_folder_says_what_it_is_and_pins_what_it_was_packed_with(folder):
+    text = (folder / "README.md").read_text()
+    model = load_onnx(folder / "network.onnx")
+    assert model.manifest["checkpoint_sha256"] in text and f"./{LAUNCHER} -n 64 --seed 0 -o images" in text
+    assert "--context" not in text and "--device cuda" not in text
+    lines = (folder / "requirements.txt").read_text().split()
+    assert all("==" in line for line in lines) and f"numpy=={np.__version__}" in lines
+
+
+def test_a_network_with_prompts_samples_as_the_command_does(tmp_path):
+    classes, prompts = ROOT / "calib_cache/demo_classes", ROOT / "calib_cache/demo_classes/classes.npz"
+    exported = tmp_path / "n.onnx"
+    assert command("export", "--model", classes, "--out", exported) == 0
+    assert command("package", "--onnx", exported, "--timesteps", 3, "--out", tmp_path / "s") == 0
+    assert "`encoder_hidden_states`" in (tmp_path / "s/README.md").read_text()
+    given = ["--context", prompts, "--guidance", "2"]
+    result = run(tmp_path / "s", "-n", 3, *given, "-o", tmp_path / "a.npz")
+    assert result.returncode == 0, result.stderr
+    job = ["sample", "--backend", "onnx", "--onnx", exported, "--timesteps", 3, "--num-samples", 3, *given]
+    assert command(*job, "--out", tmp_path / "b.npz") == 0
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        np.testing.assert_array_equal(a["samples"], b["samples"])
+        assert np.abs(a["samples"][0] - a["samples"][1]).max() > 0.1
+    without = run(tmp_path / "s", "-n", 3, "-o", tmp_path / "c.npz")
+    assert without.returncode == 2 and "--context FILE.npz" in without.stderr and without.stderr.count("\n") == 1
+    assert run(tmp_path / "s", "-n", 3, *given[:2], "-o", tmp_path / "d.npz").returncode == 0
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "d.npz") as d:
+        assert np.abs(a["samples"] - d["samples"]).max() > 0.01  # guidance does something
