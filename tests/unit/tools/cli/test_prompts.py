@@ -103,10 +103,18 @@ def test_the_whole_method_takes_prompts_and_guidance(stable, tmp_path, capsys):
     np.testing.assert_array_equal(latents(tmp_path / "one.npz"), latents(tmp_path / "native.npz"))
     capsys.readouterr()
     assert run("sample", *made["native"], *few, tmp_path / "pictures") == 2
-    assert run("package", "--onnx", onnx, "--out", tmp_path / "sampler") == 2
     said = capsys.readouterr().err
-    assert "4 channels, which are no pictures" in said and "needs a context, or makes latents" in said
-    assert said.count("error: ") == 2 and not (tmp_path / "sampler").exists()
+    assert "4 channels, which are no pictures" in said and said.count("error: ") == 1
+    # The deployed sampler makes the same latents, and no pictures.
+    assert run("package", "--onnx", onnx, "--out", tmp_path / "sampler") == 0
+    launcher = [sys.executable, tmp_path / "sampler/modiff-sampler", *prompted, "-n", 3, "-o"]
+    codes = [
+        subprocess.run([*map(str, launcher), str(tmp_path / place)], capture_output=True, text=True, check=False)
+        for place in ("deployed.npz", "deployed")
+    ]
+    assert [done.returncode for done in codes] == [0, 2], codes
+    assert "4 channels, which are no pictures" in codes[1].stderr and codes[1].stderr.count("\n") == 1
+    np.testing.assert_array_equal(latents(tmp_path / "deployed.npz"), latents(tmp_path / "onnx.npz"))
     # Half precision between layers, with the context as it is.
     half = tmp_path / "half.onnx"
     assert run("export", *model, "--scales", scales, "--dtype", "fp16", "--out", half) == 0
