@@ -50,13 +50,15 @@ def plans(data: dict[str, Any]) -> str:
     """What a builder made of a network, before a change of the exported graph and after it."""
     lines = {}
     for name, after in data["after"].items():
-        before = data["before"][name]
-        pairs = [f"{before[key]} to {after[key]}" for key in ("layers", "fused_attentions")]
+        before = data["before"].get(name, {})
+        pairs = [
+            f"{before[key]} to {after[key]}" if key in before else str(after[key]) for key in ("layers", "fused_attentions")
+        ]
         in_int8 = after["quantized_layers_in_int8"] + after["plugin_layers"]
         cells = [*pairs, f"{in_int8} of {after['quantized_layers']}", f"{after['plan_bytes'] / 1e6:.0f}", f"{after['seconds']}"]
         lines[name.replace("-", ", ")] = cells
     columns = ["layers", "attentions in one kernel", "quantized layers in INT8", "MB", "seconds to build"]
-    note = f"\n{data['what'][0].upper()}{data['what'][1:]} (`results/plans_sd15.json`; {data['version']})."
+    note = f"\n{data['what'][0].upper()}{data['what'][1:]} ({data['version']})."
     return "\n".join([*table("plan", columns, lines), note])
 
 

@@ -331,6 +331,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "classes": ("classes", classes),
     "full_width": ("sd15_cpu", full_width),
     "plans": ("plans_sd15", plans),
+    "plans_ldm8": ("plans_ldm8", plans),
+    "plans_classes": ("plans_classes", plans),
     "installs": ("installs", installs),
     "gpu_speed": ("sd15_speed_h200", gpu_speed),
     "mode_costs": ("modes_h200", mode_costs),
