@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -130,9 +131,10 @@ def _native(network: Network, checkpoint: Checkpoint, scales: Scales) -> Denoise
 
 
 def _print(figures: dict[str, Any]) -> None:
-    table = Table(title=f"demo model, {figures['images']} images")
+    # Narrow enough for 80 columns.
+    table = Table(title=f"demo model, {figures['images']} images", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("", "steps", "backend", "to FP32", "to 1000", "s/image", "state MB", "ONNX MB"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in figures["rows"]:
         truth = row["psnr_to_1000_steps_db"]
         table.add_row(

@@ -112,7 +112,7 @@ def verify(
 
 
 def package(
-    onnx: Annotated[Path, typer.Option(help="file written by `export`")],
+    onnx: Annotated[Path, typer.Option(help="file written by `export`, or a folder of `quantize`")],
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="new folder for the sampler")],
     plan: Annotated[Path | None, typer.Option(help="plan built from it, for `modiff-sampler --device cuda`")] = None,
     timesteps: Annotated[int, typer.Option(help="steps, for float networks; quantized ones carry theirs")] = 100,
@@ -126,11 +126,12 @@ def package(
     """Write a folder that samples by itself: the network, and a launcher that needs neither torch nor this project."""
     from modiff_trt.core.solvers import Solver
     from modiff_trt.runtime.backends.registry.options import SolverOptions
+    from modiff_trt.tools.cli.quantize import exported_of
     from modiff_trt.tools.package.packing import LAUNCHER, REQUIREMENTS
     from modiff_trt.tools.package.packing import package as pack
 
     written = pack(
-        onnx,
+        exported_of(onnx),
         out,
         timesteps,
         solver=SolverOptions(

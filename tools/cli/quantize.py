@@ -229,6 +229,11 @@ def quantize(
     typer.echo(f"{out}: sample with `{command}`")
 
 
+def exported_of(path: Path) -> Path:
+    """The exported file of a folder that `quantize` wrote; any other path is itself."""
+    return path / NETWORK if (path / RECORD).is_file() else path
+
+
 def _no_report(network: Network, scales: Scales) -> str | None:
     """Why there is nothing to report, if there is not."""
     from modiff_trt.runtime.images.folders import makes_pictures

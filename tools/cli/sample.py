@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from modiff_trt.core.errors import InputError
+from modiff_trt.core.errors import InputError, shown
 from modiff_trt.tools.cli.options import (
     BatchSize,
     Ckpt,
@@ -25,6 +25,7 @@ from modiff_trt.tools.cli.options import (
     StepsOffset,
     Weights,
 )
+from modiff_trt.tools.cli.quantize import exported_of
 
 # A sheet of more would be too large to look at.
 MOST_IN_GRID = 256
@@ -32,7 +33,9 @@ MOST_IN_GRID = 256
 
 def sample(
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="FILE.npz, or a folder for PNG files")],
-    backend: Annotated[str, typer.Option(help="torch, torch-sim, onnx, native or trt")] = "torch",
+    backend: Annotated[
+        str | None, typer.Option(help="torch, torch-sim, onnx, native or trt (torch; onnx for a folder of `quantize`)")
+    ] = None,
     config: Config = None,
     ckpt: Ckpt = None,
     model: Model = None,
@@ -79,6 +82,7 @@ def sample(
 
     if num_samples is not None and seeds is not None:
         raise InputError("--num-samples and --seeds both say how many images; pass one of them")
+    backend, model, onnx = _of_folder(backend, model, onnx)
     indices = image_range(num_samples if num_samples is not None else 16, seeds)
     options = SamplingOptions(
         backend=backend,
@@ -117,6 +121,21 @@ def sample(
     of = f"share {done.rank.rank + 1} of {done.rank.world}, " if done.rank.world > 1 else ""
     typer.echo(f"{out}: {of}{done.images} images, {len(loaded.denoiser.rows)} passes each{kept}")
     if grid is not None:
-        shown = open_images(out)
-        save_sheet(grid, next(shown.batches(min(MOST_IN_GRID, shown.count))))
-        typer.echo(f"{grid}: {min(MOST_IN_GRID, shown.count)} of them")
+        images = open_images(out)
+        save_sheet(grid, next(images.batches(min(MOST_IN_GRID, images.count))))
+        typer.echo(f"{grid}: {min(MOST_IN_GRID, images.count)} of them")
+
+
+def _of_folder(backend: str | None, model: Path | None, onnx: Path | None) -> tuple[str, Path | None, Path | None]:
+    """Backend, network and exported file, where `model` may be a folder that `quantize` wrote. Raises InputError for what does
+    not go with one."""
+    if model is None or exported_of(model) == model:
+        return backend or "torch", model, onnx
+    if backend not in (None, "onnx"):
+        raise InputError(
+            f"--model {model} is a folder of `quantize`, which samples by --backend onnx; for {shown(backend)[1:-1]} pass the "
+            "network that it was made from, and its scales.safetensors"
+        )
+    if onnx is not None:
+        raise InputError(f"--model {model} has an exported file of its own; leave --onnx out")
+    return "onnx", None, exported_of(model)

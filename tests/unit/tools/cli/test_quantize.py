@@ -198,3 +198,19 @@ def test_an_engine_that_cannot_be_built_is_refused_before_the_first_stage(job, t
     error = capsys.readouterr().err
     assert f"--engine {engine}: " in error and said in error
     assert not (tmp_path / "f").exists()
+
+
+def test_its_folder_is_sampled_and_packed_as_a_model(job, tmp_path, capsys):
+    out, few = tmp_path / "q", ["--num-samples", 2, "--out"]
+    assert run(*job, "--out", out) == 0
+    assert run("sample", "--model", out, *few, tmp_path / "a.npz") == 0
+    assert run("sample", "--backend", "onnx", "--onnx", out / "network.onnx", *few, tmp_path / "b.npz") == 0
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        np.testing.assert_array_equal(a["samples"], b["samples"])
+    assert run("package", "--onnx", out, "--out", tmp_path / "s") == 0
+    assert (tmp_path / "s/network.onnx").read_bytes() == (out / "network.onnx").read_bytes()
+    capsys.readouterr()
+    assert run("sample", "--model", out, "--backend", "native", *few, tmp_path / "c.npz") == 2
+    assert run("sample", "--model", out, "--onnx", out / "network.onnx", *few, tmp_path / "c.npz") == 2
+    said = capsys.readouterr().err
+    assert "is a folder of `quantize`" in said and "leave --onnx out" in said and not (tmp_path / "c.npz").exists()
