@@ -132,8 +132,8 @@ def _native(network: Network, checkpoint: Checkpoint, scales: Scales) -> Denoise
 
 def _print(figures: dict[str, Any]) -> None:
     # Narrow enough for 80 columns.
-    table = Table(title=f"demo model, {figures['images']} images", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("", "steps", "backend", "to FP32", "to 1000", "s/image", "state MB", "ONNX MB"):
+    table = Table(title=f"demo model, {figures['images']} images", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in ("", "steps", "backend", "to FP32", "to 1000", "s each", "state", "file"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in figures["rows"]:
         truth = row["psnr_to_1000_steps_db"]
@@ -150,6 +150,6 @@ def _print(figures: dict[str, Any]) -> None:
     Console().print(table)
     Console().print(
         "PSNR in dB: to FP32 with the same steps (what quantization costs), and to 1000 DDIM steps of the same noise (what few "
-        "steps cost too). 2M is --solver dpmpp-2m.",
+        "steps cost too). State and file in MB. 2M is --solver dpmpp-2m.",
         highlight=False,
     )
