@@ -13,7 +13,7 @@ begun=$(date +%s)
 
 step() {
     local begin=$SECONDS
-    printf '\n$ %s\n' "$*"
+    printf '\n$ %s\n' "${*//$checkout/CHECKOUT}"
     bash -c "$*" 2>&1 | grep -v "^\[notice\]\|^WARNING: Location" | sed "s#$work/##g; s#$checkout#CHECKOUT#g" | cut -c1-400 || true
     printf '(%d s)\n' $((SECONDS - begin))
 }
