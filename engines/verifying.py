@@ -20,6 +20,7 @@ from modiff_trt.core.extras import install_command
 from modiff_trt.core.rows import RowTable
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxModel
 from modiff_trt.runtime.backends.plan import Plan
+from modiff_trt.runtime.backends.registry import exported
 from modiff_trt.runtime.images.noise import ImageNoise
 
 Array = np.ndarray[Any, Any]
@@ -92,6 +93,13 @@ def verify(
                 return Verdict(row + 1, worst, Difference(row, name, verdict.max_absdiff, allowed=tolerance * sizes[name]))
         on_pass()
     return Verdict(passes, worst, None)
+
+
+def verify_plan(plan: Plan, model: OnnxModel, **options: Any) -> Verdict:
+    """`verify` of a plan and the file it was built from. Raises InputError for another file, or where the plan cannot run."""
+    check_pair(plan, model)
+    engine = exported.tensorrt(plan, (0,))
+    return verify(exported.onnxruntime(model, (0,)), engine, model.config.input_shape, **options)
 
 
 def _compare(expected: dict[str, Array], found: dict[str, Array], allowed: dict[str, float]) -> Any:

@@ -7,7 +7,7 @@ build, and on one with a GPU which of them is the fastest and whether it is righ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,13 @@ from modiff_trt.core.scales import Scales
 from modiff_trt.engines.build import BuildOptions, target_of
 from modiff_trt.engines.onnx_network import OnnxNetwork, load_network
 from modiff_trt.engines.plan_files import build_into, plan_path
-from modiff_trt.engines.verifying import check_pair, verify
+from modiff_trt.engines.verifying import verify_plan
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.operations import Network
 from modiff_trt.plugins.modulated_conv.tensorrt.library import Library
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
 from modiff_trt.runtime.backends.plan import load_plan
-from modiff_trt.runtime.backends.registry import exported
 from modiff_trt.tools.bench.run import candidates, run_bench
 
 PASSES = 8  # of the comparison with onnxruntime
@@ -120,18 +119,9 @@ def check_engine(
 ) -> dict[str, Any]:
     """An engine against onnxruntime, pass by pass. Raises InputError where this machine cannot run it."""
     plan, model = load_plan(folder / entry["plan"]), load_onnx(folder / entry["onnx"])
-    check_pair(plan, model)
-    engine = exported.tensorrt(plan, (0,))
-    verdict = verify(
-        exported.onnxruntime(model, (0,)),
-        engine,
-        model.config.input_shape,
-        batch=batch,
-        passes=PASSES,
-        tolerance=tolerance,
-        context=context,
-        on_pass=on_pass,
-    )
+    # A pass is compared, and guidance is around passes.
+    alone = replace(context, guidance=None)
+    verdict = verify_plan(plan, model, batch=batch, passes=PASSES, tolerance=tolerance, context=alone, on_pass=on_pass)
     first = verdict.first
     return {
         "equal": first is None,

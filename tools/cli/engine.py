@@ -83,24 +83,20 @@ def verify(
     """Compare an engine with onnxruntime, pass by pass, and name the first layer that differs (exit code 1)."""
     from modiff_trt.core.context import load_context
     from modiff_trt.core.progress import progress_bar
-    from modiff_trt.engines.verifying import check_pair, print_verdict
-    from modiff_trt.engines.verifying import verify as compare
+    from modiff_trt.engines.verifying import print_verdict, verify_plan
     from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
     from modiff_trt.runtime.backends.plan import load_plan
-    from modiff_trt.runtime.backends.registry import exported
 
     if passes < 1 or batch_size < 1 or not tolerance > 0:
         raise InputError("--passes and --batch-size must be at least 1, and --tolerance above 0")
     loaded, model = load_plan(plan), load_onnx(onnx)
-    check_pair(loaded, model)
     given = load_context(context, None, model.config.architecture)
-    engine, reference = exported.tensorrt(loaded, (0,)), exported.onnxruntime(model, (0,))
+    rows = model.calibrated_rows
     with progress_bar() as bar:
-        task = bar.add_task("verify", total=min(passes, len(reference.rows)), unit="passes")
-        verdict = compare(
-            reference,
-            engine,
-            model.config.input_shape,
+        task = bar.add_task("verify", total=min(passes, len(rows) if rows is not None else 1), unit="passes")
+        verdict = verify_plan(
+            loaded,
+            model,
             batch=batch_size,
             passes=passes,
             tolerance=tolerance,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import math
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -43,7 +42,7 @@ class ConvTactics:
         self._convs: dict[ConvSpec, Int8Conv | ConvTile] = {}
         self._workspaces = [torch.empty(0, dtype=torch.uint8)]
         self._scratch = Scratch("cuda")
-        self._tuned, self._told = 0, -math.inf
+        self._tuned, self._told = 0, 0.0
 
     def run(
         self,
