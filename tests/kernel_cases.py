@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
+from modiff_trt.core.state_grid import STATE_MAX
 from modiff_trt.plugins.modulated_conv import reference
 from modiff_trt.plugins.modulated_conv.reference import Grid, InputShape
 
@@ -94,7 +95,7 @@ def launch(case: KernelCase, device: str, real: torch.dtype, overlap: bool = Fal
     total = torch.full_like(a, float("nan")) if case.write else None
     top = 2 ** (case.bits - 1) - 1
     grid = Grid(step=5 * 0.003, unit=0.003, multiple=5, low=-top - 1, high=top)
-    furthest = reference.STATE_MAX if case.far else 900
+    furthest = STATE_MAX if case.far else 900
     state = torch.randint(-furthest, furthest + 1, (n, shape.pixels, shape.total), dtype=torch.int16, device=device)
     state = state if case.state else None
     if case.quantize:
@@ -167,7 +168,7 @@ def check(case: KernelCase, device: str, overlap: bool = False) -> None:
     assert float((found != q).float().mean()) < 2e-3
     if state is not None:
         assert torch.equal(state.double(), before.double() + multiple * found)
-        assert float(state.abs().max()) <= reference.STATE_MAX
+        assert float(state.abs().max()) <= STATE_MAX
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from modiff_trt.core.grid import grid_max
 from modiff_trt.core.kinds import Start
 from modiff_trt.core.rows import modulated_rows
 from modiff_trt.core.scales import Scales
+from modiff_trt.core.state_grid import with_whole_steps
 from modiff_trt.networks.modulated import QuantizedLayer, integer_product
 
 
@@ -33,7 +34,7 @@ def refit(scales: Scales, residual_scale: Mapping[str, float]) -> Scales:
     layers = dict(scales.layers)
     for name in names:
         layers[name] = replace(layers[name], residual_scale=residual_scale[name])
-    return replace(scales, layers=layers, rows=rows)
+    return with_whole_steps(replace(scales, layers=layers, rows=rows))
 
 
 def learn_residual_scale(

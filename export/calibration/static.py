@@ -17,6 +17,7 @@ from modiff_trt.core.grid import MAX_BITS, MIN_BITS, grid_max
 from modiff_trt.core.kinds import Granularity, Method, Mode, Residuals, ScaleMethod, Start, chosen
 from modiff_trt.core.rows import RowTable, modulated_rows, plain_rows
 from modiff_trt.core.scales import LayerScales, Scales
+from modiff_trt.core.state_grid import with_whole_steps
 from modiff_trt.export.calibration.trajectories import Trajectories
 from modiff_trt.networks.binding import Binder, on_device
 from modiff_trt.networks.checkpoint import Checkpoint
@@ -300,7 +301,7 @@ def make_scales(
         rows = plain_rows(trajectories.timesteps)
     names = [spec.name for spec in network.layers]
     histograms = [ranges[name].residual.coarse() for name in names]
-    return Scales(
+    scales = Scales(
         network.config,
         checkpoint.sha256,
         recipe.method,
@@ -316,3 +317,4 @@ def make_scales(
         granularity=recipe.granularity,
         dither=bool(bits) and recipe.start == Start.WARMUP and recipe.granularity == Granularity.STATIC and recipe.dither,
     )
+    return with_whole_steps(scales)

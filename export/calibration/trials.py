@@ -22,6 +22,7 @@ from modiff_trt.core.grid import grid_max
 from modiff_trt.core.rows import RowTable
 from modiff_trt.core.scales import Scales
 from modiff_trt.core.solvers import Solver
+from modiff_trt.core.state_grid import with_whole_steps
 from modiff_trt.export.calibration.residuals import refit
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import LayerState, QuantizedLayer
@@ -179,7 +180,7 @@ def search_rows(trials: Trials, scales: Scales, report: Report) -> Scales:
     for margin in MARGINS:
         residuals, of_margin = seen, float("-inf")
         for attempt in (1, 2):
-            candidate = replace(scales, rows=_covering(scales, residuals, margin))
+            candidate = with_whole_steps(replace(scales, rows=_covering(scales, residuals, margin)))
             score, found = trials.residuals(candidate)
             report(f"rows: margin {margin}, attempt {attempt}: {score:.2f} dB")
             if score > top_score:

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The largest |count| of a state: it fits int16, and both bytes of low + 256 high fit int8.
-STATE_MAX = 127 + 256 * 127
+from modiff_trt.core.state_grid import STATE_MAX
 
 
 @dataclass(frozen=True)

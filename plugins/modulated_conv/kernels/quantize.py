@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
+from modiff_trt.core.state_grid import STATE_MAX
 from modiff_trt.plugins.modulated_conv.geometry import SMALL
 from modiff_trt.plugins.modulated_conv.kernels.groups import (
     MOST_SUMS,
@@ -43,7 +44,7 @@ from modiff_trt.plugins.modulated_conv.kernels.parts import (
     tile_mask,
     to_channels,
 )
-from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
+from modiff_trt.plugins.modulated_conv.reference import InputShape
 
 # Pixels that a program of the second launch covers.
 ROWS, WARPS = 32, 4

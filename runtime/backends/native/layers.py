@@ -12,21 +12,18 @@ from torch import Tensor
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Granularity, Mode
 from modiff_trt.core.scales import Scales, only_simulated
+from modiff_trt.core.state_grid import units_a_scale, whole_units
 from modiff_trt.networks.binding import embeddings, of_images, time_table
 from modiff_trt.networks.modulated import QuantizedLayer, implied_o_hat, initial_a_hat, quantize_layers
 from modiff_trt.networks.operations import LayerSpec, Network
 from modiff_trt.networks.split import skip_factors
 from modiff_trt.networks.torch_ops import Params, layer_bias, layer_weight
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
-from modiff_trt.plugins.modulated_conv.reference import STATE_MAX
 
 # Tensor cores read and write channels in groups of 16; our own convolution, which alone knows a step for each image, reads 32.
 ALIGN, ALIGN_DYNAMIC = 16, CHANNELS
 # A layer's grid in the row vector: 1/step, unit, multiple, step.
 GRID = 4
-# a_hat can follow an activation of at least so many times the largest seen in calibration; what is beyond is clipped.
-HEADROOM = (2.0, 1.25)
-FINEST_UNIT = 256
 
 
 def aligned(channels: int, to: int = ALIGN) -> int:
@@ -98,7 +95,6 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         width += values.shape[1] + padding
         return at
 
-    names = list(scales.layers)
     for spec in network.layers:
         layer = quantized.get(spec.name)
         if layer is None:
@@ -108,9 +104,7 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
                 spec, Mode.FLOAT, 8, weight=weight, bias=bias, factors=None, unit=0.0, grid_at=0, scale_at=0, byte_scales=None
             )
             continue
-        # The skip half of a split input is divided by the ratio, and may come out larger than it was measured.
-        largest = float(scales.activation_range[:, names.index(spec.name)].max()) / min(1.0, layer.skip_ratio)
-        unit, multiples = _grid(scales, layer, largest)
+        unit, multiples = _grid(scales, layer)
         dynamic = layer.granularity == Granularity.TENSOR
         step = np.ones(rows) if dynamic else multiples * unit
         grid = np.stack([1 / step, np.full(rows, unit), multiples, step], axis=1)
@@ -150,27 +144,17 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
     return NativeModel(network, scales, layers, norms=norms, table=table, time_at=times, start=start, embedding_at=embedding_at)
 
 
-def _grid(scales: Scales, layer: QuantizedLayer, largest: float) -> tuple[float, np.ndarray]:
-    """(unit, multiples [rows]): a_hat counts units, and a pass's step is a whole number of them.
-
-    The unit is a power of two finer than the baked scale, as fine as a state can still count to HEADROOM times the largest
-    activation; where that leaves less than a quarter of the step, the smaller headroom does.
-    """
+def _grid(scales: Scales, layer: QuantizedLayer) -> tuple[float, np.ndarray]:
+    """(unit, multiples [rows]): a_hat counts units, and a pass's step is a whole number of them (`core.state_grid`)."""
     if layer.mode != Mode.MODIFF:
         return layer.scale, np.ones(len(scales.rows))
-    subdivision = 0.0
-    for headroom in HEADROOM:
-        finest = np.log2(STATE_MAX * layer.scale / (headroom * max(largest, layer.scale)))
-        subdivision = float(min(2.0 ** np.floor(finest), FINEST_UNIT))
-        if subdivision >= 4:
-            break
-    if subdivision < 1:
+    units = units_a_scale(scales, layer.spec.name)
+    if units < 1:
         raise InputError(
             f"layer '{layer.spec.name}' has a grid so fine that int16 cannot count up to its activation; calibrate with a "
             "coarser --scale-method, or use torch-sim"
         )
-    multipliers = scales.rows.multipliers[:, scales.modulated.index(layer.spec.name)].astype(np.float64)
-    return layer.scale / subdivision, np.maximum(np.rint(multipliers * subdivision), 1.0)
+    return layer.scale / units, whole_units(scales.rows.multipliers[:, scales.modulated.index(layer.spec.name)], units)
 
 
 def _start(layer: QuantizedLayer, unit: float, out_channels: int) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,12 @@ from reference import ReferenceUNet
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.rows import modulated_rows
 from modiff_trt.core.scales import load_scales, save_scales
+from modiff_trt.core.state_grid import units_a_scale, with_whole_steps
+from modiff_trt.export.calibration.residuals import refit
 from modiff_trt.export.calibration.static import Recipe, measure_ranges
 from modiff_trt.export.calibration.trajectories import choose_steps, load_trajectories, save_trajectories
 from modiff_trt.networks.unet2d import trace
+from modiff_trt.runtime.backends.native.layers import build
 
 
 class Spy(ReferenceUNet):
@@ -113,9 +116,39 @@ def test_row_table_follows_the_measured_ranges(tiny):
     scales = tiny.scales()
     for column, name in enumerate(scales.modulated):
         full = tiny.ranges[name].activation_max[0] / 127 / scales.layers[name].residual_scale
-        assert scales.rows.multipliers[0, column] == pytest.approx(max(full, 1.0), rel=1e-5)
+        assert abs(scales.rows.multipliers[0, column] - max(full, 1.0)) <= 0.5 / units_a_scale(scales, name)
     assert tiny.scales(method="qdiff").rows.multipliers.shape == (6, 0)
     assert not tiny.scales(start="exact").dither and tiny.scales().dither and not tiny.scales(dither=False).dither
+
+
+@pytest.mark.parametrize("recipe", [{}, {"act_bits": 4}, {"split": True}, {"method": "qdiff"}])
+def test_steps_are_those_that_an_integer_state_counts(tiny, recipe):
+    """So that the simulation of a file rounds what a deployed engine rounds: the native table has the file's own steps."""
+    scales = tiny.scales(**recipe)
+    searched = replace(scales, rows=replace(scales.rows, multipliers=scales.rows.multipliers * np.float32(0.77)))
+    for found in (
+        scales,
+        refit(scales, {n: 0.9 * scales.layers[n].scale for n in scales.modulated}),
+        with_whole_steps(searched),
+    ):
+        model = build(tiny.network, tiny.checkpoint.params, found)
+        for column, name in enumerate(found.modulated):
+            at, layer = model.layers[name].grid_at, found.layers[name]
+            steps = found.rows.multipliers[:, column].astype(np.float64) * layer.scale
+            np.testing.assert_allclose(model.table[:, at + 3].double().numpy(), steps, rtol=1e-6)
+    if scales.modulated:
+        assert any((searched.rows.multipliers != with_whole_steps(searched).rows.multipliers).any(axis=0))
+
+
+def test_a_grid_too_fine_to_count_is_left_as_it_is(tiny):
+    scales = tiny.scales()
+    name = scales.modulated[0]
+    fine = replace(scales.layers[name], residual_scale=1e-9)
+    rows = replace(scales.rows, multipliers=scales.rows.multipliers * np.float32(0.77))
+    found = with_whole_steps(replace(scales, layers=scales.layers | {name: fine}, rows=rows))
+    np.testing.assert_array_equal(found.rows.multipliers[:, 0], rows.multipliers[:, 0])
+    with pytest.raises(InputError, match="int16 cannot count"):
+        build(tiny.network, tiny.checkpoint.params, found)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from modiff_trt.core.state_grid import STATE_MAX
 from modiff_trt.plugins.modulated_conv import reference
 from modiff_trt.plugins.modulated_conv.kernels.refresh import set_to_bias, write_byte
-from modiff_trt.plugins.modulated_conv.reference import STATE_MAX, InputShape
+from modiff_trt.plugins.modulated_conv.reference import InputShape
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import torch
 from native_reference import ReferenceKernels
 from small_network import small_case
 
+from modiff_trt.core.state_grid import STATE_MAX
 from modiff_trt.export.calibration.modes import with_modes
-from modiff_trt.plugins.modulated_conv.reference import STATE_MAX
 from modiff_trt.runtime.backends.native import denoiser as native_denoiser
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
 from modiff_trt.tools.bench.run import whole_intervals
