@@ -46,6 +46,25 @@ def gpu_speed(data: dict[str, Any]) -> str:
     return "\n".join([*table("batch", columns, lines), note])
 
 
+def networks_speed(data: dict[str, Any]) -> str:
+    """Milliseconds of a pass of networks that people have, by mode, beside diffusers' own where it was timed at that batch."""
+    lines = {}
+    for name, network in data["networks"].items():
+        baseline = network["baseline"]["milliseconds"]
+        for layers, parts in network["runs"].items():
+            for run in parts:
+                for images, rows in run["batches"].items():
+                    batch = network["copies"] * int(images)
+                    for backend, row in rows.items():
+                        ours, theirs = row["microseconds"] / 1e3, baseline[str(batch)]
+                        state = row["state_bytes_an_image"] * int(images) / 1e9
+                        cells = [f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.2f}x", f"{row['memory_bytes'] / 1e9:.1f}"]
+                        lines[f"{name}; {layers}: `{backend}`, {batch}"] = [*cells, f"{state:.1f}"]
+    note = f"\n{data['machine']['gpu']}; {data['what']} (`results/networks_speed_h200.json`)."
+    columns = ["diffusers FP16, compiled, ms", "native, ms", "ratio", "memory, GB", "of it state, GB"]
+    return "\n".join([*table("network; quantized layers: backend, batch", columns, lines), note])
+
+
 def plans(data: dict[str, Any]) -> str:
     """What a builder made of a network, before a change of the exported graph and after it."""
     lines = {}

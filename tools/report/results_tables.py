@@ -18,7 +18,7 @@ from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path, read_result
 from modiff_trt.tools.report.keyed_tables import by_bits
 from modiff_trt.tools.report.mode_tables import adaround_seeds, biases, mode_costs, mode_curves, mode_mixtures, mode_times
-from modiff_trt.tools.report.network_tables import classes, full_width, gpu_speed, installs, layouts, plans
+from modiff_trt.tools.report.network_tables import classes, full_width, gpu_speed, installs, layouts, networks_speed, plans
 from modiff_trt.tools.report.solver_tables import grids, nearness, quality
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -335,6 +335,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "plans_classes": ("plans_classes", plans),
     "installs": ("installs", installs),
     "gpu_speed": ("sd15_speed_h200", gpu_speed),
+    "networks_speed": ("networks_speed_h200", networks_speed),
     "mode_costs": ("modes_h200", mode_costs),
     "mode_curves": ("modes_h200", mode_curves),
     "mode_mixtures": ("modes_h200", mode_mixtures),
