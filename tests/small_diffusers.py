@@ -1,7 +1,13 @@
 """The smallest networks of diffusers that have everything, with random weights."""
 
+import numpy as np
 import pytest
 import torch
+from conftest import make_case
+
+from modiff_trt.core.context import PROMPT, Context
+from modiff_trt.networks.diffusers_folder import load_folder, read_folder
+from modiff_trt.networks.unet2d import trace
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -31,3 +37,17 @@ def random_network(kind, settings):
         if parameter.ndim == 1:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+TOKENS = 7
+
+
+def prompted_case(folder):
+    """A network with cross-attention, guided on its own trajectories, a prompt for each of two images."""
+    random_network("UNet2DConditionModel", PROMPTED).save_pretrained(folder)
+    diffusers.DDIMScheduler().save_pretrained(folder)
+    found = read_folder(folder)
+    network = trace(found.config)
+    draw = np.random.default_rng(3).standard_normal
+    sides = [{PROMPT: draw((2, TOKENS, PROMPTED["cross_attention_dim"]), np.float32)} for _ in range(2)]
+    return make_case(network, load_folder(found, network), 4, 2, 4, context=Context(*sides, 3.0))

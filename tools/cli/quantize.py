@@ -30,14 +30,11 @@ from modiff_trt.tools.cli.options import (
     Weights,
 )
 from modiff_trt.tools.cli.presets import Preset
+from modiff_trt.tools.cli.quantized_folder import CARD, HALF, NETWORK, RECORD, REPORT, SCALES, SCHEMA, TRAJECTORIES, Inputs
 
 if TYPE_CHECKING:
     from modiff_trt.core.scales import Scales
     from modiff_trt.networks.operations import Network
-
-RECORD, SCHEMA = "quantization.json", 1
-TRAJECTORIES, SCALES, NETWORK, REPORT = "trajectories.safetensors", "scales.safetensors", "network.onnx", "report.html"
-HALF, CARD = "network-fp16.onnx", "README.md"
 
 
 def quantize(
@@ -215,6 +212,7 @@ def quantize(
         return
     with locked(out):
         record |= _record(out / RECORD, settings)
+        _keep_inputs(out / RECORD, record, Inputs(config, ckpt, model, weights=weights, context=context, guidance=guidance))
         if any(not _stands(record, name, out / file) for name, (file, _) in stages.items()):
             record["stages"].pop("README", None)  # it names what the others made
         for number, (name, (file, run)) in enumerate(stages.items(), 1):
@@ -227,11 +225,6 @@ def quantize(
                 title += takes(name, took, learns_weights=preset == Preset.EXACT)
             _stage(out / RECORD, record, name, out / file, run, title=title)
     typer.echo(f"{out}: sample with `{command}`")
-
-
-def exported_of(path: Path) -> Path:
-    """The exported file of a folder that `quantize` wrote; any other path is itself."""
-    return path / NETWORK if (path / RECORD).is_file() else path
 
 
 def _no_report(network: Network, scales: Scales) -> str | None:
@@ -303,6 +296,16 @@ def _record(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if differing:
         raise InputError(f"{path.parent} holds a quantization with another {', '.join(differing)}; choose another --out")
     return record
+
+
+def _keep_inputs(at: Path, record: dict[str, Any], inputs: Inputs) -> None:
+    """Where the checkpoint lies, for `report --model`: it may have moved since an earlier call."""
+    from modiff_trt.core.files import write_signed
+
+    if record.get("inputs") != (kept := inputs.to_dict()):
+        record["inputs"] = kept
+        if record["stages"]:
+            write_signed(at, record)
 
 
 def _stands(record: dict[str, Any], name: str, file: Path) -> bool:

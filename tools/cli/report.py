@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.tools.cli.options import ContextFile, Device, Guidance, Model, Seed, Weights
+from modiff_trt.tools.cli.options import ContextFile, Device, Guidance, Seed, Weights
+from modiff_trt.tools.cli.quantized_folder import SCALES, inputs_of, is_quantized
 
 MOST_IMAGES = 256
 
@@ -19,7 +20,10 @@ def report(
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="HTML file to write")] = Path("out/report.html"),
     config: Annotated[Path | None, typer.Option(help="DDIM configuration (.yml); the shipped demo by default")] = None,
     ckpt: Annotated[Path | None, typer.Option(help="trained weights")] = None,
-    model: Model = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="diffusers folder, for --config and --ckpt; or a folder of `quantize`, which needs no other option"),
+    ] = None,
     scales: Annotated[Path | None, typer.Option(help="scales file, modulated")] = None,
     num_samples: Annotated[int, typer.Option(help="images in the pictures")] = 8,
     seed: Seed = 0,
@@ -46,6 +50,15 @@ def report(
     from modiff_trt.tools.report.page import page
     from modiff_trt.tools.report.sections import engine, speed
 
+    if model is not None and is_quantized(model):
+        if scales is not None or context is not None or guidance is not None or weights is not None:
+            raise InputError(
+                f"{model} was written by `quantize` and has its own scales, weights and prompts; leave out --scales, "
+                "--weights, --context and --guidance"
+            )
+        scales, made_of = model / SCALES, inputs_of(model)
+        config, ckpt, model, weights = made_of.config, made_of.ckpt, made_of.model, made_of.weights
+        context, guidance = made_of.context, made_of.guidance
     given = [value is not None for value in ((config, ckpt, scales) if model is None else (model, scales))]
     if any(given) and not all(given):
         raise InputError(

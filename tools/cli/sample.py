@@ -25,7 +25,7 @@ from modiff_trt.tools.cli.options import (
     StepsOffset,
     Weights,
 )
-from modiff_trt.tools.cli.quantize import exported_of
+from modiff_trt.tools.cli.quantized_folder import exported_of
 
 # A sheet of more would be too large to look at.
 MOST_IN_GRID = 256

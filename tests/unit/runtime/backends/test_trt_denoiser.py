@@ -4,24 +4,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import make_case
 from engine_stand_in import TRT, Driver, Engine
-from small_diffusers import PROMPTED, diffusers, random_network
+from small_diffusers import PROMPTED, TOKENS, prompted_case
 
-from modiff_trt.core.context import PROMPT, Context
+from modiff_trt.core.context import PROMPT
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.start_state import start_state
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
-from modiff_trt.networks.diffusers_folder import load_folder, read_folder
-from modiff_trt.networks.unet2d import trace
 from modiff_trt.plugins.cuda import memory as cuda_memory
 from modiff_trt.plugins.modulated_conv.tensorrt.library import Library
 from modiff_trt.runtime.backends import trt_denoiser
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.runtime.backends.plan import Plan
 from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser, runtime_of
-
-TOKENS = 7
 
 
 @pytest.fixture
@@ -107,15 +102,7 @@ def test_another_gpu_a_default_stream_and_a_failing_engine_are_one_line(make, mo
 
 @pytest.fixture(scope="module")
 def prompted(tmp_path_factory):
-    """A network with cross-attention, guided on its own trajectories, a prompt for each of two images."""
-    folder = tmp_path_factory.mktemp("prompted")
-    random_network("UNet2DConditionModel", PROMPTED).save_pretrained(folder)
-    diffusers.DDIMScheduler().save_pretrained(folder)
-    found = read_folder(folder)
-    network = trace(found.config)
-    draw = np.random.default_rng(3).standard_normal
-    sides = [{PROMPT: draw((2, TOKENS, PROMPTED["cross_attention_dim"]), np.float32)} for _ in range(2)]
-    return make_case(network, load_folder(found, network), 4, 2, 4, context=Context(*sides, 3.0))
+    return prompted_case(tmp_path_factory.mktemp("prompted"))
 
 
 @pytest.mark.parametrize("plugin", [False, True])

@@ -15,7 +15,16 @@ from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.plugins.cuda import memory as cuda_memory
 from modiff_trt.plugins.modulated_conv.tensorrt.library import Library, open_library
 from modiff_trt.runtime.backends import trt_denoiser
-from modiff_trt.tools.bench.engines import KINDS, Subject, build_engine, check_engine, time_engines, verdict, write_markdown
+from modiff_trt.tools.bench.engines import (
+    KINDS,
+    PASSES,
+    Subject,
+    build_engine,
+    check_engine,
+    time_engines,
+    verdict,
+    write_markdown,
+)
 
 DEMO = ROOT / "calib_cache/demo"
 FILES = [
@@ -71,8 +80,12 @@ def subject(tiny):
 @pytest.fixture
 def standing(subject, tmp_path, monkeypatch):
     """Entries of the engines without the plugin; to run, each is the onnxruntime session of a file, which a test may change."""
+    return stand_in_for_engines(subject, tmp_path, monkeypatch, BuildOptions(max_batch=4, target="sm89"))
+
+
+def stand_in_for_engines(subject, tmp_path, monkeypatch, options):
     pytest.importorskip("tensorrt_rtx", reason="pip install 'modiff-trt[rtx]'")
-    library, options = open_library("rtx"), BuildOptions(max_batch=4, target="sm89")
+    library = open_library("rtx")
     entries = {kind.name: build_engine(subject, kind, tmp_path, library=library, options=options) for kind in INLINED}
     driver, files = Driver(), {entry["plan"]: tmp_path / entry["onnx"] for entry in entries.values()}
     monkeypatch.setattr(cuda_memory, "driver", lambda: driver)
@@ -82,6 +95,23 @@ def standing(subject, tmp_path, monkeypatch):
     keep = (None, type("Logger", (), {"lines": [""]}))
     monkeypatch.setattr(trt_denoiser, "_deserialize", lambda library, plan: (Engine(files[plan.path.name], driver), keep))
     return entries, files
+
+
+def test_engines_with_prompts_are_compared_pass_by_pass_and_timed_with_guidance(tmp_path, monkeypatch):
+    """A pass has as many lines as images; in time each image counts twice."""
+    from small_diffusers import TOKENS, prompted_case
+
+    case = prompted_case(tmp_path / "model")
+    network, context = case.network, case.trajectories.context
+    subject = Subject(network, case.checkpoint, replace(case.scales(), file_sha256="0" * 64), context)
+    options = BuildOptions(max_batch=4, tokens=TOKENS, target="sm89")
+    entries, _ = stand_in_for_engines(subject, tmp_path, monkeypatch, options)
+    for name, entry in entries.items():
+        found = check_engine(entry, tmp_path, context, batch=2, tolerance=0.05, on_pass=lambda: None)
+        assert found["equal"], found
+        assert (found["passes"] > 1) == (name != "fp16")  # which takes any timestep, and has no passes of its own
+    times = time_engines(subject, entries, tmp_path, device="cpu", batch_sizes=[1, 2], runs=1, passes=2)
+    assert len(times["batches"]["2"]) == 3, times["not_run"]
 
 
 def test_the_fastest_engine_is_named_and_whether_it_is_right(subject, standing, tmp_path):

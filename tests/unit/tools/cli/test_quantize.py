@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from command import alone, run
 from conftest import ddim_state, random_checkpoint, tiny_config, tiny_tree
 from safetensors.torch import save_file
 
+from modiff_trt.core.files import read_signed, write_signed
 from modiff_trt.core.scales import load_scales
 from modiff_trt.runtime.backends.plan import load_plan
 from modiff_trt.tools.cli import quantize as command
@@ -214,3 +216,39 @@ def test_its_folder_is_sampled_and_packed_as_a_model(job, tmp_path, capsys):
     assert run("sample", "--model", out, "--onnx", out / "network.onnx", *few, tmp_path / "c.npz") == 2
     said = capsys.readouterr().err
     assert "is a folder of `quantize`" in said and "leave --onnx out" in said and not (tmp_path / "c.npz").exists()
+
+
+def test_a_report_of_the_folder_needs_nothing_else(job, tmp_path, capsys):
+    out, moved = tmp_path / "q", tmp_path / "moved.safetensors"
+    copied = [shutil.copy(word, moved) if str(word).endswith("tiny.safetensors") else word for word in job]
+    assert run(*copied, "--out", out) == 0
+    assert run("report", "--model", out, "--num-samples", 1, "--out", tmp_path / "page.html") == 0
+    page = (tmp_path / "page.html").read_text()
+    assert load_scales(out / "scales.safetensors").file_sha256 in page
+    again = ["report", "--model", out, "--out", tmp_path / "again.html"]
+    for words, why in (
+        (["--scales", out / "scales.safetensors"], "leave out --scales"),
+        (["--guidance", 2], "leave out --scales"),
+    ):
+        capsys.readouterr()
+        assert run(*again, *words) == 2 and why in capsys.readouterr().err
+
+    moved.unlink()
+    assert run(*again) == 2
+    assert f"{moved}, of which {out} was made, is gone" in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "again.html").exists()
+    assert run(*job, "--out", out) == 0  # the same weights where they lie now
+    assert run(*again, "--num-samples", 1) == 0
+
+
+def test_a_folder_of_an_earlier_version_says_how_to_go_on(job, tmp_path, capsys):
+    out = tmp_path / "q"
+    assert run(*job, "--out", out) == 0
+    record = read_signed(out / "quantization.json", "record", "")
+    del record["inputs"]
+    write_signed(out / "quantization.json", record)
+    capsys.readouterr()
+    assert run("report", "--model", out, "--out", tmp_path / "page.html") == 2
+    assert "run the same `quantize` again" in capsys.readouterr().err.replace("\n", " ")
+    assert run(*job, "--out", out) == 0
+    assert run("report", "--model", out, "--num-samples", 1, "--out", tmp_path / "page.html") == 0
