@@ -17,7 +17,6 @@ from modiff_trt.plugins.modulated_conv.tensorrt.library import Library, open_lib
 from modiff_trt.runtime.backends import trt_denoiser
 from modiff_trt.tools.bench.engines import (
     KINDS,
-    PASSES,
     Subject,
     build_engine,
     check_engine,
