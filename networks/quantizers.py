@@ -112,6 +112,20 @@ class RangeHistogram:
         for part in magnitude.float().split(COUNTABLE):
             self._counts += torch.histc(part, self.BINS, 0, self._range).double().cpu()
 
+    def to_array(self) -> np.ndarray[Any, Any]:
+        """float64 [2 + BINS]: the maximum, the range, the counts."""
+        return np.concatenate([[self.absmax, self._range], self._counts.numpy()])
+
+    @classmethod
+    def from_array(cls, kept: np.ndarray[Any, Any]) -> RangeHistogram:
+        """What `to_array` kept. Raises ValueError."""
+        if kept.shape != (2 + cls.BINS,):
+            raise ValueError(f"a histogram has {2 + cls.BINS} numbers, not {kept.shape}")
+        found = cls()
+        found.absmax, found._range = float(kept[0]), float(kept[1])
+        found._counts = torch.from_numpy(kept[2:].astype(np.float64))
+        return found
+
     def minmax_scale(self, bits: int) -> float:
         return max(self.absmax / grid_max(bits), SMALLEST_SCALE)
 

@@ -16,7 +16,8 @@ from modiff_trt.core.context import NO_CONTEXT, Context
 from modiff_trt.core.ddim_yaml import config_from_dict, load_config
 from modiff_trt.core.scales import Scales
 from modiff_trt.core.solvers import Solver
-from modiff_trt.export.calibration.static import LayerRanges, Recipe, make_scales, measure_ranges
+from modiff_trt.export.calibration.ranges import LayerRanges, measure_ranges
+from modiff_trt.export.calibration.static import Recipe, make_scales
 from modiff_trt.export.calibration.trajectories import Trajectories, choose_steps
 from modiff_trt.networks.checkpoint import Checkpoint, load_checkpoint
 from modiff_trt.networks.ddim_names import ddim_names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,15 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": _machine(device),
     }
+
+
+def peak_memory(device: str) -> int:
+    """Bytes that this process has held at most: of the GPU's memory, or with `cpu` of the machine's."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _machine(device: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import Scales
-from modiff_trt.export.calibration.static import LayerRanges
+from modiff_trt.export.calibration.ranges import LayerRanges
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.quantizers import quantize_weight, unpack_rounding
 from modiff_trt.networks.split import fold_skip, skip_factors

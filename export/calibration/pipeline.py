@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,10 @@ from modiff_trt.core.progress import progress_bar
 from modiff_trt.core.scales import Scales
 from modiff_trt.export.calibration.adaround import AdaRoundOptions
 from modiff_trt.export.calibration.modes import Goal, possible_changes, search_modes
+from modiff_trt.export.calibration.ranges import LayerRanges, measure_ranges, ranges_to_arrays
 from modiff_trt.export.calibration.reconstruct import Samples, Unit, WeightGrid, reconstruct
 from modiff_trt.export.calibration.residuals import learn_residual_scale, refit
-from modiff_trt.export.calibration.static import LayerRanges, Recipe, make_scales, measure_ranges
+from modiff_trt.export.calibration.static import Recipe, make_scales
 from modiff_trt.export.calibration.trajectories import Trajectories
 from modiff_trt.export.calibration.trials import MARGINS, Trials, search_rows, search_scales
 from modiff_trt.networks.checkpoint import Checkpoint
@@ -36,22 +40,49 @@ from modiff_trt.runtime.backends.torch_denoiser import full_precision
 from modiff_trt.runtime.sampler import sample_trajectory
 
 ROUNDING_KIND, ROUNDING_SCHEMA = "rounding", 1
+RANGES_KIND, RANGES_SCHEMA = "ranges", 1
+# Seconds of measuring that an interruption may cost.
+KEEP_EVERY = 15.0
 # Trials run on noise that neither calibration (seed 1) nor the default sampling (seed 0) uses.
 TRIAL_SEED = 2
 
 
 def measure(
-    network: Network, checkpoint: Checkpoint, trajectories: Trajectories, batch_size: int, device: str
+    network: Network, checkpoint: Checkpoint, trajectories: Trajectories, *, batch_size: int, device: str, part: Path
 ) -> dict[str, LayerRanges]:
-    """`measure_ranges` on a device."""
+    """`measure_ranges` on a device.
+
+    What is measured stands in `part`, at most KEEP_EVERY seconds and a step behind; a second call with the same settings goes
+    on from there and ends with the same ranges. The caller removes `part`.
+    """
     params = {key: value.to(device) for key, value in checkpoint.params.items()}
+    header = {
+        "kind": RANGES_KIND,
+        "schema": RANGES_SCHEMA,
+        "checkpoint_sha256": checkpoint.sha256,
+        "trajectories": _digest(trajectories),
+        "batch_size": batch_size,
+        "device": device,
+    }
+    kept_at = time.monotonic()
+
+    def keep(ranges: dict[str, LayerRanges]) -> None:
+        nonlocal kept_at
+        if time.monotonic() - kept_at >= KEEP_EVERY:
+            save_arrays(part, header, ranges_to_arrays(ranges))
+            kept_at = time.monotonic()
+
     with progress_bar() as bar:
 
         def steps(items: Iterator[int], total: int) -> Iterator[int]:
             return iter(bar.track(items, total=total, description="ranges"))
 
+        run = partial(measure_ranges, network, params, trajectories, batch_size=batch_size, progress=steps, on_step=keep)
         with full_precision():
-            return measure_ranges(network, params, trajectories, batch_size=batch_size, progress=steps)
+            if begun := _resume(part, header, RANGES_KIND, RANGES_SCHEMA):
+                with contextlib.suppress(KeyError, ValueError):  # not of this network: measured anew
+                    return run(begun=begun)
+            return run()
 
 
 def learn_weights(
@@ -87,7 +118,7 @@ def learn_weights(
         "options": asdict(options),
         "seed": seed,
     }
-    packed = _resume(part, header)
+    packed = _resume(part, header, ROUNDING_KIND, ROUNDING_SCHEMA)
     done = {name: up for name, bits in packed.items() if (up := unpack_rounding(bits, weights[name])) is not None}
 
     def keep(unit: Unit, found: dict[str, Tensor], loss: float) -> None:
@@ -229,11 +260,11 @@ def _digest(trajectories: Trajectories) -> str:
     return digest.hexdigest()
 
 
-def _resume(part: Path, header: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+def _resume(part: Path, header: dict[str, Any], kind: str, schema: int) -> dict[str, np.ndarray[Any, Any]]:
     if not part.exists():
         return {}
     try:
-        found, packed, _ = load_arrays(part, ROUNDING_KIND, ROUNDING_SCHEMA)
+        found, packed, _ = load_arrays(part, kind, schema)
     except InputError:
         return {}
     return packed if found == header else {}

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.grid import MAX_BITS, MIN_BITS, grid_max
@@ -18,13 +14,13 @@ from modiff_trt.core.kinds import Granularity, Method, Mode, Residuals, ScaleMet
 from modiff_trt.core.rows import RowTable, modulated_rows, plain_rows
 from modiff_trt.core.scales import LayerScales, Scales
 from modiff_trt.core.state_grid import with_whole_steps
+from modiff_trt.export.calibration.ranges import InputRanges, LayerRanges
 from modiff_trt.export.calibration.trajectories import Trajectories
-from modiff_trt.networks.binding import Binder, on_device
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.operations import LayerSpec, Network
-from modiff_trt.networks.quantizers import RangeHistogram, minmax_weight_scale, mse_weight_scale
+from modiff_trt.networks.quantizers import minmax_weight_scale, mse_weight_scale
 from modiff_trt.networks.split import fold_skip
-from modiff_trt.networks.torch_ops import Params, float_layer, layer_weight, run_unet
+from modiff_trt.networks.torch_ops import layer_weight
 
 # How the scale of a weight's channel is found.
 WEIGHT_SCALES = {ScaleMethod.MINMAX: minmax_weight_scale, ScaleMethod.MSE: mse_weight_scale}
@@ -101,120 +97,6 @@ class Recipe:
         if layer.is_edge and self.edge_bits is not None:
             return max(self.weight_bits, self.edge_bits), max(self.act_bits, self.edge_bits)
         return self.weight_bits, self.act_bits
-
-
-@dataclass
-class InputRanges:
-    """What one tensor does along the trajectories: over all chosen steps, and per step."""
-
-    activation: RangeHistogram = field(default_factory=RangeHistogram)
-    residual: RangeHistogram = field(default_factory=RangeHistogram)
-    activation_max: list[float] = field(default_factory=list)
-    residual_max: list[float] = field(default_factory=list)
-
-    def begin_step(self) -> None:
-        self.activation_max.append(0.0)
-        self.residual_max.append(0.0)
-
-    def update(self, value: Tensor, before: Tensor | None) -> None:
-        """Takes the tensor at the current step, and at the step before it."""
-        self.activation.update(value)
-        self.activation_max[-1] = max(self.activation_max[-1], float(value.abs().max()))
-        if before is not None:
-            residual = value - before
-            self.residual.update(residual)
-            self.residual_max[-1] = max(self.residual_max[-1], float(residual.abs().max()))
-
-
-@dataclass
-class LayerRanges(InputRanges):
-    """The ranges of a layer's input; of a concatenated one also for the main half and the skip half."""
-
-    halves: tuple[InputRanges, InputRanges] | None = None
-    _patches: list[list[tuple[int, Tensor]]] = field(default_factory=list)
-
-    def begin_step(self) -> None:
-        super().begin_step()
-        self._patches.append([])
-
-    def see_patches(self, spec: LayerSpec, value: Tensor) -> None:
-        """Takes the mean of what each element of the layer's kernel meets at this step, padding included."""
-        top, left, bottom, right = spec.padding
-        padded, (_, height, width) = F.pad(value, (left, right, top, bottom)), spec.out_shape
-        down, across = spec.stride * (height - 1) + 1, spec.stride * (width - 1) + 1
-        means = [
-            padded[:, :, i : i + down : spec.stride, j : j + across : spec.stride].mean((0, 2, 3), dtype=torch.float64)
-            for i in range(spec.kernel)
-            for j in range(spec.kernel)
-        ]
-        self._patches[-1].append((len(value), torch.stack(means, 1).reshape(-1, spec.kernel, spec.kernel).cpu()))
-
-    @property
-    def patch_means(self) -> Tensor:
-        """float64 [chosen steps, C_in, K, K]: the mean over all images and output pixels."""
-        means = []
-        for parts in self._patches:
-            images = sum(count for count, _ in parts)
-            means.append(torch.stack([count / images * mean for count, mean in parts]).sum(0))
-        return torch.stack(means)
-
-
-def measure_ranges(
-    network: Network,
-    params: Params,
-    trajectories: Trajectories,
-    batch_size: int,
-    progress: Callable[[Iterator[int], int], Iterator[int]] = lambda steps, total: steps,
-) -> dict[str, LayerRanges]:
-    """Runs the float network on each chosen step and its predecessor and records every layer's input.
-
-    The residual of step i is a_i - a_{i-1}; step 0 has none (its residual is recorded as 0 and is not part of the
-    histogram). Raises InputError when an activation is not finite.
-    """
-    device = next(iter(params.values())).device
-    binder, context = Binder(network, params), trajectories.context
-    position = {int(step): i for i, step in enumerate(trajectories.steps)}
-    ranges = {s.name: LayerRanges(halves=(InputRanges(), InputRanges()) if s.split else None) for s in network.layers}
-    chosen = [int(step) for step in trajectories.chosen]
-    count = trajectories.x.shape[1]
-
-    for step in progress(iter(chosen), len(chosen)):
-        for entry in ranges.values():
-            for part in (entry, *(entry.halves or ())):
-                part.begin_step()
-        for begin in range(0, count, batch_size):
-            before: dict[str, Tensor] = {}
-            for index in [step - 1, step] if step > 0 else [step]:
-                x = torch.from_numpy(trajectories.x[position[index], begin : begin + batch_size]).to(device)
-                lines = on_device(context.of(range(begin, begin + len(x))), device)
-                x = x.repeat(context.copies, 1, 1, 1)
-                t = torch.full((len(x),), trajectories.timesteps[index], device=device)
-                recorder = _Recorder(params)
-                with torch.no_grad():
-                    run_unet(network, params, x, bound=binder(t, binder.hold(lines)), layer=recorder)
-                if index == step:
-                    for name, value in recorder.inputs.items():
-                        if not torch.isfinite(value).all():
-                            raise InputError(f"the input of layer '{name}' is not finite at step {step}; check the checkpoint")
-                        entry, split = ranges[name], network.layer(name).split
-                        entry.update(value, before.get(name))
-                        entry.see_patches(network.layer(name), value)
-                        for part, channels in zip(entry.halves or (), (slice(0, split), slice(split, None)), strict=False):
-                            part.update(value[:, channels], before[name][:, channels] if name in before else None)
-                before = recorder.inputs
-    return ranges
-
-
-class _Recorder:
-    """The float layer, keeping its inputs."""
-
-    def __init__(self, params: Params) -> None:
-        self._layer = float_layer(params)
-        self.inputs: dict[str, Tensor] = {}
-
-    def __call__(self, spec: LayerSpec, x: Tensor) -> Tensor:
-        self.inputs[spec.name] = x
-        return self._layer(spec, x)
 
 
 class _Grid(NamedTuple):

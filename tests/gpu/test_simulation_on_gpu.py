@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from modiff_trt.export.calibration.static import measure_ranges
+from modiff_trt.export.calibration.ranges import measure_ranges
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser, TorchDenoiser, full_precision
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.images.noise import ImageNoise

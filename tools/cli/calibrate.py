@@ -127,6 +127,7 @@ def calibrate(
     from modiff_trt.export.calibration.trials import PERCENTILES, Trials, judge
     from modiff_trt.runtime.backends.registry.options import check_device, load_model
     from modiff_trt.runtime.sampling import check_seed
+    from modiff_trt.tools.provenance import peak_memory
     from modiff_trt.tools.report.inspecting import print_curve
 
     choices, searchable = PRESETS[preset], method == Method.MODIFF and granularity == Granularity.STATIC
@@ -184,7 +185,8 @@ def calibrate(
     if target_speed is not None and (known is None or known.baseline is None):
         raise InputError(f"{costs} has no network in floating point at this batch size; write it again with one")
     stored = load_trajectories(trajectories, network.config, checkpoint.sha256)
-    ranges = measure(network, checkpoint, stored, batch_size, check_device(device))
+    kept_ranges = out.with_name(out.name + ".ranges.part")
+    ranges = measure(network, checkpoint, stored, batch_size=batch_size, device=check_device(device), part=kept_ranges)
     on_device = replace(checkpoint, params={key: value.to(device) for key, value in checkpoint.params.items()})
     scales = make_scales(network, on_device, stored, ranges=ranges, recipe=recipe)
     goal = None
@@ -238,12 +240,16 @@ def calibrate(
         assert scales.curve is not None
         print_curve(scales.curve)
     save_scales(out, scales)
+    kept_ranges.unlink(missing_ok=True)
     if rounding == Rounding.ADAROUND:
         part.unlink(missing_ok=True)
     kept = [layer.mode for layer in scales.layers.values()]
     counts = ", ".join(f"{kept.count(mode)} {mode}" for mode in Mode if mode in kept)
     only = "; for torch-sim only" if only_simulated(scales) is not None else ""
-    typer.echo(f"{out}: {method} W{weight_bit}A{act_bit}, layers: {counts}; {len(scales.rows)} passes a trajectory{only}")
+    took = f"at most {peak_memory(device) / 1e9:.1f} GB of memory"
+    typer.echo(
+        f"{out}: {method} W{weight_bit}A{act_bit}, layers: {counts}; {len(scales.rows)} passes a trajectory{only}; {took}"
+    )
     if trials:
         verdict = verdict or judge(trials, scales)
         work = Work(trial_images * len(scales.rows), len(stored.chosen) * stored.x.shape[1], len(units(network)))

@@ -50,4 +50,4 @@ def inputs_of(folder: Path) -> Inputs:
     for path in paths.values():
         if not path.exists():
             raise InputError(f"{path}, of which {folder} was made, is gone; run the same `quantize` with where it lies now")
-    return Inputs(**{name: paths.get(name, value) for name, value in kept.items()})
+    return Inputs(**{**kept, **paths})

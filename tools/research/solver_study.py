@@ -157,7 +157,10 @@ class SolverStudy:
                 device=self.device,
                 out=self._out.with_suffix(f".{solver.kind}-{passes}.trajectories.safetensors"),
             )
-            self._calibrated[solver, passes] = stored, measure(self.network, self.checkpoint, stored, 64, self.device)
+            part = self._out.with_suffix(f".{solver.kind}-{passes}.ranges.part")
+            found = measure(self.network, self.checkpoint, stored, batch_size=64, device=self.device, part=part)
+            part.unlink(missing_ok=True)
+            self._calibrated[solver, passes] = stored, found
         return self._calibrated[solver, passes]
 
     def scales(self, solver: Solver, passes: int, **recipe: Any) -> Scales:

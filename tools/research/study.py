@@ -154,7 +154,9 @@ class Study:
         self._rounding: dict[str, Any] = {}
         params = {key: value.to(device) for key, value in self.checkpoint.params.items()}
         self._on_device = replace(self.checkpoint, params=params)
-        self.ranges = measure(self.network, self.checkpoint, self.trajectories, 64, device)
+        part = out.with_suffix(".ranges.part")
+        self.ranges = measure(self.network, self.checkpoint, self.trajectories, batch_size=64, device=device, part=part)
+        part.unlink(missing_ok=True)
         self._trials = Trials(
             self.network,
             self.checkpoint,

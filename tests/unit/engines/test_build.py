@@ -16,7 +16,8 @@ from modiff_trt.engines.onnx_network import OnnxNetwork, load_network
 from modiff_trt.engines.plan_files import build_into, plan_path
 from modiff_trt.engines.report import read_layers, summarize
 from modiff_trt.export.calibration.modes import with_modes
-from modiff_trt.export.calibration.static import Recipe, make_scales, measure_ranges
+from modiff_trt.export.calibration.ranges import measure_ranges
+from modiff_trt.export.calibration.static import Recipe, make_scales
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.plugins.modulated_conv.tensorrt.library import builder, open_library

@@ -185,7 +185,8 @@ def test_the_full_cifar10_network_with_the_plugin(tmp_path):
     from conftest import make_case
 
     from modiff_trt.core.ddim_yaml import load_config
-    from modiff_trt.export.calibration.static import Recipe, make_scales, measure_ranges
+    from modiff_trt.export.calibration.ranges import measure_ranges
+    from modiff_trt.export.calibration.static import Recipe, make_scales
     from modiff_trt.networks.unet2d import trace
 
     network = trace(load_config(ROOT / "configs/cifar10.yml"))

@@ -11,7 +11,7 @@ from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import load_arrays, save_arrays
 from modiff_trt.core.scales import SCHEMA, load_scales, save_scales
 from modiff_trt.export.calibration.biases import correct_biases
-from modiff_trt.export.calibration.static import measure_ranges
+from modiff_trt.export.calibration.ranges import measure_ranges
 from modiff_trt.export.calibration.trials import Trials
 from modiff_trt.networks.binding import time_table
 from modiff_trt.networks.modulated import quantize_layers

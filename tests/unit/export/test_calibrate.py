@@ -11,8 +11,11 @@ from modiff_trt.core.errors import InputError
 from modiff_trt.core.rows import modulated_rows
 from modiff_trt.core.scales import load_scales, save_scales
 from modiff_trt.core.state_grid import units_a_scale, with_whole_steps
+from modiff_trt.export.calibration import pipeline
+from modiff_trt.export.calibration.biases import correct_biases
+from modiff_trt.export.calibration.ranges import measure_ranges, ranges_to_arrays
 from modiff_trt.export.calibration.residuals import refit
-from modiff_trt.export.calibration.static import Recipe, measure_ranges
+from modiff_trt.export.calibration.static import Recipe, make_scales
 from modiff_trt.export.calibration.trajectories import choose_steps, load_trajectories, save_trajectories
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.native.layers import build
@@ -50,6 +53,38 @@ def test_ranges_do_not_depend_on_the_batch_size(tiny):
     for name, ranges in tiny.ranges.items():
         np.testing.assert_allclose(one[name].activation_max, ranges.activation_max, rtol=1e-5)
         assert one[name].residual.absmax == pytest.approx(ranges.residual.absmax, rel=1e-4)
+
+
+@pytest.mark.parametrize("stopped", [1, 3])
+def test_ranges_go_on_after_an_interruption_to_the_same_bits(tiny, tmp_path, monkeypatch, stopped):
+    monkeypatch.setattr(pipeline, "KEEP_EVERY", 0.0)
+    job = {"batch_size": 2, "device": "cpu", "part": tmp_path / "p"}
+    whole = pipeline.measure(tiny.network, tiny.checkpoint, tiny.trajectories, **job | {"part": tmp_path / "whole"})
+    real, written = pipeline.save_arrays, []
+
+    def interrupted(*arguments):
+        real(*arguments)
+        written.append(1)
+        if len(written) == stopped:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "save_arrays", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.measure(tiny.network, tiny.checkpoint, tiny.trajectories, **job)
+    monkeypatch.setattr(pipeline, "save_arrays", lambda *arguments: written.append(1))
+    found = pipeline.measure(tiny.network, tiny.checkpoint, tiny.trajectories, **job)
+    assert len(written) == len(tiny.trajectories.chosen)  # no step twice
+    for name, array in ranges_to_arrays(whole).items():
+        np.testing.assert_array_equal(ranges_to_arrays(found)[name], array)
+    scales = [make_scales(tiny.network, tiny.checkpoint, tiny.trajectories, ranges=r, recipe=Recipe()) for r in (whole, found)]
+    files = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for file, made in zip(files, scales, strict=True):
+        save_scales(file, correct_biases(tiny.network, tiny.checkpoint.params, made, whole if file == files[0] else found))
+    assert files[0].read_bytes() == files[1].read_bytes()
+    # Ranges of another job are not taken.
+    written.clear()
+    pipeline.measure(tiny.network, tiny.checkpoint, tiny.trajectories, **job | {"batch_size": 3})
+    assert len(written) == len(tiny.trajectories.chosen)
 
 
 def test_scales_follow_the_recipe(tiny):
