@@ -17,12 +17,19 @@ from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.operations import Network
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.backends.registry.guidance import guided
-from modiff_trt.runtime.backends.registry.options import check_device, checkpoint_manifest, default_solver
+from modiff_trt.runtime.backends.registry.options import (
+    SamplingOptions,
+    check_device,
+    checkpoint_manifest,
+    default_solver,
+    load_backend,
+)
 from modiff_trt.runtime.backends.registry.options import load_model as load_network
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import sample_trajectory
 from modiff_trt.runtime.sampling import Backend
+from modiff_trt.tools.cli.quantized_folder import exported_of
 
 BACKENDS = ("torch", "torch-sim", "native")
 
@@ -56,29 +63,44 @@ def load_scales(path: str | Path, model: Model) -> Scales:
 
 
 def denoiser(
-    model: Model,
+    model: Model | str | Path,
     scales: Scales | None = None,
     *,
-    backend: str = "native",
+    backend: str | None = None,
     device: str = "cpu",
-    timesteps: int = 100,
+    timesteps: int | None = None,
     context: str | Path | None = None,
     guidance: float | None = None,
 ) -> Backend:
-    """The network, ready to sample. `backend` is native (true INT8) or torch-sim, for `scales`, or torch: full precision, in
-    `timesteps` steps of the model's own solver. `device` is cpu or cuda. `context` is an .npz file of prompts or labels, and
-    `guidance` the weight of classifier-free guidance. Raises InputError for what does not go together."""
+    """The network, ready to sample.
+
+    `model` is what `load_model` gave, or the path of what is deployed: an exported .onnx file or a folder of `quantize`, which
+    run on onnxruntime, or a TensorRT .plan. `backend` of a loaded model is native (the default: true INT8) or torch-sim, for
+    `scales`, or torch: full precision, in `timesteps` steps (100) of the model's own solver. `device` is cpu or cuda. `context`
+    is an .npz file of prompts or labels, and `guidance` the weight of classifier-free guidance. Raises InputError for what does
+    not go together.
+    """
+    given_context = None if context is None else Path(context)
+    if not isinstance(model, Model):
+        if scales is not None or backend is not None:
+            raise InputError(f"{model} carries its scales and is run by its own backend; leave both out")
+        file = exported_of(Path(model))
+        place = {"backend": "trt", "plan": file} if file.suffix == ".plan" else {"backend": "onnx", "onnx": file}
+        return load_backend(
+            SamplingOptions(**place, timesteps=timesteps, device=device, context=given_context, guidance=guidance)  # type: ignore[arg-type]
+        )
+    backend = backend or "native"
     if backend not in BACKENDS:
         raise InputError(f"the backend must be one of {', '.join(BACKENDS)}, found '{backend}'")
     if (scales is None) != (backend == "torch"):
         raise InputError("scales go with the backends native and torch-sim, and torch has none")
     check_device(device)
     network, params = model.network, model.checkpoint.params
-    given = load_context(None if context is None else Path(context), guidance, network.config.architecture)
+    given = load_context(given_context, guidance, network.config.architecture)
     solver = model.solver if scales is None else scales.solver
     made: Denoiser
     if scales is None:
-        steps = solver.requested(network.config.diffusion, timesteps)
+        steps = solver.requested(network.config.diffusion, 100 if timesteps is None else timesteps)
         made = guided(trained.unquantized(network, params, steps, device=device), given)
     elif backend == "native":
         made = trained.native(network, params, scales, device, guidance=given.guidance)

@@ -49,6 +49,26 @@ def test_images_are_those_of_the_command(tmp_path, backend):
         np.testing.assert_array_equal(made, archive["samples"])
 
 
+def test_what_is_deployed_is_sampled_from_its_path(tmp_path):
+    """An exported file gives the command's images; a plan and what is no such file are refused as the command refuses them."""
+    file = tmp_path / "m.onnx"
+    assert run("export", "--config", CONFIG, "--ckpt", CKPT, "--scales", SCALES, "--dtype", "fp32", "--out", file) == 0
+    made = modiff_trt.sample(modiff_trt.denoiser(str(file)), images=2, seed=5)
+    job = ["--backend", "onnx", "--onnx", file, "--seed", 5, "--num-samples", 2]
+    assert run("sample", *job, "--out", tmp_path / "s.npz") == 0
+    with np.load(tmp_path / "s.npz") as archive:
+        np.testing.assert_array_equal(made, archive["samples"])
+    with pytest.raises(InputError, match="carries its scales"):
+        modiff_trt.denoiser(file, backend="native")
+    with pytest.raises(InputError, match="guidance is for networks with a context"):
+        modiff_trt.denoiser(file, guidance=2.0)
+    with pytest.raises(InputError, match="--timesteps"):
+        modiff_trt.denoiser(file, timesteps=7)
+    for path in (tmp_path / "none.onnx", tmp_path / "none.plan", tmp_path):
+        with pytest.raises(InputError):
+            modiff_trt.denoiser(path)
+
+
 def test_what_does_not_go_together_is_one_line():
     model = modiff_trt.load_model(config=str(CONFIG), ckpt=str(CKPT))
     scales = modiff_trt.load_scales(str(SCALES), model)
