@@ -10,7 +10,7 @@ import sys
 
 import diffusers
 
-from modiff_trt.runtime.diffusers import ModiffUNet
+from modiff_trt.diffusers import ModiffUNet
 
 folder, scales = sys.argv[1:]
 pipe = diffusers.DiffusionPipeline.from_pretrained(folder)

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from modiff_trt.runtime.diffusers.pipeline import ModiffPipeline
+from modiff_trt.diffusers import ModiffPipeline
 
 pipe = ModiffPipeline.from_pretrained(sys.argv[1])
 images = pipe(batch_size=2, generator=np.random.default_rng(0)).images

@@ -27,6 +27,10 @@ model = load_model(config="configs/demo.yml", ckpt="calib_cache/demo/model.safet
 scales = load_scales("calib_cache/demo/modiff-w8a8.safetensors", model)
 images = sample(denoiser(model, scales, backend="native"), images=4, seed=0)  # float32 [4, 3, 32, 32], -1..1
 ```
+
+The tenth is the module `modiff_trt.diffusers`, for those who work with diffusers' classes.
+`ModiffUNet.from_pretrained(DIR, scales)` stands in place of a pipeline's `unet` (`examples/5_diffusers_unet.py`).
+`ModiffPipeline.from_pretrained(DIR)` is of a folder that `quantize` wrote (`examples/6_quantized_folder.py`).
 """
 OBJECTS = ("load_model", "load_scales", "denoiser", "sample")
 STAGES = ("collect", "calibrate", "export_onnx", "build", "evaluate")

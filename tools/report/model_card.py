@@ -57,7 +57,7 @@ def model_card(
         "From Python, on onnxruntime:",
         "",
         "```python",
-        "from modiff_trt.runtime.diffusers.pipeline import ModiffPipeline",
+        "from modiff_trt.diffusers import ModiffPipeline",
         "",
         'pipe = ModiffPipeline.from_pretrained(".")',
         f"images = pipe(batch_size=4, num_inference_steps={len(scales.rows.timesteps)}).images",

@@ -11,10 +11,10 @@ from small_diffusers import PIXELS, PROMPTED, diffusers, random_network
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.scales import load_scales
+from modiff_trt.diffusers import ModiffPipeline, ModiffUNet
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.backends.registry.guidance import guided
 from modiff_trt.runtime.backends.registry.options import load_model
-from modiff_trt.runtime.diffusers import ModiffPipeline, ModiffUNet
 from modiff_trt.runtime.sampler import sample_trajectory
 
 STEPS = 4

@@ -33,6 +33,8 @@ def test_every_name_is_there_whatever_was_imported_before():
 def test_importing_it_is_cheap():
     code = "import modiff_trt, sys; sys.exit('torch' in sys.modules or 'typer' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = "import sys; from modiff_trt.diffusers import ModiffPipeline; sys.exit('torch' in sys.modules or not ModiffPipeline)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     said = subprocess.run([sys.executable, "-m", "modiff_trt", "--version"], capture_output=True, text=True, check=True)
     assert said.stdout.startswith("modiff-trt ")
 
@@ -47,6 +49,16 @@ def test_images_are_those_of_the_command(tmp_path, backend):
     assert run("sample", *job, "--out", tmp_path / "s.npz") == 0
     with np.load(tmp_path / "s.npz") as archive:
         np.testing.assert_array_equal(made, archive["samples"])
+
+
+def test_the_module_for_diffusers_has_its_two_classes():
+    from modiff_trt import diffusers
+    from modiff_trt.runtime.diffusers.pipeline import ModiffPipeline
+    from modiff_trt.runtime.diffusers.unet import ModiffUNet
+
+    assert (diffusers.ModiffPipeline, diffusers.ModiffUNet) == (ModiffPipeline, ModiffUNet)
+    with pytest.raises(AttributeError, match="it has ModiffPipeline, ModiffUNet"):
+        _ = diffusers.nothing
 
 
 def test_what_is_deployed_is_sampled_from_its_path(tmp_path):
