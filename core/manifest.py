@@ -20,7 +20,7 @@ from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import parse_json
 from modiff_trt.core.grid import MAX_BITS, MIN_BITS
 from modiff_trt.core.kinds import Granularity, Mode
-from modiff_trt.core.solvers import solver_from_dict
+from modiff_trt.core.solvers import Solver, solver_from_dict
 
 # The modulated layer in the graph: its function, by whose name, domain and version TensorRT finds a plugin, and the attributes
 # of its convolution.
@@ -46,7 +46,7 @@ class LayerEntry(TypedDict):
 
 
 class NetworkManifest(TypedDict):
-    """What an exported file says of its network. Those in float have only what is required."""
+    """What an exported file says of its network. Those in float have only what is required, and a solver."""
 
     schema: int
     config: dict[str, Any]
@@ -157,12 +157,18 @@ def check_manifest(manifest: Mapping[str, Any], source: str) -> None:
         if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
             raise InputError(f"{source}: '{name}' of its manifest is damaged; export again")
     check_layers(manifest["layers"], f"{source}: its manifest")
+    solver_of_manifest(manifest, source)
     if quantized:
         steps, warmup = manifest["timesteps"], manifest["warmup"]
         good = steps and all(type(t) is int and 0 <= t < 2**31 for t in steps) and 0 <= warmup <= 64
         if not good or not all(isinstance(name, str) for name in (*manifest["modulated"], *manifest["upsampled"])):
             raise InputError(f"{source}: the timesteps of its manifest are damaged; export again")
-        solver_from_dict(manifest["solver"], f"{source}: its manifest")
+
+
+def solver_of_manifest(manifest: Mapping[str, Any], source: str) -> Solver:
+    """The solver that an exported network is sampled with. Of one in float it is what the files name that it was exported from,
+    or DDIM's own where they were exported by an earlier version. Raises InputError."""
+    return solver_from_dict(manifest["solver"], f"{source}: its manifest") if "solver" in manifest else Solver()
 
 
 def check_layers(layers: Mapping[str, Any], source: str) -> None:

@@ -31,6 +31,7 @@ from modiff_trt.core.manifest import (
 )
 from modiff_trt.core.onnx_file import DATA, without_functions, write_outside
 from modiff_trt.core.scales import LayerScales, Scales, only_simulated
+from modiff_trt.core.solvers import Solver
 from modiff_trt.export.onnx.ops import IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
 from modiff_trt.export.onnx.times import bind_conditions, bind_times, only_known_times
 from modiff_trt.networks.binding import embeddings, of_images, time_table
@@ -53,9 +54,11 @@ def build_onnx(
     dtype: str,
     scales_sha256: str | None,
     inline: bool = False,
+    solver: Solver | None = None,
 ) -> onnx.ModelProto:
     """The ONNX model of a network: quantized by `scales`, or in float throughout when it is None. With `inline` the modulated
     layers stand in the graph node by node, which TensorRT's parser reads without our plugin, and not as local functions.
+    `solver` is what a float network's own files name, and what its file is sampled with; scales have theirs.
 
     Raises InputError for an unknown dtype, a scales file that cannot be exported, or a scale too small for float16.
     """
@@ -112,6 +115,8 @@ def build_onnx(
     if inline:
         model = without_functions(model)
     manifest = _manifest(network, checkpoint, scales, dtype=dtype, scales_sha256=scales_sha256, constants=constants)
+    if scales is None and solver is not None:
+        manifest["solver"] = solver.to_dict()
     manifest["content_sha256"] = content_digest(model, manifest)
     helper.set_model_props(model, {MANIFEST_KEY: json.dumps(manifest)})
     return model

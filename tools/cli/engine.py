@@ -111,7 +111,7 @@ def package(
     onnx: Annotated[Path, typer.Option(help="file written by `export`, or a folder of `quantize`")],
     out: Annotated[Path, typer.Option("--out", "--output-dir", help="new folder for the sampler")],
     plan: Annotated[Path | None, typer.Option(help="plan built from it, for `modiff-sampler --device cuda`")] = None,
-    timesteps: Annotated[int, typer.Option(help="steps, for float networks; quantized ones carry theirs")] = 100,
+    timesteps: Annotated[int | None, typer.Option(help="steps, for float networks (100); quantized ones carry theirs")] = None,
     solver: SolverName = None,
     spacing: SpacingName = None,
     prediction: PredictionName = None,
@@ -120,7 +120,6 @@ def package(
     final_alpha: FinalAlphaName = None,
 ) -> None:
     """Write a folder that samples by itself: the network, and a launcher that needs neither torch nor this project."""
-    from modiff_trt.core.solvers import Solver
     from modiff_trt.runtime.backends.registry.options import SolverOptions
     from modiff_trt.tools.cli.quantized_folder import exported_of
     from modiff_trt.tools.package.packing import LAUNCHER, REQUIREMENTS
@@ -129,10 +128,10 @@ def package(
     written = pack(
         exported_of(onnx),
         out,
-        timesteps,
+        timesteps=timesteps,
         solver=SolverOptions(
             solver, spacing, prediction, clip_sample=clip_sample, steps_offset=steps_offset, final_alpha=final_alpha
-        ).over(Solver()),
+        ),
         plan=plan,
     )
     size = sum(path.stat().st_size for path in written) / 1e6

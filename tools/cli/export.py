@@ -30,7 +30,7 @@ def export(
     """Bake the scales into a QDQ ONNX file."""
     from modiff_trt.core.scales import load_scales
     from modiff_trt.export.onnx.network import build_onnx, save_onnx
-    from modiff_trt.runtime.backends.registry.options import load_model
+    from modiff_trt.runtime.backends.registry.options import default_solver, load_model
 
     network, checkpoint = load_model(config, ckpt, weights, model=model)
     loaded = load_scales(scales, network, checkpoint.sha256) if scales is not None else None
@@ -43,6 +43,7 @@ def export(
         dtype=dtype,
         scales_sha256=loaded.file_sha256 if loaded is not None else None,
         inline=inline,
+        solver=default_solver(config, model),
     )
     size = save_onnx(out, exported, outside=external_data)
     kind = f"{len(loaded.modulated)} modulated layers" if loaded is not None else "float"

@@ -16,9 +16,10 @@ from modiff_trt.core.config import stored_config
 from modiff_trt.core.context import context_arrays
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import sha256, unwritable, write_signed
-from modiff_trt.core.solvers import Solver, solver_from_dict
+from modiff_trt.core.solvers import solver_from_dict
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
 from modiff_trt.runtime.backends.plan import Plan, load_plan
+from modiff_trt.runtime.backends.registry.options import AS_IT_IS, SolverOptions, exported_sequence
 from modiff_trt.tools.package.deployed import ABOUT, NETWORK, PLAN
 
 LAUNCHER = "modiff-sampler"
@@ -44,26 +45,27 @@ sys.exit(main())
 """
 
 
-def package(onnx: Path, out: Path, timesteps: int, solver: Solver, plan: Path | None = None) -> list[Path]:
+def package(
+    onnx: Path, out: Path, *, timesteps: int | None = None, solver: SolverOptions = AS_IT_IS, plan: Path | None = None
+) -> list[Path]:
     """Writes the folder `out` and returns its files; with `plan`, one built from `onnx`, it samples with TensorRT too.
 
-    `timesteps` and `solver` are for float networks: quantized ones carry theirs. Raises InputError for a file that was not
-    exported by this program, or a folder that is not empty.
+    `timesteps` and `solver` are for float networks. Raises InputError for a file that was not exported by this program, options
+    that are not what a quantized one was calibrated on, or a folder that is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not an empty folder; choose a new one")
     model = load_onnx(onnx)
     if model.outside:
         raise InputError(f"{onnx} keeps its weights in a file of their own; a sampler packs one ONNX file")
-    rows = model.calibrated_rows
-    steps = rows.timesteps if rows is not None else solver.requested(model.config.diffusion, timesteps)
-    if rows is not None:
-        solver = solver_from_dict(model.manifest["solver"], str(onnx))
+    steps, found = exported_sequence(
+        model.config, model.manifest, model.calibrated_rows, source=onnx, timesteps=timesteps, solver=solver
+    )
     engine = load_plan(plan) if plan is not None else None
     if engine is not None and engine.manifest["onnx_sha256"] != model.sha256:
         raise InputError(f"{plan} was not built from {onnx}; build it again")
     try:
-        about = {"onnx_sha256": model.sha256, "timesteps": list(steps), "solver": solver.to_dict(), "network": model.manifest}
+        about = {"onnx_sha256": model.sha256, "timesteps": list(steps), "solver": found.to_dict(), "network": model.manifest}
         return _write(onnx, engine, out, about=about)
     except OSError as error:
         raise unwritable(out, error) from None

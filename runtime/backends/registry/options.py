@@ -13,10 +13,10 @@ from modiff_trt.core.ddim_yaml import config_solver, load_config
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import sha256
 from modiff_trt.core.kinds import UNQUANTIZED, FinalAlpha, Granularity, Method, Prediction, SolverKind, Spacing
-from modiff_trt.core.manifest import NetworkManifest, quantization
+from modiff_trt.core.manifest import NetworkManifest, quantization, solver_of_manifest
 from modiff_trt.core.rows import RowTable
 from modiff_trt.core.scales import load_scales
-from modiff_trt.core.solvers import Solver, solver_from_dict
+from modiff_trt.core.solvers import Solver
 from modiff_trt.networks.checkpoint import RAW_SUFFIX, Checkpoint, load_checkpoint
 from modiff_trt.networks.diffusers_folder import load_folder, read_folder
 from modiff_trt.networks.operations import Network
@@ -54,6 +54,9 @@ class SolverOptions:
         if self.kind not in (None, SolverKind.DDIM):
             solver = replace(solver, final_alpha=FinalAlpha.ONE)
         return replace(solver, **self.given)
+
+
+AS_IT_IS = SolverOptions()
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ def _torch_backend(options: SamplingOptions) -> Backend:
         if not options.modulate:
             raise InputError("--no-modulate is for quantized networks; leave it out with --backend torch")
         solver = options.solver.over(default_solver(options.config, options.model))
-        timesteps = _sequence(options, config, solver)
+        timesteps = _sequence(options.timesteps, config, solver)
         denoiser: Denoiser
         if options.dtype == "fp32" and not options.compile:
             denoiser = guided(trained.unquantized(network, checkpoint.params, timesteps, device=device), context)
@@ -195,7 +198,8 @@ def _torch_backend(options: SamplingOptions) -> Backend:
     if options.scales is None:
         raise InputError(f"--backend {options.backend} needs --scales FILE; make one with `modiff-trt calibrate`")
     scales = load_scales(options.scales, network, checkpoint.sha256)
-    _check_steps(options, config, scales.rows.timesteps, solver=scales.solver, source=options.scales)
+    calibrated = scales.rows.timesteps
+    _check_steps(options.timesteps, options.solver, config, calibrated=calibrated, own=scales.solver, source=options.scales)
     if not options.modulate:
         scales = scales.without_modulation()
     if options.backend == "native":
@@ -230,8 +234,13 @@ def _onnx_backend(options: SamplingOptions) -> Backend:
         raise InputError(f"{options.onnx} was exported from another checkpoint than --ckpt; leave --ckpt out")
     if not options.modulate and model.manifest["method"] == Method.MODIFF:
         raise InputError("--no-modulate is decided at export; run `modiff-trt export --no-modulate` and sample from that file")
-    timesteps, solver = _exported_sequence(
-        options, model.config, model.manifest, rows=model.calibrated_rows, source=options.onnx
+    timesteps, solver = exported_sequence(
+        model.config,
+        model.manifest,
+        model.calibrated_rows,
+        source=options.onnx,
+        timesteps=options.timesteps,
+        solver=options.solver,
     )
     context = load_context(options.context, options.guidance, model.config.architecture)
     found = onnx_backend(model, timesteps, solver, device=options.device)
@@ -257,7 +266,9 @@ def _trt_backend(options: SamplingOptions) -> Backend:
     network = plan.manifest["network"]
     if not options.modulate and network["method"] == Method.MODIFF:
         raise InputError("--no-modulate is decided at export; run `modiff-trt export --no-modulate` and build from that file")
-    timesteps, solver = _exported_sequence(options, plan.config, network, rows=plan.calibrated_rows, source=options.plan)
+    timesteps, solver = exported_sequence(
+        plan.config, network, plan.calibrated_rows, source=options.plan, timesteps=options.timesteps, solver=options.solver
+    )
     context = load_context(options.context, options.guidance, plan.config.architecture)
     found = plan_backend(plan, timesteps, solver, runtime=options.runtime)
     manifest = found.manifest | _context_manifest(options)
@@ -271,16 +282,23 @@ def _context_manifest(options: SamplingOptions) -> dict[str, Any]:
     return {"context_sha256": sha256(options.context), "guidance": options.guidance}
 
 
-def _exported_sequence(
-    options: SamplingOptions, config: Config, manifest: NetworkManifest, rows: RowTable | None, source: Path
+def exported_sequence(
+    config: Config,
+    manifest: NetworkManifest,
+    rows: RowTable | None,
+    *,
+    source: Path,
+    timesteps: int | None,
+    solver: SolverOptions,
 ) -> tuple[tuple[int, ...], Solver]:
-    """Timesteps and solver of an exported network: its own, or for one in float those that the options ask for."""
+    """Timesteps and solver of an exported network: its own, or for one in float those that the options put over them. Raises
+    InputError for options that are not what a quantized one was calibrated on."""
+    own = solver_of_manifest(manifest, str(source))
     if rows is None:
-        solver = options.solver.over(Solver())
-        return _sequence(options, config, solver), solver
-    solver = solver_from_dict(manifest["solver"], str(source))
-    _check_steps(options, config, rows.timesteps, solver=solver, source=source)
-    return rows.timesteps, solver
+        wanted = solver.over(own)
+        return _sequence(timesteps, config, wanted), wanted
+    _check_steps(timesteps, solver, config, calibrated=rows.timesteps, own=own, source=source)
+    return rows.timesteps, own
 
 
 def _refuse(value: Path | float | str | None, option: str, backend: str) -> None:
@@ -288,18 +306,20 @@ def _refuse(value: Path | float | str | None, option: str, backend: str) -> None
         raise InputError(f"{option} does not go with --backend {backend}; leave it out")
 
 
-def _sequence(options: SamplingOptions, config: Config, solver: Solver) -> tuple[int, ...]:
-    return solver.requested(config.diffusion, options.timesteps if options.timesteps is not None else DEFAULT_TIMESTEPS)
+def _sequence(timesteps: int | None, config: Config, solver: Solver) -> tuple[int, ...]:
+    return solver.requested(config.diffusion, timesteps if timesteps is not None else DEFAULT_TIMESTEPS)
 
 
-def _check_steps(options: SamplingOptions, config: Config, calibrated: tuple[int, ...], solver: Solver, source: Path) -> None:
+def _check_steps(
+    timesteps: int | None, solver: SolverOptions, config: Config, *, calibrated: tuple[int, ...], own: Solver, source: Path
+) -> None:
     """Scales hold for the steps that they were calibrated on: a residual depends on how far apart two steps are."""
-    wanted = options.solver.over(solver)
-    if wanted == solver and options.timesteps is None:
+    wanted = solver.over(own)
+    if wanted == own and timesteps is None:
         return
-    steps = options.timesteps if options.timesteps is not None else len(calibrated)
-    if wanted != solver or solver.timesteps(config.diffusion, steps) != calibrated:
+    steps = timesteps if timesteps is not None else len(calibrated)
+    if wanted != own or own.timesteps(config.diffusion, steps) != calibrated:
         raise InputError(
-            f"{source} was calibrated for {solver.describe(len(calibrated))}; leave these options out, or calibrate for "
+            f"{source} was calibrated for {own.describe(len(calibrated))}; leave these options out, or calibrate for "
             f"others: `modiff-trt collect {wanted.describe(steps)} ...`, then `calibrate`"
         )

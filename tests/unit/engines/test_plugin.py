@@ -13,7 +13,6 @@ from conftest import ROOT, random_checkpoint
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import write_signed
 from modiff_trt.core.scales import save_scales
-from modiff_trt.core.solvers import Solver
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.plugins.modulated_conv.geometry import Variant
 from modiff_trt.plugins.modulated_conv.kernels.device_code import DeviceCode, pack, unpack
@@ -226,4 +225,4 @@ def test_a_sampler_with_a_plan(onnx_file, plan_file, tmp_path):
         model = onnx.load(other)
         model.doc_string = "another file"
         onnx.save(model, other)
-        package(other, tmp_path / "none", 10, Solver(), plan_file)
+        package(other, tmp_path / "none", plan=plan_file)

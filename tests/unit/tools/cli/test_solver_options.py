@@ -99,3 +99,24 @@ def test_what_a_solver_cannot_do_is_one_line(tmp_path, capsys, options, message)
         )
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1, said
+
+
+def test_a_float_file_has_the_scheduler_of_its_folder(tmp_path):
+    """Sampled as DDIM's epsilon with quadratic steps, a network of velocities gives noise, and no word of it."""
+    from small_diffusers import PIXELS, diffusers, random_network
+
+    folder, out = tmp_path / "model", tmp_path / "net.onnx"
+    random_network("UNet2DModel", PIXELS).save_pretrained(folder / "unet")
+    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False)
+    scheduler.save_pretrained(folder / "scheduler")
+    assert run("export", "--model", folder, "--out", out) == 0
+    for steps in ([], ["--timesteps", 7], ["--timesteps", 5, "--spacing", "leading"]):
+        expected = images(tmp_path / "t.npz", "--backend", "torch", "--model", folder, *steps)
+        np.testing.assert_allclose(
+            images(tmp_path / "o.npz", "--backend", "onnx", "--onnx", out, *steps), expected, rtol=1e-3, atol=1e-3
+        )
+    assert run("package", "--onnx", out, "--timesteps", 5, "--spacing", "leading", "--out", tmp_path / "sampler") == 0
+    launcher = [sys.executable, str(tmp_path / "sampler/modiff-sampler"), "-n", "2", "-o", str(tmp_path / "p.npz")]
+    assert subprocess.run(launcher, capture_output=True, check=False).returncode == 0
+    with np.load(tmp_path / "p.npz") as archive:
+        np.testing.assert_allclose(archive["samples"], expected, rtol=1e-3, atol=1e-3)

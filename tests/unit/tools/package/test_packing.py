@@ -12,10 +12,12 @@ from command import run as command
 from conftest import ROOT
 
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.kinds import Spacing
 from modiff_trt.core.solvers import Solver
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.runtime.backends.plan import Plan
+from modiff_trt.runtime.backends.registry.options import SolverOptions
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import sample_trajectory
 from modiff_trt.tools.package.packing import LAUNCHER, _plan_requirements, package
@@ -25,7 +27,7 @@ from modiff_trt.tools.package.packing import LAUNCHER, _plan_requirements, packa
 def folder(tiny, tmp_path_factory):
     base = tmp_path_factory.mktemp("sampler")
     save_onnx(base / "m.onnx", build_onnx(tiny.network, tiny.checkpoint, tiny.scales(act_bits=6), "fp32", "x"))
-    package(base / "m.onnx", base / "deployed", 10, Solver())
+    package(base / "m.onnx", base / "deployed")
     return base / "deployed"
 
 
@@ -84,9 +86,9 @@ def test_it_refuses_in_one_line(folder, tmp_path):
 
 def test_an_existing_folder_is_not_overwritten(folder, tmp_path):
     with pytest.raises(InputError, match="not an empty folder"):
-        package(folder / "network.onnx", folder, 10, Solver())
+        package(folder / "network.onnx", folder)
     with pytest.raises(InputError, match="does not exist"):
-        package(tmp_path / "none.onnx", tmp_path / "out", 10, Solver())
+        package(tmp_path / "none.onnx", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -101,6 +103,13 @@ def test_an_existing_folder_is_not_overwritten(folder, tmp_path):
 def test_a_sampler_asks_for_the_least_tensorrt_that_runs_its_plan(tmp_path, runtime, compatible, needed):
     manifest = {"runtime": runtime, "version": "11.4", "options": {"version_compatible": compatible}}
     assert _plan_requirements(Plan(tmp_path / "p.plan", b"", manifest, {}, None)) == ("cuda-python>=13", needed)
+
+
+@pytest.mark.parametrize("options", [{"timesteps": 3}, {"solver": SolverOptions(spacing=Spacing.LEADING)}])
+def test_other_steps_than_the_calibrated_are_refused(folder, tmp_path, options):
+    with pytest.raises(InputError, match="was calibrated for"):
+        package(folder / "network.onnx", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_folder_says_what_it_is_and_pins_what_it_was_packed_with(folder):
