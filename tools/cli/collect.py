@@ -51,7 +51,8 @@ def collect(
     """Sample in full precision and store the trajectories that calibration needs."""
     from modiff_trt.core.context import load_context
     from modiff_trt.export.calibration.collecting import collect as run
-    from modiff_trt.runtime.backends.registry.options import SolverOptions, check_device, default_solver, load_model
+    from modiff_trt.runtime.backends.registry.options import check_device, default_solver, load_model
+    from modiff_trt.runtime.backends.registry.steps import SolverOptions
 
     network, checkpoint = load_model(config, ckpt, weights, model=model)
     if checkpoint.description:

@@ -120,7 +120,7 @@ def package(
     final_alpha: FinalAlphaName = None,
 ) -> None:
     """Write a folder that samples by itself: the network, and a launcher that needs neither torch nor this project."""
-    from modiff_trt.runtime.backends.registry.options import SolverOptions
+    from modiff_trt.runtime.backends.registry.steps import SolverOptions
     from modiff_trt.tools.cli.quantized_folder import exported_of
     from modiff_trt.tools.package.packing import LAUNCHER, REQUIREMENTS
     from modiff_trt.tools.package.packing import package as pack

@@ -80,12 +80,12 @@ def quantize(
     from modiff_trt.core.scales import load_scales
     from modiff_trt.export.calibration.static import Recipe, check_recipe
     from modiff_trt.runtime.backends.registry.options import (
-        SolverOptions,
         check_device,
         checkpoint_manifest,
         default_solver,
         load_model,
     )
+    from modiff_trt.runtime.backends.registry.steps import SolverOptions
     from modiff_trt.tools.cli.collect import collect
     from modiff_trt.tools.cli.dry_run import collect_seconds, takes, tell
     from modiff_trt.tools.cli.engine_stage import Engine

@@ -74,7 +74,8 @@ def sample(
 ) -> None:
     """Sample images."""
     from modiff_trt.core.files import check_writable
-    from modiff_trt.runtime.backends.registry.options import SamplingOptions, SolverOptions, load_backend
+    from modiff_trt.runtime.backends.registry.options import SamplingOptions, load_backend
+    from modiff_trt.runtime.backends.registry.steps import SolverOptions
     from modiff_trt.runtime.images.folders import makes_pictures
     from modiff_trt.runtime.images.pictures import save_sheet
     from modiff_trt.runtime.images.sets import open_images

@@ -19,7 +19,7 @@ from modiff_trt.core.files import sha256, unwritable, write_signed
 from modiff_trt.core.solvers import solver_from_dict
 from modiff_trt.runtime.backends.onnx_denoiser import load_onnx
 from modiff_trt.runtime.backends.plan import Plan, load_plan
-from modiff_trt.runtime.backends.registry.options import AS_IT_IS, SolverOptions, exported_sequence
+from modiff_trt.runtime.backends.registry.steps import AS_IT_IS, SolverOptions, exported_sequence
 from modiff_trt.tools.package.deployed import ABOUT, NETWORK, PLAN
 
 LAUNCHER = "modiff-sampler"

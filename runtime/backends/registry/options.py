@@ -7,14 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from modiff_trt.core.config import Config, model_fingerprint
+from modiff_trt.core.config import model_fingerprint
 from modiff_trt.core.context import load_context
 from modiff_trt.core.ddim_yaml import config_solver, load_config
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import sha256
-from modiff_trt.core.kinds import UNQUANTIZED, FinalAlpha, Granularity, Method, Prediction, SolverKind, Spacing
-from modiff_trt.core.manifest import NetworkManifest, quantization, solver_of_manifest
-from modiff_trt.core.rows import RowTable
+from modiff_trt.core.kinds import UNQUANTIZED, Granularity, Method
+from modiff_trt.core.manifest import quantization
 from modiff_trt.core.scales import load_scales
 from modiff_trt.core.solvers import Solver
 from modiff_trt.networks.checkpoint import RAW_SUFFIX, Checkpoint, load_checkpoint
@@ -22,6 +21,7 @@ from modiff_trt.networks.diffusers_folder import load_folder, read_folder
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.registry.guidance import guided
+from modiff_trt.runtime.backends.registry.steps import SolverOptions, check_steps, exported_sequence, sequence
 from modiff_trt.runtime.denoiser import Denoiser
 from modiff_trt.runtime.sampling import Backend, Rank
 
@@ -29,34 +29,6 @@ log = logging.getLogger(__name__)
 
 TORCH_BACKENDS = ("torch", "torch-sim", "native")
 BACKENDS = ("torch", "torch-sim", "onnx", "native", "trt")
-DEFAULT_TIMESTEPS = 100
-
-
-@dataclass(frozen=True)
-class SolverOptions:
-    """The options that decide a solver; None is 'not given'."""
-
-    kind: SolverKind | None = None
-    spacing: Spacing | None = None
-    prediction: Prediction | None = None
-    clip_sample: float | None = None
-    steps_offset: int | None = None
-    final_alpha: FinalAlpha | None = None
-
-    @property
-    def given(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-    def over(self, solver: Solver) -> Solver:
-        """The solver with what was given in place of its own. Settings that belong to another spacing or solver are left."""
-        if self.spacing not in (None, Spacing.LEADING):
-            solver = replace(solver, steps_offset=0)
-        if self.kind not in (None, SolverKind.DDIM):
-            solver = replace(solver, final_alpha=FinalAlpha.ONE)
-        return replace(solver, **self.given)
-
-
-AS_IT_IS = SolverOptions()
 
 
 @dataclass(frozen=True)
@@ -173,7 +145,7 @@ def _torch_backend(options: SamplingOptions) -> Backend:
         if not options.modulate:
             raise InputError("--no-modulate is for quantized networks; leave it out with --backend torch")
         solver = options.solver.over(default_solver(options.config, options.model))
-        timesteps = _sequence(options.timesteps, config, solver)
+        timesteps = sequence(options.timesteps, config, solver)
         denoiser: Denoiser
         if options.dtype == "fp32" and not options.compile:
             denoiser = guided(trained.unquantized(network, checkpoint.params, timesteps, device=device), context)
@@ -199,7 +171,7 @@ def _torch_backend(options: SamplingOptions) -> Backend:
         raise InputError(f"--backend {options.backend} needs --scales FILE; make one with `modiff-trt calibrate`")
     scales = load_scales(options.scales, network, checkpoint.sha256)
     calibrated = scales.rows.timesteps
-    _check_steps(options.timesteps, options.solver, config, calibrated=calibrated, own=scales.solver, source=options.scales)
+    check_steps(options.timesteps, options.solver, config, calibrated=calibrated, own=scales.solver, source=options.scales)
     if not options.modulate:
         scales = scales.without_modulation()
     if options.backend == "native":
@@ -282,44 +254,6 @@ def _context_manifest(options: SamplingOptions) -> dict[str, Any]:
     return {"context_sha256": sha256(options.context), "guidance": options.guidance}
 
 
-def exported_sequence(
-    config: Config,
-    manifest: NetworkManifest,
-    rows: RowTable | None,
-    *,
-    source: Path,
-    timesteps: int | None,
-    solver: SolverOptions,
-) -> tuple[tuple[int, ...], Solver]:
-    """Timesteps and solver of an exported network: its own, or for one in float those that the options put over them. Raises
-    InputError for options that are not what a quantized one was calibrated on."""
-    own = solver_of_manifest(manifest, str(source))
-    if rows is None:
-        wanted = solver.over(own)
-        return _sequence(timesteps, config, wanted), wanted
-    _check_steps(timesteps, solver, config, calibrated=rows.timesteps, own=own, source=source)
-    return rows.timesteps, own
-
-
 def _refuse(value: Path | float | str | None, option: str, backend: str) -> None:
     if value is not None:
         raise InputError(f"{option} does not go with --backend {backend}; leave it out")
-
-
-def _sequence(timesteps: int | None, config: Config, solver: Solver) -> tuple[int, ...]:
-    return solver.requested(config.diffusion, timesteps if timesteps is not None else DEFAULT_TIMESTEPS)
-
-
-def _check_steps(
-    timesteps: int | None, solver: SolverOptions, config: Config, *, calibrated: tuple[int, ...], own: Solver, source: Path
-) -> None:
-    """Scales hold for the steps that they were calibrated on: a residual depends on how far apart two steps are."""
-    wanted = solver.over(own)
-    if wanted == own and timesteps is None:
-        return
-    steps = timesteps if timesteps is not None else len(calibrated)
-    if wanted != own or own.timesteps(config.diffusion, steps) != calibrated:
-        raise InputError(
-            f"{source} was calibrated for {own.describe(len(calibrated))}; leave these options out, or calibrate for "
-            f"others: `modiff-trt collect {wanted.describe(steps)} ...`, then `calibrate`"
-        )

@@ -17,7 +17,7 @@ from modiff_trt.core.solvers import Solver
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.runtime.backends.onnx_denoiser import OnnxDenoiser, load_onnx
 from modiff_trt.runtime.backends.plan import Plan
-from modiff_trt.runtime.backends.registry.options import SolverOptions
+from modiff_trt.runtime.backends.registry.steps import SolverOptions
 from modiff_trt.runtime.images.noise import ImageNoise
 from modiff_trt.runtime.sampler import sample_trajectory
 from modiff_trt.tools.package.packing import LAUNCHER, _plan_requirements, package
