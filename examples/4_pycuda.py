@@ -8,27 +8,23 @@ makes PyCUDA clash with other libraries. Not run so far: it needs a GPU that Ten
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pycuda.autoprimaryctx  # noqa: F401
 import pycuda.driver as cuda
 from pycuda import gpuarray
 
-from modiff_trt.core.solvers import solver_from_dict
-from modiff_trt.runtime.backends.plan import load_plan
-from modiff_trt.runtime.backends.trt_denoiser import TrtDenoiser
-from modiff_trt.runtime.images.noise import ImageNoise
+import modiff_trt
 
 
 def main(plan_file: str, images: int = 4) -> None:
     """Samples a batch with the update done by PyCUDA on its own stream."""
-    plan, stream = load_plan(Path(plan_file)), cuda.Stream()
-    denoiser = TrtDenoiser(plan, stream=stream.handle)
+    stream = cuda.Stream()
+    backend = modiff_trt.denoiser(plan_file, stream=stream.handle)
+    denoiser, updates = backend.denoiser, backend.updates(eta=0.0)
     rows = denoiser.rows
-    solver = solver_from_dict(plan.manifest["network"]["solver"], plan_file)
-    updates = solver.updates(plan.config.diffusion, rows.timesteps)
-    x = gpuarray.to_gpu_async(ImageNoise(0, range(images), plan.config.input_shape).draw().astype(np.float32), stream=stream)
+    noise = np.random.default_rng(0).standard_normal((images, *backend.config.input_shape), np.float32)
+    x = gpuarray.to_gpu_async(noise, stream=stream)
     denoiser.reset(images)
     for row in range(len(rows)):
         eps = denoiser(x, row)  # x is a guest: any object with __cuda_array_interface__

@@ -71,24 +71,30 @@ def denoiser(
     timesteps: int | None = None,
     context: str | Path | None = None,
     guidance: float | None = None,
+    stream: int | None = None,
 ) -> Backend:
     """The network, ready to sample.
 
     `model` is what `load_model` gave, or the path of what is deployed: an exported .onnx file or a folder of `quantize`, which
     run on onnxruntime, or a TensorRT .plan. `backend` of a loaded model is native (the default: true INT8) or torch-sim, for
     `scales`, or torch: full precision, in `timesteps` steps (100) of the model's own solver. `device` is cpu or cuda. `context`
-    is an .npz file of prompts or labels, and `guidance` the weight of classifier-free guidance. Raises InputError for what does
-    not go together.
+    is an .npz file of prompts or labels, and `guidance` the weight of classifier-free guidance. `stream` is the handle of a
+    CUDA stream for a plan to run on, in place of its own. Raises InputError for what does not go together.
     """
     given_context = None if context is None else Path(context)
     if not isinstance(model, Model):
         if scales is not None or backend is not None:
             raise InputError(f"{model} carries its scales and is run by its own backend; leave both out")
         file = exported_of(Path(model))
-        place = {"backend": "trt", "plan": file} if file.suffix == ".plan" else {"backend": "onnx", "onnx": file}
+        of_plan = file.suffix == ".plan"
+        if stream is not None and not of_plan:
+            raise InputError(f"{model} is no TensorRT plan, which alone runs on a stream of yours; leave the stream out")
+        place = {"backend": "trt", "plan": file, "stream": stream} if of_plan else {"backend": "onnx", "onnx": file}
         return load_backend(
             SamplingOptions(**place, timesteps=timesteps, device=device, context=given_context, guidance=guidance)  # type: ignore[arg-type]
         )
+    if stream is not None:
+        raise InputError("a stream is for a TensorRT plan; leave it out")
     backend = backend or "native"
     if backend not in BACKENDS:
         raise InputError(f"the backend must be one of {', '.join(BACKENDS)}, found '{backend}'")

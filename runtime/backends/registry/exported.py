@@ -14,9 +14,12 @@ def onnxruntime(model: OnnxModel, timesteps: tuple[int, ...], device: str = "cpu
     return OnnxDenoiser(model, timesteps, device)
 
 
-def tensorrt(plan: Plan, timesteps: tuple[int, ...], *, gpu: int = 0, runtime: str = "auto") -> TrtDenoiser:
-    """TensorRT on a plan. Raises InputError for a plan that this machine cannot run."""
-    return TrtDenoiser(plan, timesteps, gpu=gpu, runtime=runtime)
+def tensorrt(
+    plan: Plan, timesteps: tuple[int, ...], *, gpu: int = 0, runtime: str = "auto", stream: int | None = None
+) -> TrtDenoiser:
+    """TensorRT on a plan, on a stream of its own or the one with this handle. Raises InputError for a plan that this machine
+    cannot run."""
+    return TrtDenoiser(plan, timesteps, stream, gpu=gpu, runtime=runtime)
 
 
 def onnx_backend(model: OnnxModel, timesteps: tuple[int, ...], solver: Solver, device: str) -> Backend:
@@ -25,8 +28,11 @@ def onnx_backend(model: OnnxModel, timesteps: tuple[int, ...], solver: Solver, d
     return Backend(onnxruntime(model, timesteps, device), model.config, solver, manifest)
 
 
-def plan_backend(plan: Plan, timesteps: tuple[int, ...], solver: Solver, runtime: str = "auto") -> Backend:
+def plan_backend(
+    plan: Plan, timesteps: tuple[int, ...], solver: Solver, *, runtime: str = "auto", stream: int | None = None
+) -> Backend:
     """TensorRT on a plan, on this process' GPU. Raises InputError for a plan that this machine cannot run."""
     manifest = {"backend": "trt", "plan_sha256": plan.manifest["plan_sha256"]}
     manifest |= exported(plan.manifest["network"], timesteps, solver)
-    return Backend(tensorrt(plan, timesteps, gpu=Rank.of_environment().local, runtime=runtime), plan.config, solver, manifest)
+    denoiser = tensorrt(plan, timesteps, gpu=Rank.of_environment().local, runtime=runtime, stream=stream)
+    return Backend(denoiser, plan.config, solver, manifest)

@@ -33,7 +33,8 @@ BACKENDS = ("torch", "torch-sim", "onnx", "native", "trt")
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """The options that decide what a backend computes, as given on the command line; None is 'not given'."""
+    """The options that decide what a backend computes, as given on the command line (`stream` from Python alone); None is 'not
+    given'."""
 
     backend: str
     config: Path | None = None
@@ -52,6 +53,7 @@ class SamplingOptions:
     context: Path | None = None
     guidance: float | None = None
     runtime: str = "auto"
+    stream: int | None = None
 
 
 def load_model(
@@ -242,7 +244,7 @@ def _trt_backend(options: SamplingOptions) -> Backend:
         plan.config, network, plan.calibrated_rows, source=options.plan, timesteps=options.timesteps, solver=options.solver
     )
     context = load_context(options.context, options.guidance, plan.config.architecture)
-    found = plan_backend(plan, timesteps, solver, runtime=options.runtime)
+    found = plan_backend(plan, timesteps, solver, runtime=options.runtime, stream=options.stream)
     manifest = found.manifest | _context_manifest(options)
     return replace(found, denoiser=guided(found.denoiser, context), manifest=manifest, context=context)
 

@@ -70,6 +70,8 @@ def test_what_is_deployed_is_sampled_from_its_path(tmp_path):
     assert run("sample", *job, "--out", tmp_path / "s.npz") == 0
     with np.load(tmp_path / "s.npz") as archive:
         np.testing.assert_array_equal(made, archive["samples"])
+    with pytest.raises(InputError, match="no TensorRT plan"):
+        modiff_trt.denoiser(file, stream=77)
     with pytest.raises(InputError, match="carries its scales"):
         modiff_trt.denoiser(file, backend="native")
     with pytest.raises(InputError, match="guidance is for networks with a context"):
@@ -89,6 +91,7 @@ def test_what_does_not_go_together_is_one_line():
         ({"scales": scales, "backend": "torch"}, "torch has none"),
         ({"backend": "native"}, "scales go with"),
         ({"scales": scales, "guidance": 3.0}, "guidance is for networks with a context"),
+        ({"scales": scales, "stream": 77}, "a stream is for a TensorRT plan"),
     ):
         with pytest.raises(InputError, match=said):
             modiff_trt.denoiser(model, **options)

@@ -5,11 +5,14 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from command import alone
 from conftest import ROOT
 from engine_stand_in import TRT, Driver, Engine
 
+import modiff_trt
+from modiff_trt.core.errors import InputError
 from modiff_trt.engines.build import BuildOptions
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.plugins.cuda import memory as cuda_memory
@@ -111,6 +114,25 @@ def test_engines_with_prompts_are_compared_pass_by_pass_and_timed_with_guidance(
         assert (found["passes"] > 1) == (name != "fp16")  # which takes any timestep, and has no passes of its own
     times = time_engines(subject, entries, tmp_path, device="cpu", batch_sizes=[1, 2], runs=1, passes=2)
     assert len(times["batches"]["2"]) == 3, times["not_run"]
+
+
+def test_a_plan_runs_on_the_stream_that_it_is_given(standing, tmp_path, monkeypatch):
+    """From Python, as the PyCUDA example calls it."""
+    entries, _ = standing
+    real, streams = Engine.execute_async_v3, set()
+
+    def watched(self, stream):
+        streams.add(stream)
+        return real(self, stream)
+
+    monkeypatch.setattr(Engine, "execute_async_v3", watched)
+    plan = tmp_path / entries["modiff-inlined"]["plan"]
+    images = modiff_trt.sample(modiff_trt.denoiser(plan, stream=78), images=2)
+    assert streams == {78}
+    np.testing.assert_array_equal(modiff_trt.sample(modiff_trt.denoiser(plan), images=2), images)
+    assert len(streams) == 2
+    with pytest.raises(InputError, match="default stream"):
+        modiff_trt.denoiser(plan, stream=0)
 
 
 def test_the_fastest_engine_is_named_and_whether_it_is_right(subject, standing, tmp_path):
