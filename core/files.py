@@ -264,6 +264,11 @@ def save_arrays(path: Path, header: dict[str, Any], arrays: Mapping[str, np.ndar
         save_file(contiguous, temporary, meta)
 
 
+def arrays_digest(header: dict[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """SHA-256 of what `save_arrays` would write."""
+    return _content_digest(json.loads(json.dumps(header)), {n: np.ascontiguousarray(a) for n, a in sorted(arrays.items())})
+
+
 class Stored(NamedTuple):
     """What a file of `save_arrays` holds: its header, its arrays, and the SHA-256 of the file."""
 

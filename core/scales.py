@@ -16,7 +16,7 @@ import numpy as np
 from modiff_trt.core.config import Config, config_to_dict, model_fingerprint, stored_config
 from modiff_trt.core.costs import ModeCurve, curve_from_dict, curve_to_dict
 from modiff_trt.core.errors import InputError, shown
-from modiff_trt.core.files import Stored, load_arrays, save_arrays
+from modiff_trt.core.files import Stored, arrays_digest, load_arrays, save_arrays
 from modiff_trt.core.kinds import Granularity, Method, Mode, ScaleMethod
 from modiff_trt.core.manifest import LayerEntry, check_layers
 from modiff_trt.core.rows import RowTable, plain_rows
@@ -131,6 +131,15 @@ def only_simulated(scales: Scales) -> str | None:
 
 
 def save_scales(path: Path, scales: Scales) -> None:
+    save_arrays(path, *_content(scales))
+
+
+def scales_digest(scales: Scales) -> str:
+    """SHA-256 of what `save_scales` would write."""
+    return arrays_digest(*_content(scales))
+
+
+def _content(scales: Scales) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
     header = {
         "kind": KIND,
         "schema": SCHEMA,
@@ -164,7 +173,7 @@ def save_scales(path: Path, scales: Scales) -> None:
         arrays[f"layer.{name}.scales"] = np.asarray(
             [layer.activation_scale, layer.residual_scale, layer.skip_ratio], np.float32
         )
-    save_arrays(path, header, arrays)
+    return header, arrays
 
 
 def load_scales(path: Path, network: Layered | None = None, checkpoint_sha256: str | None = None) -> Scales:

@@ -13,14 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-import numpy as np
-
 from modiff_trt.core.costs import ModeCosts, ModeCurve, ModePoint
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.scales import Scales
-from modiff_trt.export.calibration.trials import Array, Report, Trials
+from modiff_trt.export.calibration.trials import Report, Trials
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.state_elements import state_elements
 from modiff_trt.plugins.modulated_conv.geometry import SMALL
@@ -119,7 +117,7 @@ def search_modes(
     images = alone.images_of(scales)
     changes = []
     for name, mode, saved in options:
-        changes.append(Change(name, mode, saved, added=_distance(alone, with_modes(scales, {name: mode}), images)))
+        changes.append(Change(name, mode, saved, added=min(alone.distance(with_modes(scales, {name: mode}), images), UNUSABLE)))
         on_trial()
     ordered = in_order(changes)
     tried: dict[int, tuple[Scales, ModePoint]] = {}
@@ -172,14 +170,6 @@ def _largest(measure: Callable[[int], float], counts: Sequence[int], least: floa
         middle = (low + high) // 2
         low, high = (middle, high) if measure(middle) >= least else (low, middle)
     return low
-
-
-def _distance(trials: Trials, scales: Scales, images: Array) -> float:
-    """Mean squared difference of the final images to `images`; UNUSABLE where they are not finite."""
-    try:
-        return float(np.square(trials.images_of(scales).astype(np.float64) - images).mean())
-    except InputError:
-        return UNUSABLE
 
 
 def with_modes(scales: Scales, modes: Mapping[str, Mode]) -> Scales:

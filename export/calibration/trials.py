@@ -10,7 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import log10
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,13 @@ from torch import Tensor
 
 from modiff_trt.core.context import NO_CONTEXT, Context
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.files import arrays_digest
 from modiff_trt.core.grid import grid_max
 from modiff_trt.core.rows import RowTable
-from modiff_trt.core.scales import Scales
+from modiff_trt.core.scales import Scales, scales_digest
 from modiff_trt.core.solvers import Solver
 from modiff_trt.core.state_grid import with_whole_steps
+from modiff_trt.export.calibration.kept_trials import KeptTrials
 from modiff_trt.export.calibration.residuals import refit
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import LayerState, QuantizedLayer
@@ -63,16 +67,53 @@ class Trials:
         seed: int,
         device: str,
         context: Context = NO_CONTEXT,
+        kept: Path | None = None,
     ) -> None:
+        """`kept` is a file where what trials gave stands until the caller removes it: none is run twice."""
         self.network, self.checkpoint, self._device = network, checkpoint, device
         self._updates = solver.updates(network.config.diffusion, timesteps)
         self._noise = ImageNoise(seed, range(images), network.config.input_shape).draw()
         self._context = context
+        settings = {
+            "checkpoint_sha256": checkpoint.sha256,
+            "timesteps": timesteps,
+            "solver": solver.to_dict(),
+            "images": images,
+            "seed": seed,
+            "device": device,
+            "context": arrays_digest({"guidance": context.guidance}, context.of(range(images))),
+        }
+        self._kept = None if kept is None else KeptTrials(kept, settings)
         self._reference = self.sample(trained.unquantized(network, checkpoint.params, timesteps, device=device))
+
+    def _once(self, what: str, scales: Scales, run: Callable[[], Array]) -> Array:
+        return run() if self._kept is None else self._kept.of(f"{what} {scales_digest(scales)}", run)
 
     def decibels(self, scales: Scales) -> float:
         """`score` of the simulation of these scales."""
-        return self.score(trained.simulated(self.network, self.checkpoint.params, scales, device=self._device))
+        return self.timed(scales)[0]
+
+    def timed(self, scales: Scales) -> tuple[float, float]:
+        """`decibels`, and the seconds that the trial took when it was run."""
+
+        def run() -> Array:
+            begin = time.perf_counter()
+            score = self.score(trained.simulated(self.network, self.checkpoint.params, scales, device=self._device))
+            return np.asarray([score, time.perf_counter() - begin])
+
+        score, seconds = self._once("whole", scales, run)
+        return float(score), float(seconds)
+
+    def distance(self, scales: Scales, images: Array) -> float:
+        """Mean squared difference of the final images to `images`. Infinite where they are not finite."""
+
+        def run() -> Array:
+            try:
+                return np.asarray([np.square(self.images_of(scales).astype(np.float64) - images).mean()])
+            except InputError:
+                return np.asarray([float("inf")])
+
+        return float(self._once(f"distance to {arrays_digest({}, {'images': images})}", scales, run)[0])
 
     def images_of(self, scales: Scales) -> Array:
         """The final images of the simulation of these scales. Raises InputError where they are not finite."""
@@ -80,10 +121,16 @@ class Trials:
 
     def weights_alone(self, scales: Scales) -> float:
         """`decibels` with exact activations."""
-        return self.score(trained.simulated(self.network, self.checkpoint.params, scales, device=self._device, act_quant=False))
+        simulated = partial(trained.simulated, self.network, self.checkpoint.params, scales, device=self._device)
+        return float(self._once("weights", scales, lambda: np.asarray([self.score(simulated(act_quant=False))]))[0])
 
     def residuals(self, scales: Scales) -> tuple[float, Array]:
         """PSNR, and the largest |x - a_hat| [rows, modulated layers] that each pass had to round."""
+        found = self._once("residuals", scales, lambda: self._watch_residuals(scales))
+        return float(found[0]), found[1:].reshape(len(scales.rows), -1).astype(np.float32)
+
+    def _watch_residuals(self, scales: Scales) -> Array:
+        """float64 [1 + rows * layers]: the PSNR, and the largest residuals."""
         passes: list[dict[str, float]] = []
         first = scales.modulated[0]
 
@@ -94,7 +141,7 @@ class Trials:
 
         watched = trained.simulated(self.network, self.checkpoint.params, scales, device=self._device, on_layer=watch)
         score = self.score(watched)
-        return score, np.asarray([[found[name] for name in scales.modulated] for found in passes], np.float32)
+        return np.asarray([score, *(found[name] for found in passes for name in scales.modulated)])
 
     def score(self, denoiser: Denoiser) -> float:
         """PSNR in dB of one whole trajectory; minus infinity where it is not finite: the method has failed there."""
@@ -131,9 +178,7 @@ class Verdict:
 
 def judge(trials: Trials, scales: Scales) -> Verdict:
     """What scales are worth on the trial images, and how much of the error is the weights'."""
-    begin = time.perf_counter()
-    whole = trials.decibels(scales)
-    seconds = time.perf_counter() - begin
+    whole, seconds = trials.timed(scales)
     stateless = trials.decibels(scales.without_modulation()) if scales.modulated else None
     return Verdict(whole, trials.weights_alone(scales), seconds, stateless)
 

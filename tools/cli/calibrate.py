@@ -209,7 +209,8 @@ def calibrate(
         device=device,
         context=stored.context,
     )
-    trials = try_images(images=trial_images) if trial_images else None
+    kept_trials, kept_modes = (out.with_name(f"{out.name}.{part}.part") for part in ("trials", "modes"))
+    trials = try_images(images=trial_images, kept=kept_trials) if trial_images else None
     if correct_bias is not False:
         corrected = correct_biases(network, checkpoint.params, scales, ranges)
         if correct_bias is None and trials:
@@ -236,13 +237,10 @@ def calibrate(
         scales = improve(trials, scales, candidates, rows=search != Search.SCALES)
     if trials and goal is not None:
         verdict = None
-        scales = choose_modes(trials, try_images(images=max(1, trial_images // 4)), scales, goal)
+        scales = choose_modes(trials, try_images(images=max(1, trial_images // 4), kept=kept_modes), scales, goal)
         assert scales.curve is not None
         print_curve(scales.curve)
     save_scales(out, scales)
-    kept_ranges.unlink(missing_ok=True)
-    if rounding == Rounding.ADAROUND:
-        part.unlink(missing_ok=True)
     kept = [layer.mode for layer in scales.layers.values()]
     counts = ", ".join(f"{kept.count(mode)} {mode}" for mode in Mode if mode in kept)
     only = "; for torch-sim only" if only_simulated(scales) is not None else ""
@@ -250,13 +248,15 @@ def calibrate(
     typer.echo(
         f"{out}: {method} W{weight_bit}A{act_bit}, layers: {counts}; {len(scales.rows)} passes a trajectory{only}; {took}"
     )
+    said = None
     if trials:
         verdict = verdict or judge(trials, scales)
         work = Work(trial_images * len(scales.rows), len(stored.chosen) * stored.x.shape[1], len(units(network)))
         said = _verdict(verdict, scales, trial_images, work)
         typer.echo(said)
-        return said
-    return None
+    for done in (kept_ranges, kept_trials, kept_modes, *([part] if rounding == Rounding.ADAROUND else [])):
+        done.unlink(missing_ok=True)
+    return said
 
 
 @dataclass(frozen=True)

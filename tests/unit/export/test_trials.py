@@ -41,6 +41,41 @@ def test_searched_rows_are_never_worse_on_the_trials(trials, tiny):
     assert (best.rows.multipliers[:warmup] >= best.rows.multipliers[warmup]).all()
 
 
+@pytest.mark.parametrize("stopped", [1, 4])
+def test_a_search_goes_on_where_it_was_stopped(trials, tiny, tmp_path, monkeypatch, stopped):
+    scales, runs = tiny.scales(act_bits=4), []
+    expected, verdict = search_rows(trials, scales, lambda line: None), judge(trials, scales)
+    real = Trials.score
+
+    def counted(self, denoiser):
+        if len(runs) == stopped:
+            runs.append("stopped")
+            raise KeyboardInterrupt
+        runs.append(1)
+        return real(self, denoiser)
+
+    monkeypatch.setattr(Trials, "score", counted)
+
+    def fresh(images=3):
+        solver = tiny.trajectories.solver
+        part = tmp_path / "t.part"
+        return Trials(tiny.network, tiny.checkpoint, tiny.timesteps, solver, images=images, seed=2, device="cpu", kept=part)
+
+    with pytest.raises(KeyboardInterrupt):
+        search_rows(fresh(), scales, lambda line: None)
+    lines = []
+    found = search_rows(fresh(), scales, lines.append)
+    np.testing.assert_array_equal(found.rows.multipliers, expected.rows.multipliers)
+    assert len(runs) == len(lines)  # a line for each trial and one at the end; one trial was cut off, and none was run twice
+    # A verdict from the file has the trial's own time, not that of reading it.
+    assert (judge(fresh(), scales).decibels, judge(fresh(), scales).weights_alone) == (verdict.decibels, verdict.weights_alone)
+    count = len(runs)
+    again = judge(fresh(), scales)
+    assert len(runs) == count and again.seconds > 0 and again == judge(fresh(), scales)
+    # Other images are other trials.
+    assert fresh(images=2).decibels(scales) != verdict.decibels and len(runs) == count + 1
+
+
 def test_searched_scales_are_never_worse_on_the_trials_and_say_what_they_clip(trials, tiny):
     scales = tiny.scales(act_bits=3)
     lines = []
