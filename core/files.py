@@ -257,8 +257,7 @@ def sha256(path: Path) -> str:
 
 def save_arrays(path: Path, header: dict[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Writes a safetensors file whose metadata holds `header` as JSON. Atomic; a digest of header and arrays goes with it."""
-    contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
-    header = json.loads(json.dumps(header))  # as it will be read: lists for tuples, and every key a string
+    header, contiguous = _as_read(header), _contiguous(arrays)
     meta = {HEADER_KEY: json.dumps({**header, DIGEST: _content_digest(header, contiguous)})}
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, meta)
@@ -266,7 +265,29 @@ def save_arrays(path: Path, header: dict[str, Any], arrays: Mapping[str, np.ndar
 
 def arrays_digest(header: dict[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
     """SHA-256 of what `save_arrays` would write."""
-    return _content_digest(json.loads(json.dumps(header)), {n: np.ascontiguousarray(a) for n, a in sorted(arrays.items())})
+    return _content_digest(_as_read(header), _contiguous(arrays))
+
+
+def kept_arrays(path: Path, header: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """What an interrupted job left with `save_arrays` under the same header; nothing where there is no such file, or it is of
+    another job. `header` has the file's kind and schema."""
+    if not path.exists():
+        return {}
+    try:
+        stored = load_arrays(path, header["kind"], header["schema"])
+    except InputError:
+        return {}
+    return stored.arrays if stored.header == _as_read(header) else {}
+
+
+def _as_read(header: dict[str, Any]) -> dict[str, Any]:
+    """A header as it will be read: lists for tuples, and every key a string."""
+    found: dict[str, Any] = json.loads(json.dumps(header))
+    return found
+
+
+def _contiguous(arrays: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
 
 
 class Stored(NamedTuple):

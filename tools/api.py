@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,8 @@ def denoiser(
         of_plan = file.suffix == ".plan"
         if stream is not None and not of_plan:
             raise InputError(f"{model} is no TensorRT plan, which alone runs on a stream of yours; leave the stream out")
-        place = {"backend": "trt", "plan": file, "stream": stream} if of_plan else {"backend": "onnx", "onnx": file}
-        return load_backend(
-            SamplingOptions(**place, timesteps=timesteps, device=device, context=given_context, guidance=guidance)  # type: ignore[arg-type]
-        )
+        options = partial(SamplingOptions, timesteps=timesteps, device=device, context=given_context, guidance=guidance)
+        return load_backend(options("trt", plan=file, stream=stream) if of_plan else options("onnx", onnx=file))
     if stream is not None:
         raise InputError("a stream is for a TensorRT plan; leave it out")
     backend = backend or "native"

@@ -74,7 +74,7 @@ def run(out: Path, num_samples: int, seed: int) -> None:
         if candidate.quantize:
             scales, digest = shipped if candidate.modulate else shipped.without_modulation(), shipped.file_sha256
         file = out / (candidate.name.lower().replace(",", "").replace(" ", "-") + ".onnx")
-        save_onnx(file, build_onnx(network, checkpoint, scales, dtype="fp32", scales_sha256=digest))
+        save_onnx(file, build_onnx(network, checkpoint, scales, dtype="fp32", scales_sha256=digest, solver=solver))
         model = load_onnx(file, spinning=not candidate.quantize)
         native = _native(network, checkpoint, scales) if scales is not None else None
         backend = Backend(native or exported.onnxruntime(model, steps), model.config, solver, {})

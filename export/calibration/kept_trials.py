@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from modiff_trt.core.errors import InputError
-from modiff_trt.core.files import load_arrays, save_arrays
+from modiff_trt.core.files import kept_arrays, save_arrays
 
 KIND, SCHEMA = "trials", 1
 Array = np.ndarray[Any, Any]
@@ -21,12 +18,8 @@ class KeptTrials:
     """Numbers that trials gave, by key; of other settings they are not taken. The caller removes the file."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self._path, self._found = path, dict[str, Array]()
-        self._header = json.loads(json.dumps({"kind": KIND, "schema": SCHEMA, **settings}))
-        if path.exists():
-            with contextlib.suppress(InputError):  # of another program, or damaged: run again
-                stored = load_arrays(path, KIND, SCHEMA)
-                self._found = dict(stored.arrays) if stored.header == self._header else {}
+        self._path, self._header = path, {"kind": KIND, "schema": SCHEMA, **settings}
+        self._found = kept_arrays(path, self._header)
 
     def of(self, key: str, run: Callable[[], Array]) -> Array:
         """What is kept under `key`, or else what `run` gives, float64 [N], which is kept."""

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from modiff_trt.core.errors import InputError
-from modiff_trt.core.files import load_arrays, save_arrays
+from modiff_trt.core.files import kept_arrays, save_arrays
 from modiff_trt.core.kinds import Mode, ScaleMethod
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.core.scales import Scales
 from modiff_trt.export.calibration.adaround import AdaRoundOptions
 from modiff_trt.export.calibration.modes import Goal, possible_changes, search_modes
-from modiff_trt.export.calibration.ranges import LayerRanges, measure_ranges, ranges_to_arrays
+from modiff_trt.export.calibration.ranges import LayerRanges, kept_ranges, measure_ranges, ranges_to_arrays
 from modiff_trt.export.calibration.reconstruct import Samples, Unit, WeightGrid, reconstruct
 from modiff_trt.export.calibration.residuals import learn_residual_scale, refit
 from modiff_trt.export.calibration.static import Recipe, make_scales
@@ -77,12 +72,16 @@ def measure(
         def steps(items: Iterator[int], total: int) -> Iterator[int]:
             return iter(bar.track(items, total=total, description="ranges"))
 
-        run = partial(measure_ranges, network, params, trajectories, batch_size=batch_size, progress=steps, on_step=keep)
         with full_precision():
-            if begun := _resume(part, header, RANGES_KIND, RANGES_SCHEMA):
-                with contextlib.suppress(KeyError, ValueError):  # not of this network: measured anew
-                    return run(begun=begun)
-            return run()
+            return measure_ranges(
+                network,
+                params,
+                trajectories,
+                batch_size=batch_size,
+                progress=steps,
+                begun=kept_ranges(network, kept_arrays(part, header)),
+                on_step=keep,
+            )
 
 
 def learn_weights(
@@ -118,7 +117,7 @@ def learn_weights(
         "options": asdict(options),
         "seed": seed,
     }
-    packed = _resume(part, header, ROUNDING_KIND, ROUNDING_SCHEMA)
+    packed = kept_arrays(part, header)
     done = {name: up for name, bits in packed.items() if (up := unpack_rounding(bits, weights[name])) is not None}
 
     def keep(unit: Unit, found: dict[str, Tensor], loss: float) -> None:
@@ -258,13 +257,3 @@ def _digest(trajectories: Trajectories) -> str:
     for name, value in sorted(trajectories.context.of(range(trajectories.x.shape[1])).items()):
         digest.update(name.encode() + value.tobytes())
     return digest.hexdigest()
-
-
-def _resume(part: Path, header: dict[str, Any], kind: str, schema: int) -> dict[str, np.ndarray[Any, Any]]:
-    if not part.exists():
-        return {}
-    try:
-        found, packed, _ = load_arrays(part, kind, schema)
-    except InputError:
-        return {}
-    return packed if found == header else {}

@@ -111,21 +111,21 @@ def measure_ranges(
     trajectories: Trajectories,
     batch_size: int,
     progress: Callable[[Iterator[int], int], Iterator[int]] = lambda steps, total: steps,
-    begun: Arrays | None = None,
+    begun: Mapping[str, LayerRanges] | None = None,
     on_step: Callable[[dict[str, LayerRanges]], None] = lambda ranges: None,
 ) -> dict[str, LayerRanges]:
     """Runs the float network on each chosen step and its predecessor and records every layer's input.
 
     The residual of step i is a_i - a_{i-1}; step 0 has none (its residual is recorded as 0 and is not part of the
-    histogram). Memory holds the layers' inputs of one batch at two steps. `on_step` sees the ranges after each chosen step;
-    what `ranges_to_arrays` made of them is `begun`, from where another call goes on to the same result. Raises InputError when
-    an activation is not finite, KeyError or ValueError where `begun` is not of this network.
+    histogram). Memory holds the layers' inputs of one batch at two steps. `on_step` sees the ranges after each chosen step.
+    With those as `begun` another call goes on from there, to the same result. Raises InputError when an activation is not
+    finite.
     """
     device = next(iter(params.values())).device
     binder, context = Binder(network, params), trajectories.context
     position = {int(step): i for i, step in enumerate(trajectories.steps)}
-    ranges = {s.name: LayerRanges(halves=(InputRanges(), InputRanges()) if s.split else None) for s in network.layers}
-    done = 0 if begun is None else _take(ranges, begun)
+    ranges = dict(begun) if begun is not None else _fresh(network)
+    done = len(next(iter(ranges.values())).activation_max)
     chosen = [int(step) for step in trajectories.chosen]
     count = trajectories.x.shape[1]
 
@@ -162,11 +162,19 @@ def ranges_to_arrays(ranges: Mapping[str, LayerRanges]) -> Arrays:
     return {f"{layer}:{name}": array for layer, entry in ranges.items() for name, array in entry.to_arrays().items()}
 
 
-def _take(ranges: Mapping[str, LayerRanges], begun: Arrays) -> int:
-    """Fills fresh ranges with kept ones, and returns the number of steps that they have seen."""
-    for layer, entry in ranges.items():
-        entry.take(begun, f"{layer}:")
-    return len(next(iter(ranges.values())).activation_max)
+def kept_ranges(network: Network, arrays: Arrays) -> dict[str, LayerRanges] | None:
+    """What `ranges_to_arrays` made of this network's ranges; None where the arrays are of none, or of another one."""
+    ranges = _fresh(network)
+    try:
+        for layer, entry in ranges.items():
+            entry.take(arrays, f"{layer}:")
+    except (KeyError, ValueError):
+        return None
+    return ranges
+
+
+def _fresh(network: Network) -> dict[str, LayerRanges]:
+    return {s.name: LayerRanges(halves=(InputRanges(), InputRanges()) if s.split else None) for s in network.layers}
 
 
 class _Recorder:

@@ -99,7 +99,9 @@ def _exported(subject: Subject, kind: Kind, path: Path) -> OnnxNetwork:
             found = network.manifest
             if (found["checkpoint_sha256"], found["scales_sha256"]) == expected:
                 return network
-    model = build_onnx(subject.network, subject.checkpoint, scales, dtype="fp16", scales_sha256=expected[1])
+    model = build_onnx(
+        subject.network, subject.checkpoint, scales, dtype="fp16", scales_sha256=expected[1], solver=subject.scales.solver
+    )
     save_onnx(path, model)
     return load_network(path, kind.plugin)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from modiff_trt.core.kinds import FinalAlpha, Prediction, SolverKind, Spacing
 from modiff_trt.core.manifest import NetworkManifest, solver_of_manifest
 from modiff_trt.core.rows import RowTable
 from modiff_trt.core.solvers import Solver
+
+log = logging.getLogger(__name__)
 
 DEFAULT_TIMESTEPS = 100
 
@@ -55,6 +58,8 @@ def exported_sequence(
     """Timesteps and solver of an exported network: its own, or for one in float those that the options put over them. Raises
     InputError for options that are not what a quantized one was calibrated on."""
     own = solver_of_manifest(manifest, str(source))
+    if "solver" not in manifest:
+        log.warning("%s does not say its solver: DDIM's own is taken; export it again", source)
     if rows is None:
         wanted = solver.over(own)
         return sequence(timesteps, config, wanted), wanted

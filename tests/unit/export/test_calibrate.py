@@ -13,7 +13,7 @@ from modiff_trt.core.scales import load_scales, save_scales
 from modiff_trt.core.state_grid import units_a_scale, with_whole_steps
 from modiff_trt.export.calibration import pipeline
 from modiff_trt.export.calibration.biases import correct_biases
-from modiff_trt.export.calibration.ranges import measure_ranges, ranges_to_arrays
+from modiff_trt.export.calibration.ranges import kept_ranges, measure_ranges, ranges_to_arrays
 from modiff_trt.export.calibration.residuals import refit
 from modiff_trt.export.calibration.static import Recipe, make_scales
 from modiff_trt.export.calibration.trajectories import choose_steps, load_trajectories, save_trajectories
@@ -81,7 +81,9 @@ def test_ranges_go_on_after_an_interruption_to_the_same_bits(tiny, tmp_path, mon
     for file, made in zip(files, scales, strict=True):
         save_scales(file, correct_biases(tiny.network, tiny.checkpoint.params, made, whole if file == files[0] else found))
     assert files[0].read_bytes() == files[1].read_bytes()
-    # Ranges of another job are not taken.
+    # Ranges of another network are not taken, nor those of another job.
+    of_another = {name: array for name, array in ranges_to_arrays(whole).items() if not name.startswith("conv_out:")}
+    assert kept_ranges(tiny.network, of_another) is None and kept_ranges(tiny.network, {}) is None
     written.clear()
     pipeline.measure(tiny.network, tiny.checkpoint, tiny.trajectories, **job | {"batch_size": 3})
     assert len(written) == len(tiny.trajectories.chosen)

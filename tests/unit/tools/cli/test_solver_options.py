@@ -8,6 +8,9 @@ import pytest
 from command import run
 from conftest import ROOT
 
+from modiff_trt.core.solvers import Solver
+from modiff_trt.export.onnx.network import build_onnx, save_onnx
+from modiff_trt.runtime.backends.registry.options import load_model
 from modiff_trt.runtime.images.folders import psnr
 
 MODEL = ["--config", str(ROOT / "configs/demo.yml"), "--ckpt", str(ROOT / "calib_cache/demo/model.safetensors")]
@@ -120,3 +123,12 @@ def test_a_float_file_has_the_scheduler_of_its_folder(tmp_path):
     assert subprocess.run(launcher, capture_output=True, check=False).returncode == 0
     with np.load(tmp_path / "p.npz") as archive:
         np.testing.assert_allclose(archive["samples"], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_float_file_of_an_earlier_version_says_which_solver_is_taken(tmp_path, capsys):
+    network, checkpoint = load_model(ROOT / "configs/demo.yml", ROOT / "calib_cache/demo/model.safetensors")
+    for name, solver in (("old", None), ("new", Solver())):
+        save_onnx(tmp_path / f"{name}.onnx", build_onnx(network, checkpoint, None, "fp32", None, solver=solver))
+    for name in ("old", "new"):
+        images(tmp_path / f"{name}.npz", "--backend", "onnx", "--onnx", tmp_path / f"{name}.onnx", "--timesteps", 2)
+        assert ("does not say its solver" in capsys.readouterr().err) == (name == "old")
