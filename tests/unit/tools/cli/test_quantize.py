@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,9 @@ def test_one_command_makes_a_folder_and_keeps_what_is_there(job, tmp_path, capsy
     titles = [line.split(":")[0] for line in said.splitlines() if line.startswith("[")]
     assert re.search(r"^\[2/5\] calibrate: about \d+ s$", said, re.MULTILINE)
     assert titles == ["[1/5] collect", "[2/5] calibrate", "[3/5] export", "[4/5] report", "[5/5] README"]
+    held = float(re.search(r"at most ([\d.]+) GB of memory", said)[1])
+    now = int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    assert 0.5 * now < held < 20 * now
     scales = load_scales(out / "scales.safetensors")
     assert scales.modulated and len(scales.rows.timesteps) == 3
     assert (
