@@ -308,8 +308,9 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-def load_arrays(path: Path, kind: str, schema: int) -> Stored:
-    """Reads what `save_arrays` wrote. Raises InputError if the file is missing, truncated, altered or of another kind."""
+def load_arrays(path: Path, kind: str, schema: int, older: tuple[int, ...] = ()) -> Stored:
+    """Reads what `save_arrays` wrote, in this schema or an `older` one. Raises InputError if the file is missing, truncated,
+    altered or of another kind."""
     data = read_file(path, f"{kind} file")
     try:
         meta, arrays = safetensors_metadata(data), load(data)
@@ -322,7 +323,7 @@ def load_arrays(path: Path, kind: str, schema: int) -> Stored:
         raise InputError(f"{path} has a damaged header; make the {kind} file again")
     if header["kind"] != kind:
         raise InputError(f"{path} is a {one_line(str(header['kind']))} file, but a {kind} file is needed here")
-    if header["schema"] != schema:
+    if header["schema"] not in (schema, *older):
         raise InputError(
             f"{path} has schema version {header['schema']}, this program reads {schema}; make the {kind} file again"
         )

@@ -18,7 +18,7 @@ import numpy as np
 
 from modiff_trt.core.errors import InputError, shown
 from modiff_trt.core.files import parse_json
-from modiff_trt.core.grid import MAX_BITS, MIN_BITS
+from modiff_trt.core.grid import MAX_BITS, MIN_BITS, low_zero_point
 from modiff_trt.core.kinds import Granularity, Mode
 from modiff_trt.core.solvers import Solver, solver_from_dict
 
@@ -43,6 +43,7 @@ class LayerEntry(TypedDict):
     mode: Mode
     act_bits: int
     weight_bits: int
+    activation_zero_point: NotRequired[int]
 
 
 class NetworkManifest(TypedDict):
@@ -172,10 +173,18 @@ def solver_of_manifest(manifest: Mapping[str, Any], source: str) -> Solver:
 
 
 def check_layers(layers: Mapping[str, Any], source: str) -> None:
-    """Raises InputError unless `layers` is a layer table: mode and bits by name."""
+    """Raises InputError unless `layers` is a layer table: mode, bits and zero point by name."""
+
+    def possible(entry: object) -> bool:
+        if not isinstance(entry, dict) or entry.get("mode") not in tuple(Mode):
+            return False
+        bits, zero_point = [entry.get(key) for key in ("act_bits", "weight_bits")], entry.get("activation_zero_point", 0)
+        if not all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in bits):
+            return False
+        return type(zero_point) is int and zero_point in (0, low_zero_point(entry["act_bits"]))
+
     for name, entry in layers.items():
-        bits = [entry.get(key) for key in ("act_bits", "weight_bits")] if isinstance(entry, dict) else [None]
-        if not all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in bits) or entry.get("mode") not in tuple(Mode):
+        if not possible(entry):
             raise InputError(f"{source} says of layer '{shown(name)[1:-1]}' what no layer can be: {shown(entry)}")
 
 

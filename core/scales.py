@@ -22,7 +22,8 @@ from modiff_trt.core.manifest import LayerEntry, check_layers
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.solvers import Solver, solver_from_dict
 
-KIND, SCHEMA = "scales", 7
+# Files of schema 7 know no zero points, and all of theirs are 0.
+KIND, SCHEMA, OLDER = "scales", 8, (7,)
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -55,7 +56,8 @@ class LayerScales:
 
     `round_up` is AdaRound's decision for each weight, as packed bits in the weight's order; None rounds to nearest.
     `skip_ratio` divides the skip channels of a concatenated input (see `split`); 1 leaves them alone. `bias_shift` [C_out] is
-    added to the bias, and takes back what rounding the weights adds on average; None adds nothing.
+    added to the bias, and takes back what rounding the weights adds on average; None adds nothing. `activation_zero_point` is
+    of the activation's grid, 0 or below (see `core.grid`); residuals have none.
     """
 
     mode: Mode
@@ -67,11 +69,17 @@ class LayerScales:
     round_up: np.ndarray[Any, np.dtype[np.uint8]] | None = None
     skip_ratio: float = 1.0
     bias_shift: FloatArray | None = None
+    activation_zero_point: int = 0
 
     @property
     def scale(self) -> float:
         """The baked activation scale of the mode: of the residual for `modiff`, of the activation for `int8`."""
         return self.residual_scale if self.mode == Mode.MODIFF else self.activation_scale
+
+    @property
+    def zero_point(self) -> int:
+        """The zero point that belongs to `scale`."""
+        return 0 if self.mode == Mode.MODIFF else self.activation_zero_point
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,16 @@ class Scales:
         return tuple(name for name, layer in self.layers.items() if layer.mode == Mode.MODIFF)
 
     def layer_table(self) -> dict[str, LayerEntry]:
-        """Mode and bits of every layer, as the headers of files carry them."""
-        return {n: {"mode": v.mode, "act_bits": v.act_bits, "weight_bits": v.weight_bits} for n, v in self.layers.items()}
+        """Mode, bits and zero point of every layer, as the headers of files carry them."""
+        return {
+            name: {
+                "mode": layer.mode,
+                "act_bits": layer.act_bits,
+                "weight_bits": layer.weight_bits,
+                "activation_zero_point": layer.activation_zero_point,
+            }
+            for name, layer in self.layers.items()
+        }
 
     def without_modulation(self) -> Scales:
         """The same calibration with every `modiff` layer in mode `int8`: plain Q-Diffusion."""
@@ -178,7 +194,7 @@ def _content(scales: Scales) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, 
 
 def load_scales(path: Path, network: Layered | None = None, checkpoint_sha256: str | None = None) -> Scales:
     """Reads a scales file and, where given, checks that it belongs to this network and checkpoint."""
-    stored = load_arrays(path, KIND, SCHEMA)
+    stored = load_arrays(path, KIND, SCHEMA, older=OLDER)
     header, arrays = stored.header, stored.arrays
     try:
         _check_types(stored, path)
@@ -197,6 +213,7 @@ def load_scales(path: Path, network: Layered | None = None, checkpoint_sha256: s
                 round_up=round_up,
                 skip_ratio=ratio,
                 bias_shift=arrays.get(f"layer.{name}.bias_shift"),
+                activation_zero_point=entry.get("activation_zero_point", 0),
             )
         rows = RowTable(arrays["rows.t"], arrays["rows.multipliers"], header["warmup"], exact_start=header["exact_start"])
         scales = Scales(

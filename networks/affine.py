@@ -1,7 +1,8 @@
 """Uniform affine quantizers in two forms that agree bit for bit: true int8 tensors, and their simulation in float.
 
 Symmetric or asymmetric, one grid per tensor or per output channel (axis 0), fitted by min-max, MSE search or percentile.
-Deployed engines use symmetric grids only; the asymmetric form is what the Q-Diffusion paper calibrates with.
+Deployed layers use symmetric grids and one fixed zero point (`core.grid`); the general form is what the Q-Diffusion paper
+calibrates with.
 """
 
 from __future__ import annotations

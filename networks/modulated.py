@@ -43,8 +43,8 @@ OnLayer = Callable[["QuantizedLayer", Tensor, LayerState], None]
 class QuantizedLayer:
     """A layer with integer weights. `weight` holds integers [C_out, C_in, K, K] in a float dtype.
 
-    `granularity` is `static` (the baked `scale`), or a grid found anew at every pass from the largest magnitude of each
-    sample (`tensor`, LTQ) or of each input channel of each sample (`channel`, LCQ).
+    `granularity` is `static` (the baked `scale` with its `zero_point`), or a grid found anew at every pass from the largest
+    magnitude of each sample (`tensor`, LTQ) or of each input channel of each sample (`channel`, LCQ).
     """
 
     spec: LayerSpec
@@ -57,6 +57,7 @@ class QuantizedLayer:
     granularity: Granularity = Granularity.STATIC
     dither: bool = False
     skip_ratio: float = 1.0
+    zero_point: int = 0
 
 
 def shifted_bias(spec: LayerSpec, params: Params, entry: LayerScales) -> Tensor:
@@ -89,6 +90,7 @@ def quantize_layers(
             granularity=scales.granularity,
             dither=scales.dither,
             skip_ratio=entry.skip_ratio,
+            zero_point=entry.zero_point,
         )
     return layers
 
@@ -156,7 +158,7 @@ def stateless_layer(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """Plain quantization of the activation (static: Q-Diffusion, arXiv 2302.04304)."""
     if layer.granularity != Granularity.STATIC:
         return layer.bias[:, None, None] + integer_product(layer, dynamic_quantize(layer, x))
-    q = quantize(x, layer.scale, layer.bits)
+    q = quantize(x, layer.scale, layer.bits, layer.zero_point)
     return layer.bias[:, None, None] + layer.scale * integer_product(layer, q)
 
 

@@ -1,7 +1,7 @@
-"""Uniform symmetric quantization: grids, int8 weights, and scales found by min-max or by MSE search.
+"""Uniform quantization: grids, int8 weights, and scales found by min-max or by MSE search.
 
-Only symmetric grids are deployed (TensorRT requires a zero point of 0). A grid of `bits` has the integers
--2^(bits-1) .. 2^(bits-1)-1 in an int8 container, 2 <= bits <= 8.
+A grid of `bits` has the integers -2^(bits-1) .. 2^(bits-1)-1 in an int8 container, 2 <= bits <= 8, and a zero point, which is 0
+but for activations that are hardly negative (`core.grid`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
+from modiff_trt.core.grid import SMALLEST_SCALE, grid_ends, grid_max
 from modiff_trt.core.kinds import ScaleMethod
 
 # Q-Diffusion and its predecessors weigh errors by a power slightly above 2 when they search for a scale.
@@ -24,10 +24,10 @@ CANDIDATES = 80
 Grid = tuple[Tensor, ...]
 
 
-def quantize(x: Tensor, scale: Tensor | float, bits: int) -> Tensor:
-    """clip(rint(x / scale)) as integers in x's own dtype. Rounds half to even, like ONNX and TensorRT."""
-    q = grid_max(bits)
-    return (x / scale).round_().clamp_(-q - 1, q)
+def quantize(x: Tensor, scale: Tensor | float, bits: int, zero_point: int = 0) -> Tensor:
+    """clip(rint(x / scale)), which is q - zero_point, as integers in x's own dtype. Rounds half to even, like ONNX and
+    TensorRT."""
+    return (x / scale).round_().clamp_(*grid_ends(bits, zero_point))
 
 
 def minmax_weight_scale(weight: Tensor, bits: int) -> Tensor:
@@ -126,12 +126,12 @@ class RangeHistogram:
         found._counts = torch.from_numpy(kept[2:].astype(np.float64))
         return found
 
-    def minmax_scale(self, bits: int) -> float:
-        return max(self.absmax / grid_max(bits), SMALLEST_SCALE)
+    def minmax_scale(self, bits: int, zero_point: int = 0) -> float:
+        return max(self.absmax / grid_ends(bits, zero_point)[1], SMALLEST_SCALE)
 
-    def mse_scale(self, bits: int, candidates: int = 100) -> float:
+    def mse_scale(self, bits: int, zero_point: int = 0, candidates: int = 100) -> float:
         """The scale minimizing the mean of |x - Q(x)|^2 among ranges from the full one down to a hundredth of it."""
-        q = grid_max(bits)
+        q = grid_ends(bits, zero_point)[1]
         if self.absmax == 0.0:
             return SMALLEST_SCALE
         width = self._range / self.BINS
@@ -141,20 +141,21 @@ class RangeHistogram:
         cost = (error.square() * self._counts).sum(1)
         return max(float(scales[int(cost.argmin()), 0]), SMALLEST_SCALE)
 
-    def percentile_scale(self, bits: int, percentile: float) -> float:
+    def percentile_scale(self, bits: int, percentile: float, zero_point: int = 0) -> float:
         """The scale of the range that holds this share of the magnitudes, to the width of a bin."""
         share = self._counts.cumsum(0) / self._counts.sum().clamp_min(1)
         upper = (int((share < percentile).sum()) + 1) * self._range / self.BINS
-        return max(min(upper, self.absmax) / grid_max(bits), SMALLEST_SCALE)
+        return max(min(upper, self.absmax) / grid_ends(bits, zero_point)[1], SMALLEST_SCALE)
 
-    def scale(self, method: ScaleMethod, bits: int, percentile: float) -> float:
-        """The scale by this method; `learned` scales start from min-max (see `export.calibration.residuals`)."""
+    def scale(self, method: ScaleMethod, bits: int, percentile: float, zero_point: int = 0) -> float:
+        """The scale by this method, of a grid that clips nothing below its zero point; `learned` scales start from min-max (see
+        `export.calibration.residuals`)."""
         if method == ScaleMethod.PERCENTILE:
-            return self.percentile_scale(bits, percentile)
+            return self.percentile_scale(bits, percentile, zero_point)
         if method == ScaleMethod.MSE:
-            return self.mse_scale(bits)
+            return self.mse_scale(bits, zero_point)
         if method in (ScaleMethod.MINMAX, ScaleMethod.LEARNED):
-            return self.minmax_scale(bits)
+            return self.minmax_scale(bits, zero_point)
         raise ValueError(f"no search for {method!r}")
 
     def coarse(self, bins: int = 64) -> tuple[Tensor, float]:

@@ -26,6 +26,7 @@ class KernelCase:
     q_channels: int = 0
     dynamic: bool = False
     far: bool = False
+    zero_point: int = 0
 
 
 CASES = {
@@ -71,6 +72,13 @@ CASES["each image its grid, norm, 4 bits"] = KernelCase(
 CASES["each image its grid, stateless"] = KernelCase(InputShape(32, 0, 4, 4), groups=32, state=False, dynamic=True)
 CASES["beyond what states can count"] = KernelCase(InputShape(48, 0, 5, 7), far=True)
 CASES["beyond what states can count, each image its grid"] = KernelCase(InputShape(48, 0, 5, 7), far=True, dynamic=True)
+CASES["low zero point, framed"] = KernelCase(InputShape(48, 0, 5, 7, frame=(1, 1, 1, 1)), state=False, zero_point=-96)
+CASES["low zero point, norm, silu, 6 bits, framed on two sides, padded channels"] = KernelCase(
+    InputShape(64, 32, 13, 11, frame=(0, 0, 1, 1)), groups=32, silu=True, state=False, bits=6, zero_point=-24, q_channels=112
+)
+CASES["low zero point, upsampled, framed"] = KernelCase(
+    InputShape(32, 0, 3, 5, upsample=True, frame=(1, 2, 3, 1)), state=False, bits=3, zero_point=-3
+)
 CASES["upsampled"] = KernelCase(InputShape(64, 0, 4, 2, upsample=True))
 CASES["upsampled sum"] = KernelCase(InputShape(32, 0, 3, 5, upsample=True), add=True, write=True)
 
@@ -93,8 +101,9 @@ def launch(case: KernelCase, device: str, real: torch.dtype, overlap: bool = Fal
     factors = 1 + 0.5 * torch.rand(shape.total).to(device) if case.factors else None
     norm = (1 + random(shape.total, factor=0.1), random(shape.total, factor=0.1), case.groups, 1e-6) if case.groups else None
     total = torch.full_like(a, float("nan")) if case.write else None
-    top = 2 ** (case.bits - 1) - 1
-    grid = Grid(step=5 * 0.003, unit=0.003, multiple=5, low=-top - 1, high=top)
+    half = 2 ** (case.bits - 1)
+    low, high = -half - case.zero_point, half - 1 - case.zero_point
+    grid = Grid(step=5 * 0.003, unit=0.003, multiple=5, low=low, high=high, zero_point=case.zero_point)
     furthest = STATE_MAX if case.far else 900
     state = torch.randint(-furthest, furthest + 1, (n, shape.pixels, shape.total), dtype=torch.int16, device=device)
     state = state if case.state else None
@@ -113,6 +122,7 @@ def launch(case: KernelCase, device: str, real: torch.dtype, overlap: bool = Fal
         silu=case.silu,
         grid=torch.tensor([1 / grid.step, grid.unit, grid.multiple], device=device) if case.quantize else None,
         bits=case.bits,
+        zero_point=case.zero_point,
         overlap=overlap,
         **sources,
     )
@@ -156,13 +166,19 @@ def check(case: KernelCase, device: str, overlap: bool = False) -> None:
             assert ((step >= span * (1 - 1e-4)) & (step < span + grid.unit * 1.01)).all()
     q = (residual(multiple) / step).round().clamp(grid.low, grid.high)
     if steps is None:
-        assert torch.equal(q, reference.rounded_input(x, wide(before), grid)[0])
+        assert torch.equal(q + grid.zero_point, reference.rounded_input(x, wide(before), grid)[0])
+    (height, width), (above, left, below, right) = shape.out_size, shape.frame
+    framed = out.view(n, above + height + below, left + width + right, -1)
+    inner = framed[:, above : above + height, left : left + width]
+    out = inner.reshape(n, height * width, -1).clone()
+    inner.fill_(77)
+    assert (framed == 77).all()  # the frame is not touched
     if shape.upsample:
         found = out.view(n, shape.height, 2, shape.width, 2, -1)
         assert (found == found[:, :, :1, :, :1]).all()  # each value four times
         out = found[:, :, 0, :, 0].reshape(n, shape.pixels, -1)
     position = (residual(multiple) / step).clamp(grid.low, grid.high)
-    found = out[:, :, : shape.total].double()
+    found = out[:, :, : shape.total].double() - grid.zero_point
     assert (out[:, :, shape.total :] == 77).all()  # padding channels are not touched
     assert float((found - position).abs().max()) < 0.5 + 2e-3
     assert float((found != q).float().mean()) < 2e-3

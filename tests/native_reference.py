@@ -10,11 +10,13 @@ from modiff_trt.plugins.modulated_conv.kernels.conv import convolve_real
 from modiff_trt.plugins.modulated_conv.kernels.groups import Norm
 from modiff_trt.plugins.modulated_conv.kernels.pixels import quantize_pixels
 from modiff_trt.plugins.modulated_conv.kernels.quantize import quantize_input
+from modiff_trt.runtime.backends.native.cuda_kernels import of_grid
 
 
 class ReferenceKernels:
     real = torch.float32
     integer = torch.int8
+    offset = 0
     pads_real = True
 
     def busy(self):
@@ -25,11 +27,11 @@ class ReferenceKernels:
 
     def quantize(self, layer, shape, a, out, *, norm, **sources):
         norm = Norm(*norm) if norm is not None else None
-        factors, bits = (layer.factors, layer.bits) if layer is not None else (None, 8)
-        quantize_input(shape, a, out, norm=norm, factors=factors, bits=bits, **sources)
+        factors = layer.factors if layer is not None else None
+        quantize_input(shape, a, out, norm=norm, factors=factors, **of_grid(layer), **sources)
 
     def quantize_pixels(self, layer, a, out, **sources):
-        quantize_pixels(a, out, bits=layer.bits if layer is not None else 8, **sources)
+        quantize_pixels(a, out, **of_grid(layer), **sources)
 
     def real_product(self, layer, sources):
         (channels, height, width), spec = layer.spec.out_shape, layer.spec
@@ -39,7 +41,7 @@ class ReferenceKernels:
         return out
 
     def product(self, layer, q, scale, addend, out, steps):
-        spec, size = layer.spec, layer.spec.in_shape[1:]
+        spec, size = layer.product_spec, layer.product_spec.in_shape[1:]
         weight = layer.weight.float()[:, : q.shape[2]]
         if steps is not None:
             scale = scale * steps[:, None, None]

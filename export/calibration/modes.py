@@ -5,6 +5,7 @@ final image, by a trial trajectory in which only this layer has the other mode. 
 scales without the change, not with those of FP32: there the error of the weights would hide all that is smaller. The convex
 hull of both, layer by layer, gives one order in which to make the changes: most time for least error first (a knapsack with
 several choices a layer, by Lagrange multipliers). What a mixture is worth is then measured on whole trajectories, against FP32.
+Errors do not quite add up: where the order's next change would lose too much, it is left out, and those after it are tried.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ CEILINGS = {"copy_bytes_a_second": 4.25e12, "int8_operations_a_second": 1.49e15,
 MODELLED = "an H200, modelled"
 # Mixtures of the curve that are measured in any case, evenly spaced in time.
 POINTS = 8
+# Changes that may lose too much before the search ends.
+MOST_LEFT_OUT = 6
 # Images that are equal to FP32's, or not finite, get this in place of an infinity, which a file cannot hold.
 MOST_DECIBELS = 999.0
 # The difference of images that are not finite.
@@ -120,33 +123,57 @@ def search_modes(
         changes.append(Change(name, mode, saved, added=min(alone.distance(with_modes(scales, {name: mode}), images), UNUSABLE)))
         on_trial()
     ordered = in_order(changes)
-    tried: dict[int, tuple[Scales, ModePoint]] = {}
+    tried: dict[tuple[int, ...], tuple[Scales, ModePoint]] = {}
 
-    def measure(count: int) -> float:
-        """PSNR of the mixture with the first `count` changes."""
-        if count not in tried:
-            mixed = with_modes(scales, {change.layer: change.mode for change in ordered[:count]})
+    def measure(made: tuple[int, ...]) -> float:
+        """PSNR of the mixture with these changes of the order."""
+        if made not in tried:
+            mixed = with_modes(scales, {ordered[index].layer: ordered[index].mode for index in made})
             modes = {name: layer.mode for name, layer in mixed.layers.items()}
             size = STATE_BYTES * sum(state_elements(mixed, network).values())
             decibels = max(-MOST_DECIBELS, min(MOST_DECIBELS, trials.decibels(mixed)))
             point = ModePoint(len(mixed.modulated), costs.predict(modes), size, decibels)
             report(f"modes: {point.modulated} layers with state, {point.microseconds:.2f} us an image: {point.decibels:.2f} dB")
-            tried[count] = mixed, point
-        return tried[count][1].decibels
+            tried[made] = mixed, point
+        return tried[made][1].decibels
 
     totals = [sum(change.saved for change in ordered[:count]) for count in range(len(ordered) + 1)]
     for part in range(POINTS):
-        measure(next(count for count, total in enumerate(totals) if total >= totals[-1] * part / (POINTS - 1) - 1e-9))
+        measure(_first(next(count for count, total in enumerate(totals) if total >= totals[-1] * part / (POINTS - 1) - 1e-9)))
     if goal.microseconds is None:
-        chosen = _largest(measure, sorted(tried), tried[0][1].decibels - goal.max_loss)
+        least = tried[()][1].decibels - goal.max_loss
+        begun = _largest(lambda count: measure(_first(count)), sorted(map(len, tried)), least)
+        chosen = _first_fit(measure, ordered, begun, least=least)
     else:
         before = costs.predict({name: layer.mode for name, layer in scales.layers.items()})
-        chosen = next(count for count, total in enumerate(totals) if before - total <= goal.microseconds + 1e-9)
+        chosen = _first(next(count for count, total in enumerate(totals) if before - total <= goal.microseconds + 1e-9))
         measure(chosen)
-    counts = sorted(tried)
-    points = tuple(tried[count][1] for count in counts)
-    curve = ModeCurve(costs.device, costs.batch, costs.baseline, points=points, chosen=counts.index(chosen))
+    slowest_first = sorted(tried, key=lambda made: -tried[made][1].microseconds)
+    points = tuple(tried[made][1] for made in slowest_first)
+    curve = ModeCurve(costs.device, costs.batch, costs.baseline, points=points, chosen=slowest_first.index(chosen))
     return replace(tried[chosen][0], curve=curve)
+
+
+def _first(count: int) -> tuple[int, ...]:
+    return tuple(range(count))
+
+
+def _first_fit(
+    measure: Callable[[tuple[int, ...]], float], ordered: Sequence[Change], begun: int, *, least: float
+) -> tuple[int, ...]:
+    """The first `begun` changes, and of the others, in their order, those that leave `least` dB together with all before them. A
+    layer whose change is left out keeps its mode."""
+    made, left_out = _first(begun), set[str]()
+    for index in range(begun, len(ordered)):
+        if len(left_out) == MOST_LEFT_OUT:
+            break
+        if ordered[index].layer in left_out:
+            continue
+        if measure((*made, index)) >= least:
+            made = (*made, index)
+        else:
+            left_out.add(ordered[index].layer)
+    return made
 
 
 def reach_goal(scales: Scales, goal: Goal, options: Sequence[tuple[str, Mode, float]]) -> None:

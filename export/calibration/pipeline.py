@@ -35,7 +35,7 @@ from modiff_trt.runtime.backends.torch_denoiser import full_precision
 from modiff_trt.runtime.sampler import sample_trajectory
 
 ROUNDING_KIND, ROUNDING_SCHEMA = "rounding", 1
-RANGES_KIND, RANGES_SCHEMA = "ranges", 1
+RANGES_KIND, RANGES_SCHEMA = "ranges", 2
 # Seconds of measuring that an interruption may cost.
 KEEP_EVERY = 15.0
 # Trials run on noise that neither calibration (seed 1) nor the default sampling (seed 0) uses.

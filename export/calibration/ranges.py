@@ -29,6 +29,7 @@ class InputRanges:
     residual: RangeHistogram = field(default_factory=RangeHistogram)
     activation_max: list[float] = field(default_factory=list)
     residual_max: list[float] = field(default_factory=list)
+    activation_min: float = 0.0  # over all steps; 0 where no value is negative
 
     def begin_step(self) -> None:
         self.activation_max.append(0.0)
@@ -38,6 +39,7 @@ class InputRanges:
         """Takes the tensor at the current step, and at the step before it."""
         self.activation.update(value)
         self.activation_max[-1] = max(self.activation_max[-1], float(value.abs().max()))
+        self.activation_min = min(self.activation_min, float(value.min()))
         if before is not None:
             residual = value - before
             self.residual.update(residual)
@@ -48,6 +50,7 @@ class InputRanges:
             "activation": self.activation.to_array(),
             "residual": self.residual.to_array(),
             "largest": np.asarray([self.activation_max, self.residual_max], np.float64),
+            "lowest": np.asarray([self.activation_min], np.float64),
         }
 
     def take(self, arrays: Mapping[str, np.ndarray[Any, Any]], prefix: str) -> None:
@@ -55,6 +58,7 @@ class InputRanges:
         self.activation = RangeHistogram.from_array(arrays[f"{prefix}activation"])
         self.residual = RangeHistogram.from_array(arrays[f"{prefix}residual"])
         self.activation_max, self.residual_max = arrays[f"{prefix}largest"].tolist()
+        (self.activation_min,) = arrays[f"{prefix}lowest"].tolist()
 
 
 @dataclass

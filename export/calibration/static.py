@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from modiff_trt.core.errors import InputError, shown
-from modiff_trt.core.grid import MAX_BITS, MIN_BITS, grid_max
+from modiff_trt.core.grid import MAX_BITS, MIN_BITS, grid_ends, grid_max, low_zero_point
 from modiff_trt.core.kinds import Granularity, Method, Mode, Residuals, ScaleMethod, Start, chosen
 from modiff_trt.core.rows import RowTable, modulated_rows, plain_rows
 from modiff_trt.core.scales import LayerScales, Scales
@@ -100,30 +100,50 @@ class Recipe:
 
 
 class _Grid(NamedTuple):
-    """A layer's grid steps, the largest magnitude of its input at the first timestep, and its skip ratio."""
+    """A layer's grid steps, the largest magnitude of its input at the first timestep, its lowest input at all of them, its skip
+    ratio, and the activation's zero point."""
 
     activation: float
     residual: float
     first_max: float
+    lowest: float
     skip_ratio: float
+    zero_point: int
 
 
 def _grid(ranges: LayerRanges, mode: Mode, recipe: Recipe, bits: int) -> _Grid:
-    """The grids of a layer by its ranges, in units of the main half where the recipe splits it."""
+    """The grids of a layer by its ranges. The activation's zero point is the low one where no value is below its grid: the
+    step is finer then by nearly a half, and plain INT8 as much nearer to full precision (docs/lab/modes.md)."""
+    low = low_zero_point(bits)
+    grid = _grid_from(low, ranges, mode, recipe=recipe, bits=bits)
+    fits = recipe.granularity == Granularity.STATIC and grid.lowest >= grid_ends(bits, low)[0] * grid.activation
+    return grid if fits else _grid_from(0, ranges, mode, recipe=recipe, bits=bits)
+
+
+def _grid_from(zero_point: int, ranges: LayerRanges, mode: Mode, *, recipe: Recipe, bits: int) -> _Grid:
+    """The grids with this zero point, in units of the main half where the recipe splits the input."""
 
     def steps(part: InputRanges) -> tuple[float, float]:
         share = recipe.percentile
-        activation = part.activation.scale(recipe.activation_method, bits, share)
+        activation = part.activation.scale(recipe.activation_method, bits, share, zero_point)
         return activation, part.residual.scale(recipe.scale_method, bits, share)
 
     if not recipe.split or ranges.halves is None:
-        return _Grid(*steps(ranges), ranges.activation_max[0], 1.0)
+        return _Grid(*steps(ranges), ranges.activation_max[0], ranges.activation_min, skip_ratio=1.0, zero_point=zero_point)
     (main, main_residual), (skip, skip_residual) = (steps(part) for part in ranges.halves)
     ratio = skip_residual / main_residual if mode == Mode.MODIFF else skip / main
     # In float32, as the file holds it: the weights are folded with it here and when they are quantized.
     ratio = float(np.float32(ratio))
     first = max(ranges.halves[0].activation_max[0], ranges.halves[1].activation_max[0] / ratio)
-    return _Grid(max(main, skip / ratio), max(main_residual, skip_residual / ratio), first, skip_ratio=ratio)
+    lowest = min(ranges.halves[0].activation_min, ranges.halves[1].activation_min / ratio)
+    return _Grid(
+        max(main, skip / ratio),
+        max(main_residual, skip_residual / ratio),
+        first,
+        lowest=lowest,
+        skip_ratio=ratio,
+        zero_point=zero_point,
+    )
 
 
 def check_recipe(network: Network, recipe: Recipe, steps: int) -> None:
@@ -171,6 +191,7 @@ def make_scales(
             residual_scale=grid.residual,
             weight_scale=weight_scale.float().cpu().numpy(),
             skip_ratio=grid.skip_ratio,
+            activation_zero_point=grid.zero_point,
         )
         if mode == Mode.MODIFF:
             first = max(grid.first_max, float(np.finfo(np.float32).tiny))

@@ -82,6 +82,14 @@ class Value:
     shape: tuple[int, ...]
 
 
+def inside(kernel: int, size: int, outputs: int, *, stride: int, before: int) -> tuple[np.ndarray, np.ndarray]:
+    """Along one side of an image: the kinds of output by which elements of the kernel lie on the image and not on its padding,
+    float64 [kinds, kernel], and the kind of each output, int64 [outputs]."""
+    at = np.arange(outputs)[:, None] * stride + np.arange(kernel)[None] - before
+    kinds, of_output = np.unique((at >= 0) & (at < size), axis=0, return_inverse=True)
+    return kinds.astype(np.float64), of_output.reshape(-1).astype(np.int64)
+
+
 class OnnxOps:
     """Collects nodes and initializers while `unet` runs over it.
 
@@ -154,6 +162,7 @@ class OnnxOps:
             x = Value(self.node("Mul", [x.name, factors], f"{name}.split"), x.shape)
         q = grid_max(constants.scales.act_bits)
         grid = 1 / q if self._dynamic else constants.scales.scale
+        x = self._centered(spec, x)
         low, high = self.real(f"{name}.low", -(q + 1) * grid), self.real(f"{name}.high", q * grid)
         scale, zero = self.real(f"{name}.scale", grid), self.constant("zero", np.asarray(0, np.int8))
         integers = [
@@ -204,13 +213,49 @@ class OnnxOps:
         q = self.node("QuantizeLinear", [clipped, *grid], f"{name}.q")
         d = self.node("DequantizeLinear", [q, *grid], f"{name}.d")
         w = self.node("DequantizeLinear", weight, f"{name}.w", axis=0)
+        if self._constants[name].scales.zero_point and any(spec.padding):
+            product = self.node("Conv", [d, w], f"{name}.product", **window)
+            return Value(self.node("Add", [product, self._image_of_bias(spec, bias)], f"{name}.out"), spec.out_shape)
         if not self._dynamic:
+            bias = bias + self._taps_of_center(spec).sum((1, 2))
             return Value(self.node("Conv", [d, w, self.real(f"{name}.bias", bias)], f"{name}.out", **window), spec.out_shape)
         product = self.node("Conv", [d, w], f"{name}.product", **window)
         product = self.node("Mul", [product, largest], f"{name}.scaled")
         return Value(
             self.node("Add", [product, self.real(f"{name}.bias", bias.reshape(-1, 1, 1))], f"{name}.out"), spec.out_shape
         )
+
+    def _center(self, name: str) -> float:
+        """What is subtracted from a stateless layer's input, so that its grid is symmetric, as TensorRT requires: as the graph
+        holds it, so that what the output gets for it is exact."""
+        scales = self._constants[name].scales
+        return float(self._dtype(-scales.zero_point * scales.scale))
+
+    def _centered(self, spec: LayerSpec, x: Value) -> Value:
+        if not self._constants[spec.name].scales.zero_point:
+            return x
+        center = self.real(f"{spec.name}.center", self._center(spec.name))
+        return Value(self.node("Sub", [x.name, center], f"{spec.name}.centered"), x.shape)
+
+    def _taps_of_center(self, spec: LayerSpec) -> np.ndarray:
+        """float64 [C_out, K, K]: what an input that is the center everywhere adds to an output, by element of the kernel."""
+        constants = self._constants[spec.name]
+        weight_scale = constants.scales.weight_scale.astype(self._dtype).astype(np.float64)
+        sums = constants.weight.astype(np.float64).sum(1) * weight_scale[:, None, None]
+        return np.asarray(self._center(spec.name) * sums)
+
+    def _image_of_bias(self, spec: LayerSpec, bias: np.ndarray) -> str:
+        """bias + the layer's product of its center [C_out, P, Q]. Zeros pad what is quantized and not the center, so that it is
+        another at the image's edges: one line for each kind of row and of column, and constant indices that repeat them."""
+        taps = self._taps_of_center(spec)
+        top, left, _, _ = spec.padding
+        rows, row_of = inside(spec.kernel, spec.in_shape[1], spec.out_shape[1], stride=spec.stride, before=top)
+        columns, column_of = inside(spec.kernel, spec.in_shape[2], spec.out_shape[2], stride=spec.stride, before=left)
+        table = bias[:, None, None] + np.einsum("kij,ri,cj->krc", taps, rows, columns)
+        name = f"{spec.name}.bias"
+        lines = [self.real(name, table), self.constant(f"{name}.rows", row_of)]
+        whole = self.node("Gather", lines, f"{name}.of_rows", axis=1)
+        return self.node("Gather", [whole, self.constant(f"{name}.columns", column_of)], f"{name}.image", axis=2)
 
     def _largest(self, x: str, output: str, top: int) -> str:
         """max |x| of each sample [N, 1, 1, 1], which takes the place of the multiplier on a grid that spans -1..1 in `top`

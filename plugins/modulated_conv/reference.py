@@ -21,13 +21,15 @@ from modiff_trt.core.state_grid import STATE_MAX
 @dataclass(frozen=True)
 class InputShape:
     """The input of a layer: `channels` from the main source, then `skip_channels` of a concatenated one, height and width
-    of the sources. With `upsample` the integers are written to 2x2 pixels each, and the state has the sources' size."""
+    of the sources. With `upsample` the integers are written to 2x2 pixels each, and the state has the sources' size. `frame`
+    (top, left, bottom, right) counts the pixels around the integers, which are not written."""
 
     channels: int
     skip_channels: int
     height: int
     width: int
     upsample: bool = False
+    frame: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
     def total(self) -> int:
@@ -38,19 +40,33 @@ class InputShape:
         return self.height * self.width
 
     @property
+    def out_size(self) -> tuple[int, int]:
+        """Height and width of the integers without their frame."""
+        factor = 2 if self.upsample else 1
+        return factor * self.height, factor * self.width
+
+    @property
+    def pitch(self) -> int:
+        """Pixels from a row of the integers to the next."""
+        return self.out_size[1] + self.frame[1] + self.frame[3]
+
+    @property
     def out_pixels(self) -> int:
-        return 4 * self.pixels if self.upsample else self.pixels
+        """Those of the integers with their frame."""
+        return (self.out_size[0] + self.frame[0] + self.frame[2]) * self.pitch
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A pass's grid: `step` = `multiple` * `unit`, and the integers that the bits allow."""
+    """A pass's grid: `step` = `multiple` * `unit`, and the integers that the bits allow, less the zero point (0 where there is
+    state)."""
 
     step: float
     unit: float
     multiple: int
     low: int
     high: int
+    zero_point: int = 0
 
 
 def layer_input(
@@ -94,11 +110,11 @@ def reachable(x: Tensor, unit: float, multiple: Tensor) -> Tensor:
 
 def rounded_input(x: Tensor, state: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """(q, new state): q = clip(rint((x - unit * state) / step)) and state + multiple * q, with x as `reachable` gives it;
-    without state, rint(x / step)."""
+    without state, clip(rint(x / step)) + zero_point."""
     if state is not None:
         x = reachable(x, grid.unit, torch.tensor(grid.multiple)) - grid.unit * state.to(x.dtype)
     q = (x / grid.step).round().clamp(grid.low, grid.high)
-    return q, None if state is None else state.to(x.dtype) + grid.multiple * q
+    return q + grid.zero_point, None if state is None else state.to(x.dtype) + grid.multiple * q
 
 
 def accumulate(

@@ -58,17 +58,22 @@ def integer_of(value):
 
 @triton.jit
 def store_integers(
-    q_ptr, values, pixel, channel, mask, WIDTH: tl.constexpr, UPSAMPLE: tl.constexpr, Q_CHANNELS: tl.constexpr
+    q_ptr, values, pixel, channel, mask,
+    WIDTH: tl.constexpr, PITCH: tl.constexpr, UPSAMPLE: tl.constexpr, Q_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one image's values to q [pixels, Q_CHANNELS], with UPSAMPLE each to 2x2 pixels."""
+    """A tile of one image's values, in rows of WIDTH, to q [pixels, Q_CHANNELS] in rows of PITCH, with UPSAMPLE each to 2x2
+    pixels."""
     if UPSAMPLE:
-        corner = (pixel // WIDTH) * (4 * WIDTH) + (pixel % WIDTH) * 2
+        corner = (pixel // WIDTH) * (2 * PITCH) + (pixel % WIDTH) * 2
         for down in tl.static_range(2):
             for right in tl.static_range(2):
-                to = corner + down * (2 * WIDTH) + right
+                to = corner + down * PITCH + right
                 tl.store(q_ptr + to * Q_CHANNELS + channel, values, mask=mask)
     else:
-        tl.store(q_ptr + pixel * Q_CHANNELS + channel, values, mask=mask)
+        to = pixel
+        if PITCH != WIDTH:
+            to = (pixel // WIDTH) * PITCH + pixel % WIDTH
+        tl.store(q_ptr + to * Q_CHANNELS + channel, values, mask=mask)
 
 
 @triton.jit

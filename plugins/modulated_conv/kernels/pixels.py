@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from modiff_trt.core.grid import grid_max
+from modiff_trt.core.grid import grid_ends
 from modiff_trt.plugins.modulated_conv.kernels.parts import source
 from modiff_trt.plugins.modulated_conv.kernels.quantize import emit
 
@@ -22,7 +22,8 @@ def pixels_kernel(
     a_ptr, b_ptr, sum_ptr, gain_ptr, shift_ptr, grid_ptr, state_ptr, q_ptr, eps,
     C: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, Q_CHANNELS: tl.constexpr,
     HAS_B: tl.constexpr, GEGLU: tl.constexpr, QUANTIZE: tl.constexpr, MODULATED: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, ZERO: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (j, k, n) covers the k-th BLOCK_P pixels of image n, and of the C channels the j-th BLOCK_C, which for a layer
     norm are all of them. With GEGLU `a_ptr` has 2C channels, the gates behind the values."""
@@ -65,7 +66,7 @@ def pixels_kernel(
         value = centered * tl.rsqrt(variance + eps) * gain + shift
     emit(
         value, state, inverse_step, unit, multiple, state_ptr, q_ptr, pixel, channel, mask,
-        C, WIDTH, False, Q_CHANNELS, QUANTIZE, MODULATED, LOW, HIGH,
+        C, WIDTH, WIDTH, False, Q_CHANNELS, QUANTIZE, MODULATED, LOW, HIGH, ZERO,
     )  # fmt: skip
 
 
@@ -79,18 +80,19 @@ def quantize_pixels(
     grid: Tensor | None = None,
     bits: int = 8,
     state: Tensor | None = None,
+    zero_point: int = 0,
     overlap: bool = False,
 ) -> None:
     """Launches the kernel on torch's current stream.
 
     With `layer_norm` (gain [C], shift [C], epsilon) a and b are [N, pixels, C] of a real type, and `total` receives a + b.
-    Without it a is [N, pixels, 2C], and the layer's input is GEGLU of it (arXiv 2002.05202). `out`, `grid`, `bits`, `state` and
-    `overlap` are as in `quantize_input`.
+    Without it a is [N, pixels, 2C], and the layer's input is GEGLU of it (arXiv 2002.05202). `out`, `grid`, `bits`, `state`,
+    `zero_point` and `overlap` are as in `quantize_input`.
     """
     gated = layer_norm is None
     n, pixels, c = a.shape
     c = c // 2 if gated else c
-    top = grid_max(bits)
+    low, high = grid_ends(bits, zero_point)
     if gated:
         block_c, block_p, warps = min(triton.next_power_of_2(c), GATED_CHANNELS), GATED_PIXELS, 4
     else:
@@ -116,8 +118,9 @@ def quantize_pixels(
         GEGLU=gated,
         QUANTIZE=grid is not None,
         MODULATED=state is not None,
-        LOW=float(-top - 1),
-        HIGH=float(top),
+        LOW=float(low),
+        HIGH=float(high),
+        ZERO=float(zero_point),
         BLOCK_C=block_c,
         BLOCK_P=block_p,
         OVERLAP=overlap,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
+from modiff_trt.core.grid import SMALLEST_SCALE, grid_ends
 from modiff_trt.core.state_grid import STATE_MAX
 from modiff_trt.plugins.modulated_conv.geometry import SMALL
 from modiff_trt.plugins.modulated_conv.kernels.groups import (
@@ -71,10 +71,11 @@ def _dynamic_grid(peak_ptr, step_ptr, unit, image, MODULATED: tl.constexpr, HIGH
 @triton.jit
 def emit(
     value, state, inverse_step, unit, multiple, state_ptr, q_ptr, pixel, channel, mask,
-    C: tl.constexpr, WIDTH: tl.constexpr, UPSAMPLE: tl.constexpr, Q_CHANNELS: tl.constexpr,
-    QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr, PITCH: tl.constexpr, UPSAMPLE: tl.constexpr, Q_CHANNELS: tl.constexpr,
+    QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
-    """Rounds the residual of `value`, moves the state by it and writes the integers (or `value` itself)."""
+    """Rounds the residual of `value`, moves the state by it and writes the integers (or `value` itself). LOW and HIGH are the
+    grid's ends as seen from its zero point ZERO, which is 0 where there is state."""
     if QUANTIZE:
         cells = value * inverse_step
         if MODULATED:
@@ -82,7 +83,7 @@ def emit(
             # Clipped here, and not the state below: o_hat would go on without it (`reference.reachable`).
             reach = tl.maximum(LIMIT * cell - 0.5, 0.0)
             cells = tl.minimum(tl.maximum(cells, -reach), reach) - (counts - MAGIC) * cell
-        cells = tl.minimum(tl.maximum(cells, LOW), HIGH) + MAGIC
+        cells = tl.minimum(tl.maximum(cells, LOW), HIGH) + (MAGIC + ZERO)
         narrow = integer_of(cells).to(tl.int8)
         if MODULATED:
             # In float32, where it is exact: integers would be narrowed to packed 16-bit additions (`device_code.check_ptx`).
@@ -90,18 +91,20 @@ def emit(
             tl.store(state_ptr + pixel * C + channel, integer_of(counts).to(tl.int16), mask=mask)
     else:
         narrow = value.to(q_ptr.dtype.element_ty)
-    store_integers(q_ptr, narrow, pixel, channel, mask, WIDTH, UPSAMPLE, Q_CHANNELS)
+    store_integers(q_ptr, narrow, pixel, channel, mask, WIDTH, PITCH, UPSAMPLE, Q_CHANNELS)
 
 
 @triton.jit
 def quantize_kernel(
     a_ptr, b_ptr, skip_ptr, time_ptr, sum_ptr, partial_ptr, gain_ptr, shift_ptr, factor_ptr, grid_ptr, state_ptr, q_ptr,
     peak_ptr, step_ptr, eps,
-    C1: tl.constexpr, C2: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, Q_CHANNELS: tl.constexpr,
+    C1: tl.constexpr, C2: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, PITCH: tl.constexpr,
+    OUT_PIXELS: tl.constexpr, OUT_START: tl.constexpr, Q_CHANNELS: tl.constexpr,
     UPSAMPLE: tl.constexpr, HAS_B: tl.constexpr, WRITE_SUM: tl.constexpr, HAS_TIME: tl.constexpr,
     NORM: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, PER_GROUP: tl.constexpr,
     SLABS: tl.constexpr, BLOCK_S: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PEAK: tl.constexpr,
+    QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ZERO: tl.constexpr,
+    PEAK: tl.constexpr,
     BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (j, k, n) covers the k-th BLOCK_P pixels of image n, and the j-th BLOCK_G parts of groups (NORM 1 and 3), groups
@@ -119,7 +122,7 @@ def quantize_kernel(
     sum_ptr += image * (PIXELS * C1)
     skip_ptr += image * (PIXELS * C2)
     state_ptr += image * (PIXELS * C)
-    q_ptr += image * (PIXELS * Q_CHANNELS * (4 if UPSAMPLE else 1))
+    q_ptr += image * (OUT_PIXELS * Q_CHANNELS) + OUT_START * Q_CHANNELS
     filled: tl.constexpr = PER_GROUP if NORM == 2 else LANES
     channel, exists = channels_of(tl.program_id(0) * (BLOCK_G * filled), C, filled, BLOCK_G, LANES)
     pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
@@ -183,7 +186,7 @@ def quantize_kernel(
             inverse_step, multiple = _dynamic_grid(peak_ptr, step_ptr, unit, image, MODULATED, HIGH)
         emit(
             value, state, inverse_step, unit, multiple, state_ptr, q_ptr, pixel, channel, mask,
-            C, WIDTH, UPSAMPLE, Q_CHANNELS, QUANTIZE, MODULATED, LOW, HIGH,
+            C, WIDTH, PITCH, UPSAMPLE, Q_CHANNELS, QUANTIZE, MODULATED, LOW, HIGH, ZERO,
         )  # fmt: skip
 
 
@@ -217,19 +220,21 @@ def quantize_input(
     bits: int = 8,
     state: Tensor | None = None,
     steps: Tensor | None = None,
+    zero_point: int = 0,
     overlap: bool = False,
 ) -> None:
     """Launches the kernels on torch's current stream.
 
     a, b [N, pixels, channels] and skip [N, pixels, skip_channels] float16 or float32, `total` receives a + b;
     time float32 [C]; factors float32 [C]; grid float32 [>=3] on the device: 1/step, unit, multiple. `out` int8
-    [N, out_pixels, >= C] receives the integers, or, of a float type and without `grid`, the layer's input itself. `state` int16
-    [N, pixels, C] is updated in place; without it the layer is stateless. With `steps` float32 [N] the grid follows each image
+    [N, out_pixels, >= C] receives the integers, or, of a float type and without `grid`, the layer's input itself; its frame and
+    its channels from C on are left alone. `state` int16 [N, pixels, C] is updated in place; without it the layer is stateless,
+    and its grid may have a `zero_point`. With `steps` float32 [N] the grid follows each image
     (LTQ): it spans the largest |residual|, `grid` gives the unit only, and `steps` receives the steps. `overlap` (compute
     capability 9.0 and later) lets launches begin while the one before ends, which of all these may write a, b and skip then.
     """
     c, pixels = shape.total, shape.pixels
-    top = grid_max(bits)
+    low, high = grid_ends(bits, zero_point)
     groups = norm.groups if norm is not None else 0
     per_group = c // groups if groups else 1
     tile = tiling(shape, groups)
@@ -276,6 +281,9 @@ def quantize_input(
             steps if steps is not None else a,
             norm.eps if norm is not None else 0.0,
             WIDTH=shape.width,
+            PITCH=shape.pitch,
+            OUT_PIXELS=shape.out_pixels,
+            OUT_START=shape.frame[0] * shape.pitch + shape.frame[1],
             Q_CHANNELS=out.shape[2],
             UPSAMPLE=shape.upsample,
             HAS_B=b is not None,
@@ -289,8 +297,9 @@ def quantize_input(
             HAS_FACTOR=factors is not None,
             QUANTIZE=grid is not None,
             MODULATED=state is not None,
-            LOW=float(-top - 1),
-            HIGH=float(top),
+            LOW=float(low),
+            HIGH=float(high),
+            ZERO=float(zero_point),
             PEAK=peak,
             BLOCK_P=tile.pixels,
             num_warps=tile.warps,

@@ -23,8 +23,8 @@ def _elements(C: tl.constexpr, PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOC
 @triton.jit
 def byte_kernel(
     state_ptr, q_ptr, HIGH: tl.constexpr,
-    C: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, OUT_PIXELS: tl.constexpr, Q_CHANNELS: tl.constexpr,
-    UPSAMPLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    C: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, PITCH: tl.constexpr,
+    OUT_PIXELS: tl.constexpr, Q_CHANNELS: tl.constexpr, UPSAMPLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j, n): BLOCK_C channels of BLOCK_P pixels of image n's state [PIXELS, C], to q [OUT_PIXELS, Q_CHANNELS]."""
     image = tl.program_id(2).to(tl.int64)
@@ -35,7 +35,7 @@ def byte_kernel(
     if not HIGH:
         byte = state - byte * 256.0
     q_ptr += image * (OUT_PIXELS * Q_CHANNELS)
-    store_integers(q_ptr, byte.to(tl.int8), pixel, channel, mask, WIDTH, UPSAMPLE, Q_CHANNELS)
+    store_integers(q_ptr, byte.to(tl.int8), pixel, channel, mask, WIDTH, PITCH, UPSAMPLE, Q_CHANNELS)
 
 
 @triton.jit
@@ -57,8 +57,8 @@ def write_byte(shape: InputShape, state: Tensor, q: Tensor, *, high: bool) -> No
     tile = tiling(shape, 0)
     byte_kernel[(triton.cdiv(shape.total, tile.groups), triton.cdiv(shape.pixels, tile.pixels), len(state))](
         state, q, HIGH=high,
-        C=shape.total, PIXELS=shape.pixels, WIDTH=shape.width, OUT_PIXELS=shape.out_pixels, Q_CHANNELS=q.shape[2],
-        UPSAMPLE=shape.upsample, BLOCK_C=tile.groups, BLOCK_P=tile.pixels, num_warps=tile.warps,
+        C=shape.total, PIXELS=shape.pixels, WIDTH=shape.width, PITCH=shape.pitch, OUT_PIXELS=shape.out_pixels,
+        Q_CHANNELS=q.shape[2], UPSAMPLE=shape.upsample, BLOCK_C=tile.groups, BLOCK_P=tile.pixels, num_warps=tile.warps,
     )  # fmt: skip
 
 

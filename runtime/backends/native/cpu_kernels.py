@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modiff_trt.core.errors import InputError
-from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
+from modiff_trt.core.grid import SMALLEST_SCALE, grid_ends
 from modiff_trt.networks.torch_ops import convolve
 from modiff_trt.plugins.modulated_conv.libraries.onednn_conv import ZERO_POINT, OneDnnConv, pairs_saturate, sums_are_exact
 from modiff_trt.plugins.modulated_conv.reference import InputShape
@@ -29,6 +29,7 @@ class CpuKernels:
 
     real = torch.float32
     integer = torch.uint8
+    offset = ZERO_POINT
     pads_real = False
 
     def __init__(self) -> None:
@@ -85,22 +86,26 @@ class CpuKernels:
         if grid is None or layer is None:
             out.copy_(_pixels(F.interpolate(_image(x, shape), scale_factor=2.0, mode="nearest")) if shape.upsample else x)
             return
-        top = grid_max(layer.bits)
+        low, high = grid_ends(layer.bits, layer.zero_point)
         cells = x - state if state is not None else (x if fresh else x.clone())
         if steps is not None:
-            torch.div(cells.abs().amax((1, 2)), top, out=steps).clamp_min_(SMALLEST_SCALE)
-            cells.div_(steps[:, None, None]).round_().clamp_(-top - 1, top)
+            torch.div(cells.abs().amax((1, 2)), high, out=steps).clamp_min_(SMALLEST_SCALE)
+            cells.div_(steps[:, None, None]).round_().clamp_(low, high)
             if state is not None:
                 state.addcmul_(cells, steps[:, None, None])
         else:
             inverse_step, _, _, step = grid.tolist()
-            cells.mul_(inverse_step).round_().clamp_(-top - 1, top)
+            cells.mul_(inverse_step).round_().clamp_(low, high)
             if state is not None:
                 state.add_(cells, alpha=step)
-        cells.add_(ZERO_POINT)
+        cells.add_(ZERO_POINT + layer.zero_point)
         if shape.upsample:
             cells = _pixels(F.interpolate(_image(cells, shape), scale_factor=2.0, mode="nearest"))
-        out[:, :, : shape.total].copy_(cells)
+        if any(shape.frame):
+            (height, width), (top, left, _, _) = shape.out_size, shape.frame
+            rows = out.view(len(out), -1, shape.pitch, out.shape[2])
+            out, cells = rows[:, top : top + height, left : left + width], cells.view(len(out), height, width, -1)
+        out[..., : shape.total].copy_(cells)
 
     def quantize_pixels(
         self,
@@ -128,7 +133,7 @@ class CpuKernels:
         key = (layer.spec.name, layer.weight.data_ptr())
         conv = self._convs.get(key)
         if conv is None:
-            conv = self._convs[key] = OneDnnConv(layer.spec, layer.weight)
+            conv = self._convs[key] = OneDnnConv(layer.product_spec, layer.weight)
         if addend.ndim == 1:
             out.copy_(addend)
         if steps is None:

@@ -25,6 +25,7 @@ class CudaKernels:
 
     real = torch.float16
     integer = torch.int8
+    offset = 0
     pads_real = True
 
     def __init__(self, overlap: bool = True) -> None:
@@ -51,7 +52,7 @@ class CudaKernels:
             out,
             norm=Norm(*norm) if norm is not None else None,
             factors=layer.factors if layer is not None else None,
-            bits=layer.bits if layer is not None else 8,
+            **of_grid(layer),
             overlap=self._overlap,
             **sources,
         )
@@ -59,10 +60,10 @@ class CudaKernels:
     def quantize_pixels(self, layer: NativeLayer | None, a: Tensor, out: Tensor, **sources: Any) -> None:
         from modiff_trt.plugins.modulated_conv.kernels.pixels import quantize_pixels
 
-        quantize_pixels(a, out, bits=layer.bits if layer is not None else 8, overlap=self._overlap, **sources)
+        quantize_pixels(a, out, **of_grid(layer), overlap=self._overlap, **sources)
 
     def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
-        self._tactics.run(layer.spec, q, layer.weight, scale, addend, out, steps)
+        self._tactics.run(layer.product_spec, q, layer.weight, scale, addend, out, steps)
 
     def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
         from modiff_trt.plugins.modulated_conv.kernels.conv import convolve_real
@@ -80,6 +81,11 @@ class CudaKernels:
             overlap=self._overlap,
         )
         return out
+
+
+def of_grid(layer: NativeLayer | None) -> dict[str, Any]:
+    """What the kernels that round must know of a layer's grid."""
+    return {} if layer is None else {"bits": layer.bits, "zero_point": layer.zero_point}
 
 
 def check_gpu() -> None:

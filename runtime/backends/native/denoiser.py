@@ -151,15 +151,27 @@ class NativeDenoiser(GraphedDenoiser):
         for name, partner in self._shared.items():
             if name in self._start:
                 o_hat[name] = o_hat[partner]
-        padded = {}
-        for name, layer in self._model.layers.items():
-            channels, height, width = layer.spec.in_shape
-            if layer.weight.shape[1] != channels:
-                shape = (size, height * width, layer.weight.shape[1])
-                dtype = self._kernels.real if layer.mode == Mode.FLOAT else self._kernels.integer
-                padded[name] = torch.zeros(shape, dtype=dtype, device=self._device)
         self._context.allocate(size)
-        self._buffers = Buffers(state, o_hat, padded, row=self._row, bound=self._context.buffers)
+        self._buffers = Buffers(state, o_hat, self._filled(size), row=self._row, bound=self._context.buffers)
+
+    def _filled(self, size: int) -> dict[str, Tensor]:
+        """The integer inputs of layers whose channels or images are padded. What a pass leaves of them is what they are filled
+        with, so that layers share one where that is the same."""
+        made: dict[tuple[Any, ...], Tensor] = {}
+        filled = {}
+        for name, layer in self._model.layers.items():
+            channels, height, width = layer.product_spec.in_shape
+            held = layer.weight.shape[1]
+            if held == channels and not any(layer.frame):
+                continue
+            real = layer.mode == Mode.FLOAT
+            dtype = self._kernels.real if real else self._kernels.integer
+            fill = 0 if real else layer.zero_point + self._kernels.offset
+            key = (height, width, channels, held, layer.frame, dtype, fill)
+            if key not in made:
+                made[key] = torch.full((size, height * width, held), fill, dtype=dtype, device=self._device)
+            filled[name] = made[key]
+        return filled
 
 
 def _to_device(model: NativeModel, device: str, kernels: Kernels) -> NativeModel:

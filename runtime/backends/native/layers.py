@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class NativeLayer:
     `factors` float32 [C] or None (see `networks.split`); `grid_at` and `scale_at` are offsets into the row vector. A `dynamic`
     layer (LTQ) finds each image's step at every pass. `byte_scales` float32 [2, K'] are the scales of the products of the low
     and the high bytes of `a_hat`'s counts: unit weight_scale[k], and 256 times that; None where there is no state.
+    `bias` has what a zero point adds to every sum.
     """
 
     spec: LayerSpec
@@ -51,10 +53,26 @@ class NativeLayer:
     scale_at: int
     byte_scales: Tensor | None
     dynamic: bool = False
+    zero_point: int = 0
 
     @property
     def out_channels(self) -> int:
         return len(self.bias)
+
+    @property
+    def frame(self) -> tuple[int, int, int, int]:
+        """Pixels around the integers that hold the zero point. Libraries pad with the integer 0, which is another number there;
+        where the zero point is 0 they pad."""
+        return self.spec.padding if self.zero_point else (0, 0, 0, 0)
+
+    @cached_property
+    def product_spec(self) -> LayerSpec:
+        """The layer as its product sees it: framed, and without padding, where there is a frame."""
+        if not any(self.frame):
+            return self.spec
+        (channels, height, width), (top, left, bottom, right) = self.spec.in_shape, self.frame
+        framed = channels, height + top + bottom, width + left + right
+        return replace(self.spec, in_shape=framed, padding=(0, 0, 0, 0))
 
 
 @dataclass(frozen=True)
@@ -114,7 +132,8 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         weight = torch.zeros(len(padded), inputs, spec.kernel, spec.kernel, dtype=torch.int8)
         weight[: spec.out_shape[0], : spec.in_shape[0]] = layer.weight.to(torch.int8)
         bias = torch.zeros(len(padded))
-        bias[: spec.out_shape[0]] = layer.bias
+        of_zero = layer.zero_point * unit * layer.weight_scale.double() * layer.weight.double().sum((1, 2, 3))
+        bias[: spec.out_shape[0]] = (layer.bias.double() - of_zero).float()
         factors = torch.from_numpy(skip_factors(spec, layer.skip_ratio)) if layer.skip_ratio != 1 else None
         grid_at, scale_at = append(grid), append(step[:, None] * padded[None])
         modulated = layer.mode == Mode.MODIFF
@@ -131,6 +150,7 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
             scale_at=scale_at,
             byte_scales=byte_scales,
             dynamic=dynamic,
+            zero_point=layer.zero_point,
         )
         if modulated:
             start[spec.name] = _start(layer, unit, len(padded))

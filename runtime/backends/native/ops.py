@@ -25,10 +25,12 @@ from modiff_trt.runtime.backends.native.layers import NativeLayer
 
 class Kernels(Protocol):
     """The two launches of a layer, on one kind of device: `real` is the type between layers, `integer` that of a layer's
-    quantized input, and `pads_real` says whether layers in float want their input channels padded too."""
+    quantized input, in which `offset` stands for 0, and `pads_real` says whether layers in float want their input channels
+    padded too."""
 
     real: torch.dtype
     integer: torch.dtype
+    offset: int
     pads_real: bool
 
     def busy(self) -> AbstractContextManager[None]:
@@ -137,20 +139,20 @@ class LazyValue:
 @dataclass(frozen=True)
 class Buffers:
     """What lives across passes for N images: `state` int16 and `o_hat` by layer (two layers may share one accumulator),
-    zeroed integer inputs of layers whose channels are padded, the row vector of the current pass, and what a context gives:
-    keys and values by attention, [N, 2, S, C]."""
+    `filled` integer inputs of layers whose channels or images are padded (which alike layers share), the row vector of the
+    current pass, and what a context gives: keys and values by attention, [N, 2, S, C]."""
 
     state: Mapping[str, Tensor]
     o_hat: Mapping[str, Tensor]
-    padded: Mapping[str, Tensor]
+    filled: Mapping[str, Tensor]
     row: Tensor
     bound: Mapping[str, Tensor] = field(default_factory=dict)
 
     def first(self, images: int) -> Buffers:
         """The same buffers for some of the images."""
-        parts = (self.state, self.o_hat, self.padded, self.bound)
-        state, o_hat, padded, bound = ({k: t[:images] for k, t in part.items()} for part in parts)
-        return Buffers(state, o_hat, padded, row=self.row, bound=bound)
+        parts = (self.state, self.o_hat, self.filled, self.bound)
+        state, o_hat, filled, bound = ({k: t[:images] for k, t in part.items()} for part in parts)
+        return Buffers(state, o_hat, filled, row=self.row, bound=bound)
 
 
 def shared_accumulators(layers: Mapping[str, NativeLayer]) -> dict[str, str]:
@@ -263,13 +265,14 @@ class NativeOps:
             x = self._written_value(x)
         skip = x.skip.tensor() if x.skip is not None else None
         skip_channels = skip.shape[2] if skip is not None else 0
-        shape = InputShape(x.channels - skip_channels, skip_channels, x.height, width=x.width, upsample=x.repeated)
+        frame = layer.frame if layer is not None else (0, 0, 0, 0)
+        shape = InputShape(x.channels - skip_channels, skip_channels, x.height, x.width, upsample=x.repeated, frame=frame)
         a, b = x.main.a, x.main.b
         total = torch.empty_like(a) if b is not None else None
         state = None if layer is None else self._buffers.state.get(layer.spec.name)
         name = layer.spec.name if layer is not None else ""
-        if name in self._buffers.padded:
-            out = self._buffers.padded[name]
+        if name in self._buffers.filled:
+            out = self._buffers.filled[name]
         else:
             dtype = self._kernels.integer if grid is not None else self._kernels.real
             out = torch.empty(len(a), shape.out_pixels, shape.total, dtype=dtype, device=a.device)

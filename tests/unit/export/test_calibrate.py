@@ -8,8 +8,9 @@ from conftest import ROOT, ddim_state
 from reference import ReferenceUNet
 
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.files import load_arrays, save_arrays
 from modiff_trt.core.rows import modulated_rows
-from modiff_trt.core.scales import load_scales, save_scales
+from modiff_trt.core.scales import SCHEMA, load_scales, save_scales
 from modiff_trt.core.state_grid import units_a_scale, with_whole_steps
 from modiff_trt.export.calibration import pipeline
 from modiff_trt.export.calibration.biases import correct_biases
@@ -19,6 +20,8 @@ from modiff_trt.export.calibration.static import Recipe, make_scales
 from modiff_trt.export.calibration.trajectories import choose_steps, load_trajectories, save_trajectories
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.native.layers import build
+from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
+from modiff_trt.runtime.images.folders import psnr
 
 
 class Spy(ReferenceUNet):
@@ -92,11 +95,55 @@ def test_ranges_go_on_after_an_interruption_to_the_same_bits(tiny, tmp_path, mon
 def test_scales_follow_the_recipe(tiny):
     scales = tiny.scales(activation_method="minmax", act_bits=6)
     for name, layer in scales.layers.items():
-        assert layer.activation_scale == pytest.approx(tiny.ranges[name].activation.absmax / 31)
+        assert layer.activation_scale == pytest.approx(tiny.ranges[name].activation.absmax / (31 - layer.activation_zero_point))
         assert layer.residual_scale == pytest.approx(tiny.ranges[name].residual.absmax / 31)
         smaller = tiny.ranges[name].residual.absmax < tiny.ranges[name].activation.absmax
         assert layer.mode == ("modiff" if smaller else "int8")
         assert layer.scale == (layer.residual_scale if smaller else layer.activation_scale)
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse", "percentile"])
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_inputs_that_are_hardly_negative_have_a_low_zero_point(tiny, method, bits):
+    scales = tiny.scales(method="qdiff", activation_method=method, act_bits=bits)
+    silu = {spec.name for spec in tiny.network.layers if tiny.ranges[spec.name].activation_min > -0.2785}
+    assert len(silu) > 10
+    low = {name for name, layer in scales.layers.items() if layer.zero_point}
+    assert len(low & silu) > 10
+    for name, layer in scales.layers.items():
+        assert layer.zero_point in (0, {8: -96, 6: -24, 4: -6}[bits])
+        below = {8: 32, 6: 8, 4: 2}[bits]
+        if layer.zero_point:
+            assert tiny.ranges[name].activation_min >= -below * layer.scale  # nothing is clipped there
+        elif method == "minmax":
+            finer = tiny.ranges[name].activation.absmax / (2**bits - 1 - below)
+            assert tiny.ranges[name].activation_min < -below * finer
+
+
+def test_a_low_zero_point_is_of_plain_static_grids_alone(tiny):
+    """Residuals have both signs, and a dynamic grid spans what it finds."""
+    modulated = tiny.scales()
+    assert all(layer.zero_point == 0 for layer in modulated.layers.values() if layer.mode == "modiff")
+    plain = modulated.without_modulation()
+    assert any(plain.layers[name].zero_point for name in modulated.modulated)
+    dynamic = tiny.scales(method="qdiff", granularity="tensor")
+    assert all(layer.activation_zero_point == 0 for layer in dynamic.layers.values())
+
+
+def test_a_low_zero_point_brings_plain_int8_nearer_to_full_precision(demo):
+    scales = demo.scales(method="qdiff", min_intensity=100.0)
+    symmetric = {
+        name: replace(
+            layer,
+            activation_zero_point=0,
+            activation_scale=demo.ranges[name].activation.scale("mse", layer.act_bits, 1.0),
+        )
+        for name, layer in scales.layers.items()
+    }
+    reference = demo.sample(demo.float_denoiser())
+    found = demo.sample(SimDenoiser(demo.network, demo.checkpoint.params, scales))
+    before = demo.sample(SimDenoiser(demo.network, demo.checkpoint.params, replace(scales, layers=symmetric)))
+    assert psnr(found, reference) > psnr(before, reference) + 1
 
 
 def test_a_layer_whose_residual_is_not_smaller_is_not_modulated(tiny):
@@ -253,6 +300,26 @@ def test_scales_file_round_trip_and_refusals(tiny, demo, tmp_path):
         load_scales(file, tiny.network, "0" * 64)
     with pytest.raises(InputError, match="another configuration"):
         load_scales(file, demo.network)
+    name = next(iter(scales.layers))
+    for impossible in (3, -1, -128):
+        layers = scales.layers | {name: replace(scales.layers[name], activation_zero_point=impossible)}
+        save_scales(file, replace(scales, layers=layers))
+        with pytest.raises(InputError, match="what no layer can be"):
+            load_scales(file)
+
+
+def test_scales_files_before_zero_points_are_read(tiny, tmp_path):
+    file = tmp_path / "s.safetensors"
+    save_scales(file, tiny.scales(method="qdiff"))
+    stored = load_arrays(file, "scales", SCHEMA)
+    layers = {
+        name: {k: entry[k] for k in ("mode", "act_bits", "weight_bits")} for name, entry in stored.header["layers"].items()
+    }
+    save_arrays(file, stored.header | {"schema": 7, "layers": layers}, stored.arrays)
+    assert all(layer.zero_point == 0 for layer in load_scales(file, tiny.network).layers.values())
+    save_arrays(file, stored.header | {"schema": 6, "layers": layers}, stored.arrays)
+    with pytest.raises(InputError, match="has schema version 6"):
+        load_scales(file)
 
 
 def test_shipped_scales_belong_to_the_shipped_model(demo):

@@ -10,8 +10,10 @@ from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import load_scales, save_scales
 from modiff_trt.export.calibration.modes import (
     CEILINGS,
+    MOST_LEFT_OUT,
     Change,
     Goal,
+    _first_fit,
     in_order,
     modelled_costs,
     possible_changes,
@@ -117,6 +119,24 @@ def test_the_fastest_modes_within_a_loss(trials, alone, tiny, tmp_path, capsys):
     with pytest.raises(InputError, match="damaged curve"):
         load_scales(path)
     assert curve_to_dict(None) is None
+
+
+def test_a_change_that_loses_too_much_is_left_out_and_those_after_it_are_tried():
+    """Of six changes the third and its layer's next corner cannot be made, and the last two cannot be made together."""
+    ordered = [Change(layer, Mode.INT8, saved=1.0, added=0.1) for layer in "abc"]
+    ordered += [Change("c", Mode.FLOAT, saved=1.0, added=0.2), *(Change(n, Mode.INT8, saved=1.0, added=0.3) for n in "de")]
+    measured = []
+
+    def measure(made):
+        measured.append(made)
+        return 30.0 if 2 in made or 3 in made or {4, 5} <= set(made) else 40.0
+
+    assert _first_fit(measure, ordered, 2, least=35.0) == (0, 1, 4)
+    assert measured == [(0, 1, 2), (0, 1, 4), (0, 1, 4, 5)]
+    many = [Change(str(index), Mode.INT8, saved=1.0, added=0.1) for index in range(40)]
+    measured.clear()
+    assert _first_fit(lambda made: measured.append(made) or 0.0, many, 1, least=35.0) == (0,)
+    assert len(measured) == MOST_LEFT_OUT
 
 
 def test_any_loss_takes_all_state_that_costs_time(alone, tiny):

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnxruntime as ort
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import ROOT, random_checkpoint, tiny_config
 from onnx_lockstep import all_modulated, passes
 
 from modiff_trt.core.errors import InputError
+from modiff_trt.core.grid import grid_ends
 from modiff_trt.core.manifest import MANIFEST_KEY, decode_array
 from modiff_trt.export.onnx.network import build_onnx, save_onnx
 from modiff_trt.networks.binding import times
@@ -46,7 +48,7 @@ def test_demo_model_agrees_in_each_of_the_first_three_passes(demo, tmp_path):
             assert lockstep.moved <= 1e-3 * lockstep.elements and lockstep.from_edge < 1e-2
 
 
-@pytest.mark.parametrize("bits", [8, 3])
+@pytest.mark.parametrize("bits", [8, 6, 3])
 def test_stateless_network_equals_the_simulation(tiny, tmp_path, bits):
     """With the integers that onnxruntime found, which may differ from the simulation's on an edge of a grid alone."""
     scales = tiny.scales(method="qdiff", act_bits=bits)
@@ -64,14 +66,19 @@ def test_stateless_network_equals_the_simulation(tiny, tmp_path, bits):
 
     def layer(spec, value):
         quantized, q = layers[spec.name], torch.from_numpy(outputs[f"{spec.name}.q"]).float()
-        top = 2 ** (bits - 1) - 1
-        position = (value / quantized.scale).clamp(-top - 1, top)
+        q = q - quantized.zero_point  # in the file it is subtracted before
+        position = (value / quantized.scale).clamp(*grid_ends(bits, quantized.zero_point))
         assert (position - q).abs().max() < 0.5 + 1e-2
         moved.append(float((q != position.round()).float().mean()))
         return quantized.bias[:, None, None] + quantized.scale * integer_product(quantized, q)
 
     expected = run_unet(tiny.network, tiny.checkpoint.params, x, times(tiny.network, tiny.checkpoint.params, t), layer)
     assert len(moved) == len(scales.layers) and max(moved) < 1e-3
+    padded = {spec.name for spec in tiny.network.layers if any(spec.padding)}
+    assert {n for n, layer in scales.layers.items() if layer.zero_point} & padded
+    zeros = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    values = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer if i.name in zeros}
+    assert all((values[name] == 0).all() for name in zeros)  # as TensorRT requires
     assert np.linalg.norm(outputs["eps"] - expected.numpy()) / np.linalg.norm(expected.numpy()) < 1e-5
 
 

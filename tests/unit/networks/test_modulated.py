@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from reference import integer_conv
 
+from modiff_trt.core.grid import low_zero_point
+from modiff_trt.networks.affine import NativeINT8Quantizer
 from modiff_trt.networks.modulated import LayerState, QuantizedLayer, initial_state, modulated_layer, stateless_layer
 from modiff_trt.networks.operations import LayerSpec
 
@@ -85,6 +89,24 @@ def test_stateless_layer_is_a_first_pass_on_the_activation_grid():
     layer, x = make_layer(SHAPES[0], 6)
     y, _ = modulated_layer(layer, x, initial_state(layer, len(x)), 1.0)
     torch.testing.assert_close(stateless_layer(layer, x), y)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+def test_stateless_layer_with_a_low_zero_point_is_the_affine_quantizer(shape, bits):
+    """Integers padded with the zero point, which stands for the real 0 outside of an image."""
+    layer, x = make_layer(shape, bits, mode="int8")
+    zero_point = low_zero_point(bits)
+    layer, x = replace(layer, zero_point=zero_point), 3 * x.abs() - 0.1
+    grid = NativeINT8Quantizer(torch.tensor(layer.scale), torch.tensor(zero_point), bits)
+    q = grid.quantize(x).values.numpy().astype(np.int64)
+    assert q.min() < zero_point and q.max() == 2 ** (bits - 1) - 1
+    top, left, bottom, right = layer.spec.padding
+    framed = np.pad(q, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=zero_point)
+    product = integer_conv(framed - zero_point, layer.weight.numpy().astype(np.int64), layer.spec.stride, (0, 0, 0, 0))
+    scale = layer.scale * layer.weight_scale.numpy()[:, None, None]
+    expected = layer.bias.numpy()[:, None, None] + scale * product
+    np.testing.assert_allclose(stateless_layer(layer, x).numpy(), expected, rtol=1e-12, atol=1e-10)
 
 
 def test_state_is_not_modified_in_place():
