@@ -139,7 +139,8 @@ def search_modes(
 
     totals = [sum(change.saved for change in ordered[:count]) for count in range(len(ordered) + 1)]
     for part in range(POINTS):
-        measure(_first(next(count for count, total in enumerate(totals) if total >= totals[-1] * part / (POINTS - 1) - 1e-9)))
+        enough = totals[-1] * part / (POINTS - 1) - 1e-9
+        measure(_first(next(count for count, total in enumerate(totals) if total >= enough)))
     if goal.microseconds is None:
         least = tried[()][1].decibels - goal.max_loss
         begun = _largest(lambda count: measure(_first(count)), sorted(map(len, tried)), least)
