@@ -162,8 +162,8 @@ def _first(count: int) -> tuple[int, ...]:
 def _first_fit(
     measure: Callable[[tuple[int, ...]], float], ordered: Sequence[Change], begun: int, *, least: float
 ) -> tuple[int, ...]:
-    """The first `begun` changes, and of the others, in their order, those that leave `least` dB together with all before them. A
-    layer whose change is left out keeps its mode."""
+    """The first `begun` changes, and of the others, in their order, those that leave `least` dB together with all made before
+    them. A layer whose change is left out keeps its mode."""
     made, left_out = _first(begun), set[str]()
     for index in range(begun, len(ordered)):
         if len(left_out) == MOST_LEFT_OUT:
