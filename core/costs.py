@@ -83,7 +83,7 @@ def _costs(entry: dict[str, Any]) -> ModeCosts:
 @dataclass(frozen=True)
 class ModePoint:
     """One mixture of modes: its layers with state, microseconds an image and pass as predicted, bytes of state an image in
-    float16, and PSNR to FP32 in dB of the trial images."""
+    float16, and PSNR to FP32 in dB, the mean over the trial images."""
 
     modulated: int
     microseconds: float

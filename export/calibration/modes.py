@@ -4,7 +4,8 @@ Two things are known of every change of a layer's mode: the microseconds that it
 final image, by a trial trajectory in which only this layer has the other mode. It is compared with the images of the same
 scales without the change, not with those of FP32: there the error of the weights would hide all that is smaller. The convex
 hull of both, layer by layer, gives one order in which to make the changes: most time for least error first (a knapsack with
-several choices a layer, by Lagrange multipliers). What a mixture is worth is then measured on whole trajectories, against FP32.
+several choices a layer, by Lagrange multipliers). What a mixture is worth is then measured on whole trajectories, against FP32, as
+the mean over the images of their PSNR.
 Errors do not quite add up: where the order's next change would lose too much, it is left out, and those after it are tried.
 """
 
@@ -32,8 +33,6 @@ MODELLED = "an H200, modelled"
 POINTS = 8
 # Changes that may lose too much before the search ends.
 MOST_LEFT_OUT = 6
-# Images that are equal to FP32's, or not finite, get this in place of an infinity, which a file cannot hold.
-MOST_DECIBELS = 999.0
 # The difference of images that are not finite.
 UNUSABLE = 1e9
 # Bytes of an element of state.
@@ -53,7 +52,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the modes are chosen for: the fastest mixture that loses at most `max_loss` dB of all-modulated, or, where
+    """What the modes are chosen for: the fastest mixture that loses at most `max_loss` dB of all-modulated on average, or, where
     `microseconds` is given, the most accurate one that takes no longer a pass and image."""
 
     costs: ModeCosts
@@ -126,13 +125,12 @@ def search_modes(
     tried: dict[tuple[int, ...], tuple[Scales, ModePoint]] = {}
 
     def measure(made: tuple[int, ...]) -> float:
-        """PSNR of the mixture with these changes of the order."""
+        """Mean PSNR of the mixture with these changes of the order."""
         if made not in tried:
             mixed = with_modes(scales, {ordered[index].layer: ordered[index].mode for index in made})
             modes = {name: layer.mode for name, layer in mixed.layers.items()}
             size = STATE_BYTES * sum(state_elements(mixed, network).values())
-            decibels = max(-MOST_DECIBELS, min(MOST_DECIBELS, trials.decibels(mixed)))
-            point = ModePoint(len(mixed.modulated), costs.predict(modes), size, decibels)
+            point = ModePoint(len(mixed.modulated), costs.predict(modes), size, trials.mean_decibels(mixed))
             report(f"modes: {point.modulated} layers with state, {point.microseconds:.2f} us an image: {point.decibels:.2f} dB")
             tried[made] = mixed, point
         return tried[made][1].decibels

@@ -113,6 +113,7 @@ def calibrate(
     from modiff_trt.export.calibration.biases import correct_biases
     from modiff_trt.export.calibration.modes import Goal, modelled_costs, possible_changes, reach_goal
     from modiff_trt.export.calibration.pipeline import (
+        JUDGE_SEED,
         TRIAL_SEED,
         choose_modes,
         improve,
@@ -250,9 +251,11 @@ def calibrate(
     )
     said = None
     if trials:
+        if goal is not None:
+            verdict = judge(try_images(images=trial_images, seed=JUDGE_SEED), scales)
         verdict = verdict or judge(trials, scales)
         work = Work(trial_images * len(scales.rows), len(stored.chosen) * stored.x.shape[1], len(units(network)))
-        said = _verdict(verdict, scales, trial_images, work)
+        said = _verdict(verdict, scales, f"{trial_images} {'trial' if goal is None else 'other'} images", work)
         typer.echo(said)
     for done in (kept_ranges, kept_trials, kept_modes, *([part] if rounding == Rounding.ADAROUND else [])):
         done.unlink(missing_ok=True)
@@ -276,17 +279,14 @@ class Work:
         return one * (3 * AdaRoundOptions().batch_size * iterations + self.blocks * self.samples)
 
 
-def _verdict(found: Verdict, scales: Scales, images: int, work: Work) -> str:
-    """What the PSNR on trial images is, what limits it, and the option that helps most, with its price."""
+def _verdict(found: Verdict, scales: Scales, images: str, work: Work) -> str:
+    """What the PSNR on these images is, what limits it, and the option that helps most, with its price."""
     from modiff_trt.export.calibration.trials import SEARCH_TRIALS
 
     beside = "" if found.stateless is None else f", without state (Q-Diffusion) {found.stateless:.1f}"
-    said = (
-        f"PSNR of {images} trial images to FP32: {found.decibels:.1f} dB; "
-        f"with exact activations {found.weights_alone:.1f}{beside}"
-    )
+    said = f"PSNR of {images} to FP32: {found.decibels:.1f} dB; with exact activations {found.weights_alone:.1f}{beside}"
     if not math.isfinite(found.decibels):
-        return f"the {images} trial images are not finite: these scales do not work; try a larger --act-bit or --weight-bit"
+        return f"the {images} are not finite: these scales do not work; try a larger --act-bit or --weight-bit"
     layers = [layer for layer in scales.layers.values() if layer.mode != Mode.FLOAT]
     if found.weights_limit:
         learned = all(layer.round_up is not None for layer in layers)

@@ -72,7 +72,7 @@ def curve_rows(curve: ModeCurve) -> list[list[str]]:
     return rows
 
 
-CURVE_HEADINGS = ("layers with state", "us an image", "to floating point", "state, MB", "PSNR, dB", "")
+CURVE_HEADINGS = ("layers with state", "us an image", "to floating point", "state, MB", "mean PSNR, dB", "")
 
 
 def curve_title(curve: ModeCurve) -> str:

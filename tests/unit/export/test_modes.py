@@ -20,9 +20,10 @@ from modiff_trt.export.calibration.modes import (
     search_modes,
     with_modes,
 )
-from modiff_trt.export.calibration.trials import Trials
+from modiff_trt.export.calibration.trials import MOST_DECIBELS, Trials
 from modiff_trt.networks.state_elements import state_elements
 from modiff_trt.runtime.backends.native.floors import layer_work
+from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.tools.report.inspecting import print_table, save_plots
 
 
@@ -90,12 +91,12 @@ def test_the_fastest_modes_within_a_loss(trials, alone, tiny, tmp_path, capsys):
     costs = modelled_costs(tiny.network, scales)
     best, count = search(trials, alone, scales, Goal(costs, max_loss=1.0))
     assert count == len(possible_changes(scales, costs))
-    whole = trials.decibels(scales)
+    whole = trials.mean_decibels(scales)
     curve = best.curve
     assert curve.points[0].decibels == whole and curve.points[0].modulated == len(scales.modulated)
     chosen = curve.points[curve.chosen]
     # What the curve says of the chosen scales is what they are.
-    assert trials.decibels(best) == chosen.decibels >= whole - 1.0
+    assert trials.mean_decibels(best) == chosen.decibels >= whole - 1.0
     assert chosen.microseconds == pytest.approx(costs.predict({n: v.mode for n, v in best.layers.items()}))
     assert chosen.state_bytes == 2 * sum(state_elements(best, tiny.network).values()) and chosen.modulated == len(
         best.modulated
@@ -137,6 +138,17 @@ def test_a_change_that_loses_too_much_is_left_out_and_those_after_it_are_tried()
     measured.clear()
     assert _first_fit(lambda made: measured.append(made) or 0.0, many, 1, least=35.0) == (0,)
     assert len(measured) == MOST_LEFT_OUT
+
+
+def test_a_mixture_is_judged_by_all_of_its_images(trials, tiny):
+    """One image that is bad with any modes hides from a PSNR of all together what becomes of the others."""
+    scales = tiny.scales(act_bits=8)
+    found, exact = trials.images_of(scales), trials._reference
+    each = [psnr(found[i : i + 1], exact[i : i + 1]) for i in range(len(found))]
+    assert trials.mean_decibels(scales) == pytest.approx(sum(each) / len(each))
+    assert trials.mean_decibels(scales) > trials.decibels(scales)
+    unusable = {name: replace(layer, residual_scale=float("nan")) for name, layer in scales.layers.items()}
+    assert trials.mean_decibels(replace(scales, layers=unusable)) == -MOST_DECIBELS
 
 
 def test_any_loss_takes_all_state_that_costs_time(alone, tiny):
