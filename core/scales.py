@@ -328,6 +328,8 @@ def _check(scales: Scales, path: Path) -> None:
         positive = (layer.weight_scale > 0).all() and layer.scale > 0 and layer.skip_ratio > 0
         if not np.isfinite(numbers).all() or not positive:
             raise InputError(f"scales file {path}: layer '{name}' has a scale that is not positive; calibrate again")
+        if layer.activation_zero_point and scales.granularity != Granularity.STATIC:
+            raise InputError(f"scales file {path}: layer '{name}' has a zero point, which no dynamic grid has; calibrate again")
     if scales.rows.multipliers.shape != (len(scales.rows), len(scales.modulated)):
         raise InputError(f"scales file {path}: the row table does not fit the modulated layers; calibrate again")
     if not np.isfinite(scales.rows.multipliers).all() or (scales.rows.multipliers <= 0).any():

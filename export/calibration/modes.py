@@ -4,8 +4,8 @@ Two things are known of every change of a layer's mode: the microseconds that it
 final image, by a trial trajectory in which only this layer has the other mode. It is compared with the images of the same
 scales without the change, not with those of FP32: there the error of the weights would hide all that is smaller. The convex
 hull of both, layer by layer, gives one order in which to make the changes: most time for least error first (a knapsack with
-several choices a layer, by Lagrange multipliers). What a mixture is worth is then measured on whole trajectories, against FP32, as
-the mean over the images of their PSNR.
+several choices a layer, by Lagrange multipliers). What a mixture is worth is then measured on whole trajectories, against FP32,
+as the mean over the images of their PSNR.
 Errors do not quite add up: where the order's next change would lose too much, it is left out, and those after it are tried.
 """
 
@@ -52,7 +52,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the modes are chosen for: the fastest mixture that loses at most `max_loss` dB of all-modulated on average, or, where
+    """What the modes are chosen for: the fastest mixture that loses at most `max_loss` dB of all-modulated, or, where
     `microseconds` is given, the most accurate one that takes no longer a pass and image."""
 
     costs: ModeCosts

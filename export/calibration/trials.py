@@ -98,8 +98,8 @@ class Trials:
     def mean_decibels(self, scales: Scales) -> float:
         """The mean over the images of each one's PSNR to FP32 in dB, within MOST_DECIBELS.
 
-        `decibels` is of all images together, and where one is far worse than the others it is of that one alone. Modes that were
-        chosen by it lost 0.2 dB on 16 images, and 3 dB on others (docs/lab/modes.md).
+        `decibels` is of all images together, and where one is far worse than the others it is of that one alone. Modes that
+        were chosen by it lost 0.2 dB on 16 images, and 3 dB on others (docs/lab/modes.md).
         """
 
         def run() -> Array:

@@ -80,7 +80,7 @@ def calibrate(
     modes: Annotated[
         Modes, typer.Option(help="recipe: as the options say; auto: state only where it pays, by trial and by what it costs")
     ] = Modes.RECIPE,
-    max_loss: Annotated[float | None, typer.Option(help="--modes auto: PSNR that the fastest modes may lose, dB (0.5)")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="--modes auto: dB that the modes may lose, on average (0.5)")] = None,
     target_speed: Annotated[
         float | None, typer.Option(help="--modes auto: the best modes so many times as fast as floating point, by --costs")
     ] = None,

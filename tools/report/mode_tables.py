@@ -73,6 +73,24 @@ def mode_curves(data: dict[str, Any]) -> str:
     return "\n".join(parts[:-1])
 
 
+def zero_points(data: dict[str, Any]) -> str:
+    """PSNR of layers without state by the zero point of their grids."""
+    bits = ("A8", "A6", "A4")
+    lines = {}
+    for name, found in data["stateless"].items():
+        lines[name] = [f"{found[b]:.1f}" if b in found else "" for b in bits]
+    return "\n".join(table("PSNR, dB", list(bits), lines))
+
+
+def mode_choices(data: dict[str, Any]) -> str:
+    """What mixtures of modes lose of full modulation on the images that they were chosen on, and on others."""
+    images = list(dict.fromkeys(name for found in data["other_images"].values() for name in found))
+    lines = {}
+    for name, found in data["other_images"].items():
+        lines[name] = [f"{found[i][0] - found[i][1]:.1f}" if i in found else "" for i in images]
+    return "\n".join(table("loss, dB", images, lines))
+
+
 def biases(data: dict[str, Any]) -> str:
     """PSNR of rounded weights alone, before and after bias correction."""
     lines = {}

@@ -17,7 +17,16 @@ import typer
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path, read_result
 from modiff_trt.tools.report.keyed_tables import by_bits
-from modiff_trt.tools.report.mode_tables import adaround_seeds, biases, mode_costs, mode_curves, mode_mixtures, mode_times
+from modiff_trt.tools.report.mode_tables import (
+    adaround_seeds,
+    biases,
+    mode_choices,
+    mode_costs,
+    mode_curves,
+    mode_mixtures,
+    mode_times,
+    zero_points,
+)
 from modiff_trt.tools.report.network_tables import classes, full_width, gpu_speed, installs, layouts, networks_speed, plans
 from modiff_trt.tools.report.solver_tables import grids, nearness, quality
 
@@ -340,6 +349,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "mode_curves": ("modes_h200", mode_curves),
     "mode_mixtures": ("modes_h200", mode_mixtures),
     "mode_times": ("modes_h200", mode_times),
+    "zero_points": ("zero_point_h200", zero_points),
+    "zero_point_curves": ("zero_point_h200", mode_curves),
+    "zero_point_times": ("zero_point_h200", mode_times),
+    "mode_choices": ("zero_point_h200", mode_choices),
     "adaround_seeds": ("modes_h200", adaround_seeds),
     "nearness": ("solver_study_h200", nearness),
     "quality": ("solver_study_h200", quality),

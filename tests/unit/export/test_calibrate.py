@@ -306,6 +306,10 @@ def test_scales_file_round_trip_and_refusals(tiny, demo, tmp_path):
         save_scales(file, replace(scales, layers=layers))
         with pytest.raises(InputError, match="what no layer can be"):
             load_scales(file)
+    layers = scales.layers | {name: replace(scales.layers[name], activation_zero_point=-96)}
+    save_scales(file, replace(scales, layers=layers, granularity="tensor"))
+    with pytest.raises(InputError, match="which no dynamic grid has"):
+        load_scales(file)
 
 
 def test_scales_files_before_zero_points_are_read(tiny, tmp_path):
