@@ -82,6 +82,12 @@ def zero_points(data: dict[str, Any]) -> str:
     return "\n".join(table("PSNR, dB", list(bits), lines))
 
 
+def grid_searches(data: dict[str, Any]) -> str:
+    """PSNR of layers without state by how their grids are found, for two sets of images."""
+    lines = {name: [f"{value:.1f}" for found in sets for value in found] for name, sets in data["grids"].items()}
+    return "\n".join(table("PSNR, dB", ["12 together", "mean of each", "12 others together", "mean of each"], lines))
+
+
 def mode_choices(data: dict[str, Any]) -> str:
     """What mixtures of modes lose of full modulation on the images that they were chosen on, and on others."""
     images = list(dict.fromkeys(name for found in data["other_images"].values() for name in found))

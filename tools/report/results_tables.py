@@ -20,6 +20,7 @@ from modiff_trt.tools.report.keyed_tables import by_bits
 from modiff_trt.tools.report.mode_tables import (
     adaround_seeds,
     biases,
+    grid_searches,
     mode_choices,
     mode_costs,
     mode_curves,
@@ -352,6 +353,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "zero_points": ("zero_point_h200", zero_points),
     "zero_point_curves": ("zero_point_h200", mode_curves),
     "zero_point_times": ("zero_point_h200", mode_times),
+    "grid_searches": ("zero_point_h200", grid_searches),
     "mode_choices": ("zero_point_h200", mode_choices),
     "adaround_seeds": ("modes_h200", adaround_seeds),
     "nearness": ("solver_study_h200", nearness),
