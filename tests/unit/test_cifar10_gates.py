@@ -28,18 +28,22 @@ def cifar10(full_checkpoint):
 
 @pytest.fixture(scope="module")
 def decibels(cifar10):
-    """PSNR to FP32 by (method, bits, start); ("weights", 8, "") quantizes weights alone."""
-    reference = cifar10.sample(cifar10.float_denoiser(), images=2)
-    found = {}
+    """PSNR by (method, bits, start) to FP32, or to the images of `to`; "weights" quantizes weights alone."""
+    found = {"float": cifar10.sample(cifar10.float_denoiser(), images=2)}
 
-    def measure(method, bits, start="warmup"):
+    def images(method, bits, start):
         key = (method, bits, start)
         if key not in found:
             scales = cifar10.scales(method="modiff" if method == "weights" else method, act_bits=bits, start=start)
             denoiser = SimDenoiser(cifar10.network, cifar10.checkpoint.params, scales, act_quant=method != "weights")
-            found[key] = psnr(cifar10.sample(denoiser, images=2), reference)
-            print(f"{method} A{bits} {start}: {found[key]:.2f} dB")  # noqa: T201 (shown with -s)
+            found[key] = cifar10.sample(denoiser, images=2)
         return found[key]
+
+    def measure(method, bits, start="warmup", to="float"):
+        reference = found["float"] if to == "float" else images(to, 8, "warmup")
+        value = psnr(images(method, bits, start), reference)
+        print(f"{method} A{bits} {start}: {value:.2f} dB to {to}")  # noqa: T201 (shown with -s)
+        return value
 
     return measure
 
@@ -52,7 +56,8 @@ def test_modiff_is_near_quantized_weights_alone(decibels):
 
 
 def test_modiff_is_far_above_stateless_quantization(decibels):
-    assert decibels("modiff", 6) > decibels("qdiff", 6) + 8
+    """Beside the images of the same rounded weights: to FP32 the weights' error is most of MoDiff's at 6 bits."""
+    assert decibels("modiff", 6, to="weights") > decibels("qdiff", 6, to="weights") + 8
     assert decibels("modiff", 4) > decibels("qdiff", 4) + 10
 
 

@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 
 from modiff_trt.core.files import load_arrays, save_arrays
 from modiff_trt.core.scales import SCHEMA, load_scales
+from modiff_trt.export.calibration.pipeline import TRIAL_SEED
+from modiff_trt.export.calibration.trials import Trials
+from modiff_trt.runtime.backends.registry.options import load_model
 
 CONFIG, CKPT = str(ROOT / "configs/demo.yml"), str(ROOT / "calib_cache/demo/model.safetensors")
 MODEL = ["--config", CONFIG, "--ckpt", CKPT]
@@ -166,7 +169,14 @@ def test_costs_decide_modes_and_the_choice_has_a_row_of_its_own(tmp_path, capsys
     assert run(*job, "--modes", "auto", "--max-loss", 100, "--out", auto) == 0
     said = capsys.readouterr().out
     assert "modelled" in said and "chosen" in said
-    assert load_scales(auto).curve is not None
+    chosen = load_scales(auto)
+    assert chosen.curve is not None
+    # Judged on noise that no mode was chosen on.
+    network, checkpoint = load_model(model[1], model[3])
+    others = Trials(
+        network, checkpoint, chosen.rows.timesteps, chosen.solver, images=1, seed=TRIAL_SEED + 1, device="cpu"
+    ).decibels(chosen)
+    assert f"PSNR of 1 other images to FP32: {others:.1f} dB" in " ".join(said.split())
     assert run(*job, "--modes", "auto", "--costs", costs, "--out", tmp_path / "measured") == 0
     assert "CPU cores at batch 1" in " ".join(capsys.readouterr().out.split())
     assert "no mixture of modes" in refusal(
