@@ -18,7 +18,7 @@ from modiff_trt.core.grid import SMALLEST_SCALE, grid_ends, grid_max
 from modiff_trt.core.kinds import ScaleMethod
 
 # Q-Diffusion and its predecessors weigh errors by a power slightly above 2 when they search for a scale. For activations of
-# layers without state it is worth 3 dB of the image more than 2 is; 3 and 4 are worth less (docs/lab/modes.md).
+# layers without state it is worth 3 dB of the image more than 2 is; 3 is worth less, but at 6 bits (docs/lab/modes.md).
 MSE_POWER = 2.4
 # Ranges that a search tries.
 CANDIDATES = 80
