@@ -130,7 +130,7 @@ class RangeHistogram:
     def minmax_scale(self, bits: int, zero_point: int = 0) -> float:
         return max(self.absmax / grid_ends(bits, zero_point)[1], SMALLEST_SCALE)
 
-    def mse_scale(self, bits: int, zero_point: int = 0, candidates: int = 100) -> float:
+    def mse_scale(self, bits: int, zero_point: int = 0, candidates: int = 200) -> float:
         """The scale minimizing the mean of |x - Q(x)|^2.4 among ranges from the full one down to a hundredth of it."""
         q = grid_ends(bits, zero_point)[1]
         if self.absmax == 0.0:
