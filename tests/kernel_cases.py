@@ -83,6 +83,12 @@ CASES["upsampled"] = KernelCase(InputShape(64, 0, 4, 2, upsample=True))
 CASES["upsampled sum"] = KernelCase(InputShape(32, 0, 3, 5, upsample=True), add=True, write=True)
 
 
+def grid_of(case: "KernelCase | PixelCase") -> Grid:
+    half = 2 ** (case.bits - 1)
+    low, high = -half - case.zero_point, half - 1 - case.zero_point
+    return Grid(step=5 * 0.003, unit=0.003, multiple=5, low=low, high=high, zero_point=case.zero_point)
+
+
 def launch(case: KernelCase, device: str, real: torch.dtype, overlap: bool = False) -> SimpleNamespace:
     """The kernel on fresh random inputs and poisoned outputs: its arguments by name, and `before`, the state as it was."""
     from modiff_trt.plugins.modulated_conv.kernels import quantize as kernel
@@ -101,9 +107,7 @@ def launch(case: KernelCase, device: str, real: torch.dtype, overlap: bool = Fal
     factors = 1 + 0.5 * torch.rand(shape.total).to(device) if case.factors else None
     norm = (1 + random(shape.total, factor=0.1), random(shape.total, factor=0.1), case.groups, 1e-6) if case.groups else None
     total = torch.full_like(a, float("nan")) if case.write else None
-    half = 2 ** (case.bits - 1)
-    low, high = -half - case.zero_point, half - 1 - case.zero_point
-    grid = Grid(step=5 * 0.003, unit=0.003, multiple=5, low=low, high=high, zero_point=case.zero_point)
+    grid = grid_of(case)
     furthest = STATE_MAX if case.far else 900
     state = torch.randint(-furthest, furthest + 1, (n, shape.pixels, shape.total), dtype=torch.int16, device=device)
     state = state if case.state else None
@@ -201,6 +205,7 @@ class PixelCase:
     bits: int = 8
     q_channels: int = 0
     offset: float = 0.0
+    zero_point: int = 0
 
 
 PIXEL_CASES = {
@@ -213,6 +218,8 @@ PIXEL_CASES = {
     "layer norm of 1280": PixelCase(1280, 5, add=True),
     "geglu": PixelCase(192, 35, gated=True),
     "geglu, stateless, padded": PixelCase(72, 13, gated=True, state=False, q_channels=80),
+    "layer norm, low zero point": PixelCase(96, 17, state=False, zero_point=-96),
+    "geglu, low zero point, 6 bits, padded": PixelCase(72, 13, gated=True, state=False, bits=6, zero_point=-24, q_channels=80),
     "geglu to float": PixelCase(160, 19, gated=True, state=False, quantize=False),
     "geglu of 5120": PixelCase(5120, 3, gated=True, batch=2, bits=6),
 }
@@ -227,8 +234,7 @@ def launch_pixels(case: PixelCase, device: str, real: torch.dtype, overlap: bool
     b = torch.randn_like(a) if case.add else None
     total = torch.full_like(a, float("nan")) if case.add else None
     norm = None if case.gated else ((1 + 0.1 * torch.randn(c)).to(device), (0.1 * torch.randn(c)).to(device), 1e-5)
-    top = 2 ** (case.bits - 1) - 1
-    grid = Grid(step=5 * 0.003, unit=0.003, multiple=5, low=-top - 1, high=top)
+    grid = grid_of(case)
     state = torch.randint(-900, 901, (n, pixels, c), dtype=torch.int16, device=device) if case.state else None
     before = state.clone() if state is not None else None
     if case.quantize:
@@ -237,7 +243,7 @@ def launch_pixels(case: PixelCase, device: str, real: torch.dtype, overlap: bool
         out = torch.full((n, pixels, c), float("nan"), dtype=real, device=device)
     numbers = torch.tensor([1 / grid.step, grid.unit, grid.multiple], device=device) if case.quantize else None
     sources = {"b": b, "total": total, "layer_norm": norm, "state": state}
-    quantize_pixels(a, out, grid=numbers, bits=case.bits, overlap=overlap, **sources)
+    quantize_pixels(a, out, grid=numbers, bits=case.bits, zero_point=case.zero_point, overlap=overlap, **sources)
     return SimpleNamespace(**sources, a=a, out=out, grid=grid, before=before)
 
 
@@ -260,7 +266,7 @@ def check_pixels(case: PixelCase, device: str, overlap: bool = False) -> None:
         return
     residual = x if made.before is None else x - made.grid.unit * made.before.double()
     position = (residual / made.grid.step).clamp(made.grid.low, made.grid.high)
-    found = made.out[:, :, :c].double()
+    found = made.out[:, :, :c].double() - made.grid.zero_point
     assert (made.out[:, :, c:] == 77).all()
     assert float((found - position).abs().max()) < 0.5 + 2e-3
     assert float((found != position.round()).float().mean()) < 2e-3

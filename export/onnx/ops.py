@@ -213,11 +213,12 @@ class OnnxOps:
         q = self.node("QuantizeLinear", [clipped, *grid], f"{name}.q")
         d = self.node("DequantizeLinear", [q, *grid], f"{name}.d")
         w = self.node("DequantizeLinear", weight, f"{name}.w", axis=0)
-        if self._constants[name].scales.zero_point and any(spec.padding):
-            product = self.node("Conv", [d, w], f"{name}.product", **window)
-            return Value(self.node("Add", [product, self._image_of_bias(spec, bias)], f"{name}.out"), spec.out_shape)
-        if not self._dynamic:
+        if self._constants[name].scales.zero_point:
+            if any(spec.padding):
+                product = self.node("Conv", [d, w], f"{name}.product", **window)
+                return Value(self.node("Add", [product, self._image_of_bias(spec, bias)], f"{name}.out"), spec.out_shape)
             bias = bias + self._taps_of_center(spec).sum((1, 2))
+        if not self._dynamic:
             return Value(self.node("Conv", [d, w, self.real(f"{name}.bias", bias)], f"{name}.out", **window), spec.out_shape)
         product = self.node("Conv", [d, w], f"{name}.product", **window)
         product = self.node("Mul", [product, largest], f"{name}.scaled")

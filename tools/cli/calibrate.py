@@ -237,7 +237,6 @@ def calibrate(
         }
         scales = improve(trials, scales, candidates, rows=search != Search.SCALES)
     if trials and goal is not None:
-        verdict = None
         scales = choose_modes(trials, try_images(images=max(1, trial_images // 4), kept=kept_modes), scales, goal)
         assert scales.curve is not None
         print_curve(scales.curve)
