@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from modiff_trt.core.config import Config
 from modiff_trt.core.context import NO_CONTEXT, Context
 from modiff_trt.core.ddim_yaml import config_from_dict, load_config
+from modiff_trt.core.grid import low_zero_point
 from modiff_trt.core.scales import Scales
 from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.ranges import LayerRanges, measure_ranges
@@ -139,6 +141,14 @@ def ddim_state(params: dict[str, torch.Tensor], levels: int) -> dict[str, torch.
     """The parameters as a DDIM checkpoint has them."""
     names = ddim_names(params, levels)
     return {names[key]: value for key, value in params.items()}
+
+
+def with_low_zero_points(scales: Scales, names: Iterable[str]) -> Scales:
+    """The same scales with a low zero point in these layers, whatever their inputs are."""
+    changed = {
+        name: replace(scales.layers[name], activation_zero_point=low_zero_point(scales.layers[name].act_bits)) for name in names
+    }
+    return replace(scales, layers=scales.layers | changed)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import onnx.numpy_helper
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import ROOT, random_checkpoint, tiny_config
+from conftest import ROOT, random_checkpoint, tiny_config, with_low_zero_points
 from onnx_lockstep import all_modulated, passes
 
 from modiff_trt.core.errors import InputError
@@ -48,10 +48,13 @@ def test_demo_model_agrees_in_each_of_the_first_three_passes(demo, tmp_path):
             assert lockstep.moved <= 1e-3 * lockstep.elements and lockstep.from_edge < 1e-2
 
 
-@pytest.mark.parametrize("bits", [8, 6, 3])
-def test_stateless_network_equals_the_simulation(tiny, tmp_path, bits):
-    """With the integers that onnxruntime found, which may differ from the simulation's on an edge of a grid alone."""
+@pytest.mark.parametrize(("bits", "unpadded"), [(8, False), (6, False), (3, False), (8, True)])
+def test_stateless_network_equals_the_simulation(tiny, tmp_path, bits, unpadded):
+    """With the integers that onnxruntime found, which may differ from the simulation's on an edge of a grid alone. A low zero
+    point is also tried in layers without padding."""
     scales = tiny.scales(method="qdiff", act_bits=bits)
+    if unpadded:
+        scales = with_low_zero_points(scales, [spec.name for spec in tiny.network.layers if not any(spec.padding)])
     model = build_onnx(tiny.network, tiny.checkpoint, scales, "fp32", "x")
     for name in scales.layers:
         model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}.q", onnx.TensorProto.INT8, None))

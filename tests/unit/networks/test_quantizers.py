@@ -85,3 +85,14 @@ def test_histogram_mse_scale_is_near_brute_force():
     best = min(error(s) for s in np.linspace(0.05, 1.0, 400))
     assert error(histogram.mse_scale(4)) < 1.03 * best
     assert error(histogram.mse_scale(4)) < 0.9 * error(histogram.minmax_scale(4))
+
+
+def test_a_searched_scale_weighs_large_errors_more_than_their_squares():
+    x = torch.randn(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x *= x.abs()  # many large values
+    histogram = RangeHistogram()
+    histogram.update(x)
+    tried = np.linspace(0.05, 3.0, 300)
+    least = {p: min(tried, key=lambda s, p=p: float((x - quantize(x, s, 4) * s).abs().pow(p).mean())) for p in (2.0, 2.4)}
+    assert least[2.4] > 1.1 * least[2.0]
+    assert abs(histogram.mse_scale(4) / least[2.4] - 1) < 0.07

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import with_low_zero_points
 from native_reference import ReferenceKernels
 from native_snapped import Snapped
 from small_network import small_case
@@ -31,9 +32,18 @@ def assert_images_of_the_simulation(case, scales):
     assert nearness[1] > 80
 
 
-@pytest.mark.parametrize("recipe", [{"act_bits": 8}, {"act_bits": 4, "split": True}, {"method": "qdiff"}])
+@pytest.mark.parametrize(
+    "recipe",
+    [{"act_bits": 8}, {"act_bits": 4, "split": True}, {"method": "qdiff"}, {"method": "qdiff", "act_bits": 6, "edge_bits": 8}],
+)
 def test_images_are_those_of_the_simulation(small, recipe):
     assert_images_of_the_simulation(small, small.scales(**recipe))
+
+
+def test_zero_points_in_all_layers(small):
+    """Those without padding have no frame, and their integers a zero point all the same."""
+    scales = small.scales(method="qdiff")
+    assert_images_of_the_simulation(small, with_low_zero_points(scales, scales.layers))
 
 
 @pytest.mark.parametrize("recipe", [{"act_bits": 6}, {"method": "qdiff"}])
