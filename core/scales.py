@@ -22,8 +22,8 @@ from modiff_trt.core.manifest import LayerEntry, check_layers
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.solvers import Solver, solver_from_dict
 
-# Files of schema 7 know no zero points, and all of theirs are 0.
-KIND, SCHEMA, OLDER = "scales", 8, (7,)
+# Files of schema 7 know no zero points, and all of theirs are 0. Grids of files before schema 9 do not move.
+KIND, SCHEMA, OLDER = "scales", 9, (7, 8)
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -88,6 +88,7 @@ class Scales:
 
     `activation_range` and `residual_range` [steps, layers] are the largest magnitudes seen at the DDIM steps
     `range_steps`; `residual_histogram` [layers, bins] has the shares of residuals over 0..`histogram_range` [layers].
+    With `moving_grids` layers without state shift their grids at every step (see `core.moving_grids`).
     """
 
     config: Config
@@ -104,6 +105,7 @@ class Scales:
     histogram_range: FloatArray
     granularity: Granularity = Granularity.STATIC
     dither: bool = False
+    moving_grids: bool = False
     # The mixtures of modes that were tried, where modes were chosen by measurement.
     curve: ModeCurve | None = None
     # SHA-256 of the file that they were read from; empty where they were just made.
@@ -127,10 +129,10 @@ class Scales:
         }
 
     def without_modulation(self) -> Scales:
-        """The same calibration with every `modiff` layer in mode `int8`: plain Q-Diffusion."""
+        """The same calibration with every `modiff` layer in mode `int8`, and grids that stand still: plain Q-Diffusion."""
         layers = {k: replace(v, mode=Mode.INT8) if v.mode == Mode.MODIFF else v for k, v in self.layers.items()}
         rows = plain_rows(self.rows.timesteps)
-        return replace(self, method=Method.QDIFF, layers=layers, rows=rows, dither=False, curve=None)
+        return replace(self, method=Method.QDIFF, layers=layers, rows=rows, dither=False, moving_grids=False, curve=None)
 
 
 def only_simulated(scales: Scales) -> str | None:
@@ -165,6 +167,7 @@ def _content(scales: Scales) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, 
         "scale_method": scales.scale_method,
         "granularity": scales.granularity,
         "dither": scales.dither,
+        "moving_grids": scales.moving_grids,
         "solver": scales.solver.to_dict(),
         "warmup": scales.rows.warmup,
         "exact_start": scales.rows.exact_start,
@@ -231,7 +234,8 @@ def load_scales(path: Path, network: Layered | None = None, checkpoint_sha256: s
             histogram_range=arrays["histogram.range"],
             granularity=Granularity(header["granularity"]),
             dither=header["dither"],
-            # Files of earlier versions have none.
+            # Files of earlier versions have neither.
+            moving_grids=header.get("moving_grids", False),
             curve=curve_from_dict(header.get("curve"), f"scales file {path}"),
             file_sha256=stored.sha256,
         )
@@ -301,6 +305,7 @@ def _check_types(stored: Stored, path: Path) -> None:
     for word, kinds in WORDS.items():
         check(isinstance(header[word], str) and header[word] in kinds, word)
     check(type(header["exact_start"]) is bool and type(header["dither"]) is bool, "start")
+    check(type(header.get("moving_grids", False)) is bool, "moving_grids")
     for name, kind in ARRAYS.items():
         check(of(name, kind), name)
     for layer in header["layers"]:
@@ -330,6 +335,8 @@ def _check(scales: Scales, path: Path) -> None:
             raise InputError(f"scales file {path}: layer '{name}' has a scale that is not positive; calibrate again")
         if layer.activation_zero_point and scales.granularity != Granularity.STATIC:
             raise InputError(f"scales file {path}: layer '{name}' has a zero point, which no dynamic grid has; calibrate again")
+    if scales.moving_grids and scales.granularity != Granularity.STATIC:
+        raise InputError(f"scales file {path} has moving grids that are not static, which nothing can run; calibrate again")
     if scales.rows.multipliers.shape != (len(scales.rows), len(scales.modulated)):
         raise InputError(f"scales file {path}: the row table does not fit the modulated layers; calibrate again")
     if not np.isfinite(scales.rows.multipliers).all() or (scales.rows.multipliers <= 0).any():

@@ -21,6 +21,7 @@ from torch import Tensor
 from modiff_trt.core.dither import dither_offset
 from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
 from modiff_trt.core.kinds import Granularity, Mode
+from modiff_trt.core.moving_grids import shifts as shifts_of_rows
 from modiff_trt.core.scales import LayerScales, Scales
 from modiff_trt.networks.operations import LayerSpec, Network
 from modiff_trt.networks.quantizers import quantize, quantize_weight, unpack_rounding
@@ -44,7 +45,8 @@ class QuantizedLayer:
     """A layer with integer weights. `weight` holds integers [C_out, C_in, K, K] in a float dtype.
 
     `granularity` is `static` (the baked `scale` with its `zero_point`), or a grid found anew at every pass from the largest
-    magnitude of each sample (`tensor`, LTQ) or of each input channel of each sample (`channel`, LCQ).
+    magnitude of each sample (`tensor`, LTQ) or of each input channel of each sample (`channel`, LCQ). A `moving` grid is a
+    static one of a layer without state, shifted at each step (`core.moving_grids`).
     """
 
     spec: LayerSpec
@@ -58,6 +60,7 @@ class QuantizedLayer:
     dither: bool = False
     skip_ratio: float = 1.0
     zero_point: int = 0
+    moving: bool = False
 
 
 def shifted_bias(spec: LayerSpec, params: Params, entry: LayerScales) -> Tensor:
@@ -91,6 +94,7 @@ def quantize_layers(
             dither=scales.dither,
             skip_ratio=entry.skip_ratio,
             zero_point=entry.zero_point,
+            moving=scales.moving_grids and entry.mode == Mode.INT8,
         )
     return layers
 
@@ -154,12 +158,33 @@ def dynamic_quantize(layer: QuantizedLayer, x: Tensor) -> Tensor:
     return step * quantize(x, step, layer.bits)
 
 
-def stateless_layer(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """Plain quantization of the activation (static: Q-Diffusion, arXiv 2302.04304)."""
+def bias_of_shifts(layer: QuantizedLayer, shifts: Tensor) -> Tensor:
+    """[..., C_out]: what takes a moving grid's `shifts` [..., C_in] out of the layer's output again. They are taken from
+    padding too, as if it were quantized like any pixel: its integers are 0, and a bias is the same at all pixels."""
+    return -layer.scale * layer.weight_scale * (shifts @ layer.weight.sum((2, 3)).T)
+
+
+def stateless_layer(layer: QuantizedLayer, x: Tensor, shifts: Tensor | None = None) -> Tensor:
+    """Plain quantization of the activation (static: Q-Diffusion, arXiv 2302.04304), of a moving grid with this pass's `shifts`
+    [C_in] in steps (subtractive dither, Roberts 1962)."""
     if layer.granularity != Granularity.STATIC:
         return layer.bias[:, None, None] + integer_product(layer, dynamic_quantize(layer, x))
-    q = quantize(x, layer.scale, layer.bits, layer.zero_point)
-    return layer.bias[:, None, None] + layer.scale * integer_product(layer, q)
+    bias = layer.bias
+    if layer.moving:
+        if shifts is None:
+            raise ValueError(f"layer '{layer.spec.name}' has a moving grid, and no shifts were given")
+        q = quantize(x / layer.scale + shifts[:, None, None], 1.0, layer.bits, layer.zero_point)
+        bias = bias + bias_of_shifts(layer, shifts)
+    else:
+        q = quantize(x, layer.scale, layer.bits, layer.zero_point)
+    return bias[:, None, None] + layer.scale * integer_product(layer, q)
+
+
+def moving_shifts(network: Network, scales: Scales) -> Tensor | None:
+    """float32 [rows, channels of the widest layer]: for each row what its moving grids are shifted by; None where none move."""
+    if not scales.moving_grids:
+        return None
+    return torch.from_numpy(shifts_of_rows(scales.rows.t, max(spec.in_shape[0] for spec in network.layers)))
 
 
 def weight_only_layer(layer: QuantizedLayer, x: Tensor) -> Tensor:
@@ -178,12 +203,14 @@ def simulate(
     *,
     exact: bool = False,
     act_quant: bool = True,
+    shifts: Tensor | None = None,
     on_layer: OnLayer | None = None,
 ) -> tuple[Tensor, State]:
     """One pass of the quantized network: (eps [N, C, H, W], new state).
 
     `multipliers` gives m for each modulated layer. With `act_quant` off only the weights are quantized and the state
-    passes through unchanged. `on_layer` is shown (layer, x, state) before each modulated layer rounds x - a_hat.
+    passes through unchanged. `shifts` [channels] are this pass's (a row of `moving_shifts`). `on_layer` is shown
+    (layer, x, state) before each modulated layer rounds x - a_hat.
     """
     new_state: State = {}
     unquantized = float_layer(params)
@@ -196,7 +223,7 @@ def simulate(
         if not act_quant:
             return weight_only_layer(layer, value)
         if layer.mode == Mode.INT8:
-            return stateless_layer(layer, value)
+            return stateless_layer(layer, value, shifts[: spec.in_shape[0]] if shifts is not None else None)
         if on_layer is not None:
             on_layer(layer, value, state[spec.name])
         y, new_state[spec.name] = modulated_layer(

@@ -17,7 +17,7 @@ from torch import Tensor
 from modiff_trt.core.context import context_arrays
 from modiff_trt.core.scales import Scales
 from modiff_trt.networks.binding import time_table
-from modiff_trt.networks.modulated import State, initial_state, quantize_layers, simulate
+from modiff_trt.networks.modulated import State, initial_state, moving_shifts, quantize_layers, simulate
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Params, run_unet
 
@@ -39,6 +39,8 @@ class QuantModel:
         self._layers = quantize_layers(network, params, scales)
         self._table = time_table(network, params)
         self._weight_quant = self._act_quant = True
+        shifts = moving_shifts(network, scales)
+        self._shifts = shifts.to(next(iter(params.values())).device) if shifts is not None else None
         self._state: State = {}
         self._row = 0
 
@@ -87,6 +89,7 @@ class QuantModel:
                 bias,
                 multipliers,
                 exact=rows.exact_start and row == 0,
+                shifts=self._shifts[row] if self._shifts is not None else None,
             )
         self._row = last + 1
         return eps

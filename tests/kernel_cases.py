@@ -27,6 +27,7 @@ class KernelCase:
     dynamic: bool = False
     far: bool = False
     zero_point: int = 0
+    moving: bool = False
 
 
 CASES = {
@@ -79,6 +80,13 @@ CASES["low zero point, norm, silu, 6 bits, framed on two sides, padded channels"
 CASES["low zero point, upsampled, framed"] = KernelCase(
     InputShape(32, 0, 3, 5, upsample=True, frame=(1, 2, 3, 1)), state=False, bits=3, zero_point=-3
 )
+CASES["moving grid"] = KernelCase(InputShape(48, 0, 5, 7), state=False, moving=True)
+CASES["moving grid across the seam, low zero point, norm in slabs, framed, 6 bits"] = KernelCase(
+    InputShape(64, 32, 13, 11, frame=(1, 1, 1, 1)), groups=32, silu=True, state=False, bits=6, zero_point=-24, moving=True
+)
+CASES["moving grid, small, norm, upsampled, factors"] = KernelCase(
+    InputShape(32, 64, 5, 5, upsample=True), groups=32, silu=True, factors=True, state=False, moving=True
+)
 CASES["upsampled"] = KernelCase(InputShape(64, 0, 4, 2, upsample=True))
 CASES["upsampled sum"] = KernelCase(InputShape(32, 0, 3, 5, upsample=True), add=True, write=True)
 
@@ -86,7 +94,13 @@ CASES["upsampled sum"] = KernelCase(InputShape(32, 0, 3, 5, upsample=True), add=
 def grid_of(case: "KernelCase | PixelCase") -> Grid:
     half = 2 ** (case.bits - 1)
     low, high = -half - case.zero_point, half - 1 - case.zero_point
-    return Grid(step=5 * 0.003, unit=0.003, multiple=5, low=low, high=high, zero_point=case.zero_point)
+    phase = 41234 if case.moving else 0
+    return Grid(5 * 0.003, 0.003, multiple=5, low=low, high=high, zero_point=case.zero_point, moving=case.moving, phase=phase)
+
+
+def numbers_of(grid: Grid) -> torch.Tensor:
+    """float32 [5], as the row vector has them."""
+    return torch.tensor([1 / grid.step, grid.unit, grid.multiple, grid.step, grid.phase])
 
 
 def launch(case: KernelCase, device: str, real: torch.dtype, overlap: bool = False) -> SimpleNamespace:
@@ -124,9 +138,10 @@ def launch(case: KernelCase, device: str, real: torch.dtype, overlap: bool = Fal
         out,
         norm=Norm(*norm) if norm else None,
         silu=case.silu,
-        grid=torch.tensor([1 / grid.step, grid.unit, grid.multiple], device=device) if case.quantize else None,
+        grid=numbers_of(grid).to(device) if case.quantize else None,
         bits=case.bits,
         zero_point=case.zero_point,
+        moving=case.moving,
         overlap=overlap,
         **sources,
     )
@@ -168,7 +183,8 @@ def check(case: KernelCase, device: str, overlap: bool = False) -> None:
         else:
             torch.testing.assert_close(step, multiple * grid.unit, rtol=1e-6, atol=0)
             assert ((step >= span * (1 - 1e-4)) & (step < span + grid.unit * 1.01)).all()
-    q = (residual(multiple) / step).round().clamp(grid.low, grid.high)
+    shifts = reference.shifts_of(grid, x)
+    q = (residual(multiple) / step + shifts).round().clamp(grid.low, grid.high)
     if steps is None:
         assert torch.equal(q + grid.zero_point, reference.rounded_input(x, wide(before), grid)[0])
     (height, width), (above, left, below, right) = shape.out_size, shape.frame
@@ -181,7 +197,7 @@ def check(case: KernelCase, device: str, overlap: bool = False) -> None:
         found = out.view(n, shape.height, 2, shape.width, 2, -1)
         assert (found == found[:, :, :1, :, :1]).all()  # each value four times
         out = found[:, :, 0, :, 0].reshape(n, shape.pixels, -1)
-    position = (residual(multiple) / step).clamp(grid.low, grid.high)
+    position = (residual(multiple) / step + shifts).clamp(grid.low, grid.high)
     found = out[:, :, : shape.total].double() - grid.zero_point
     assert (out[:, :, shape.total :] == 77).all()  # padding channels are not touched
     assert float((found - position).abs().max()) < 0.5 + 2e-3
@@ -206,6 +222,7 @@ class PixelCase:
     q_channels: int = 0
     offset: float = 0.0
     zero_point: int = 0
+    moving: bool = False
 
 
 PIXEL_CASES = {
@@ -220,6 +237,8 @@ PIXEL_CASES = {
     "geglu, stateless, padded": PixelCase(72, 13, gated=True, state=False, q_channels=80),
     "layer norm, low zero point": PixelCase(96, 17, state=False, zero_point=-96),
     "geglu, low zero point, 6 bits, padded": PixelCase(72, 13, gated=True, state=False, bits=6, zero_point=-24, q_channels=80),
+    "layer norm, moving grid": PixelCase(96, 17, state=False, moving=True),
+    "geglu, moving grid, low zero point": PixelCase(5120, 3, gated=True, batch=2, state=False, zero_point=-96, moving=True),
     "geglu to float": PixelCase(160, 19, gated=True, state=False, quantize=False),
     "geglu of 5120": PixelCase(5120, 3, gated=True, batch=2, bits=6),
 }
@@ -241,9 +260,10 @@ def launch_pixels(case: PixelCase, device: str, real: torch.dtype, overlap: bool
         out = torch.full((n, pixels, case.q_channels or c), 77, dtype=torch.int8, device=device)
     else:
         out = torch.full((n, pixels, c), float("nan"), dtype=real, device=device)
-    numbers = torch.tensor([1 / grid.step, grid.unit, grid.multiple], device=device) if case.quantize else None
+    numbers = numbers_of(grid).to(device) if case.quantize else None
     sources = {"b": b, "total": total, "layer_norm": norm, "state": state}
-    quantize_pixels(a, out, grid=numbers, bits=case.bits, zero_point=case.zero_point, overlap=overlap, **sources)
+    of_grid = {"bits": case.bits, "zero_point": case.zero_point, "moving": case.moving}
+    quantize_pixels(a, out, grid=numbers, **of_grid, overlap=overlap, **sources)
     return SimpleNamespace(**sources, a=a, out=out, grid=grid, before=before)
 
 
@@ -265,7 +285,7 @@ def check_pixels(case: PixelCase, device: str, overlap: bool = False) -> None:
         torch.testing.assert_close(made.out.double(), x, rtol=2e-3, atol=2e-3)
         return
     residual = x if made.before is None else x - made.grid.unit * made.before.double()
-    position = (residual / made.grid.step).clamp(made.grid.low, made.grid.high)
+    position = (residual / made.grid.step + reference.shifts_of(made.grid, x)).clamp(made.grid.low, made.grid.high)
     found = made.out[:, :, :c].double() - made.grid.zero_point
     assert (made.out[:, :, c:] == 77).all()
     assert float((found - position).abs().max()) < 0.5 + 2e-3

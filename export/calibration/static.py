@@ -42,12 +42,14 @@ KINDS: tuple[tuple[str, type[StrEnum], str], ...] = (
 class Recipe:
     """What to calibrate: `method` modiff or qdiff, bits, how scales are searched, and how a trajectory starts.
 
-    `scale_method` is of residuals, `activation_method` of the activations of layers without state: one static grid holds all
-    steps there, and clipping its rare largest values costs less than a coarser step. `weight_scale_method` is of weights.
-    `split` gives the skip half of a concatenated input its own grid. `residuals` says whether residual ranges are those of the
-    float network or of the quantized one (see `export.calibration.residuals`). `edge_bits` raises the bits of the first and
-    last convolution (Q-Diffusion keeps them at 8); None leaves them. Layers below `min_intensity` multiply-accumulates for each
-    element of input and output stay in float: there, moving the state takes longer than INT8 saves.
+    `scale_method` is of residuals, `activation_method` of the activations of layers without state: one static grid holds
+    all steps there, and clipping its rare largest values costs less than a coarser step. `weight_scale_method` is of
+    weights. `dither` starts a_hat from a random place inside the grid, and moves the grids of layers without state (see
+    `core.moving_grids`). `split` gives the skip half of a concatenated input its own grid. `residuals` says whether
+    residual ranges are those of the float network or of the quantized one (see `export.calibration.residuals`). `edge_bits`
+    raises the bits of the first and last convolution (Q-Diffusion keeps them at 8); None leaves them. Layers below
+    `min_intensity` multiply-accumulates for each element of input and output stay in float: there, moving the state takes
+    longer than INT8 saves.
     """
 
     method: Method = Method.MODIFF
@@ -219,5 +221,7 @@ def make_scales(
         histogram_range=np.asarray([top for _, top in histograms], np.float32),
         granularity=recipe.granularity,
         dither=bool(bits) and recipe.start == Start.WARMUP and recipe.granularity == Granularity.STATIC and recipe.dither,
+        # Q-Diffusion's grids stand still.
+        moving_grids=recipe.method == Method.MODIFF and recipe.granularity == Granularity.STATIC and recipe.dither,
     )
     return with_whole_steps(scales)

@@ -32,8 +32,9 @@ from modiff_trt.core.manifest import (
 from modiff_trt.core.onnx_file import DATA, without_functions, write_outside
 from modiff_trt.core.scales import LayerScales, Scales, only_simulated
 from modiff_trt.core.solvers import Solver
-from modiff_trt.export.onnx.ops import IR_VERSION, OPSET, LayerConstants, OnnxOps, Value, modulated_conv_function
-from modiff_trt.export.onnx.times import bind_conditions, bind_times, only_known_times
+from modiff_trt.export.onnx.function import IR_VERSION, OPSET, modulated_conv_function
+from modiff_trt.export.onnx.ops import LayerConstants, OnnxOps, Value
+from modiff_trt.export.onnx.times import bind_conditions, bind_lines, bind_moving_grids, bind_times, only_known_times
 from modiff_trt.networks.binding import embeddings, of_images, time_table
 from modiff_trt.networks.checkpoint import Checkpoint
 from modiff_trt.networks.modulated import quantize_layers
@@ -78,11 +79,14 @@ def build_onnx(
     if network.prompted:
         ops.bind_prompt()
     timesteps = [int(t) for t in scales.rows.t] if scales is not None else None
+    lines = bind_lines(ops, timesteps, network.config.diffusion.num_diffusion_timesteps)
     if of_images(network):
-        bind_conditions(ops, network, params, table=embeddings(network, checkpoint.params).numpy(), timesteps=timesteps)
+        bind_conditions(ops, network, params, table=embeddings(network, checkpoint.params).numpy(), lines=lines)
     else:
         table = time_table(network, checkpoint.params)
-        bind_times(ops, network, {block: rows.numpy() for block, rows in table.items()}, timesteps)
+        bind_times(ops, network, {block: rows.numpy() for block, rows in table.items()}, lines)
+    if scales is not None:
+        bind_moving_grids(ops, network, scales, lines)
     if modulated and not dynamic:
         ops.bind_rows("row_scale")
     x = ops.cast("x", "x_cast", ops._type)

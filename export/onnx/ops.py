@@ -1,12 +1,8 @@
-"""The UNet as ONNX nodes: the operations of `unet`, and the modulated layer as a local function.
-
-The modulated layer is a function of domain `modiff` whose body is standard operators with the QDQ pattern. A runtime
-that knows nothing of it inlines the body; TensorRT takes a registered plugin of that name, version and namespace.
-"""
+"""The UNet as ONNX nodes: the operations of `unet2d`, with the modulated layer as a local function (`function`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,54 +11,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from modiff_trt.core.grid import SMALLEST_SCALE, grid_max
 from modiff_trt.core.kinds import Mode
-from modiff_trt.core.manifest import CONV_ATTRIBUTES, DOMAIN, FUNCTION, PLUGIN_VERSION
+from modiff_trt.core.manifest import DOMAIN, FUNCTION, PLUGIN_VERSION
 from modiff_trt.core.scales import LayerScales
 from modiff_trt.networks.operations import LAYER_NORM_EPS, Block, LayerSpec, Network
 from modiff_trt.networks.split import skip_factors
 
-OPSET = 21
-IR_VERSION = 10
 # The prompt in the graph's float type.
 PROMPT = "prompt"
-
-
-def modulated_conv_function() -> onnx.FunctionProto:
-    """`ModulatedConv`: (o_hat', a_hat') from x, a_hat, o_hat, the row's multiplier and the layer's constants.
-
-    Every Q/DQ scale is a constant of the caller; the multiplier stays outside Q/DQ because TensorRT cannot build an
-    INT8 convolution from a scale that it does not know. `low` and `high` bound the residual to the grid of fewer
-    than 8 bits; for 8 bits they change nothing.
-    """
-    node = helper.make_node
-    conv = node("Conv", ["d", "w"], ["y"])
-    for name in CONV_ATTRIBUTES:
-        reference = onnx.AttributeProto()
-        reference.name = reference.ref_attr_name = name
-        reference.type = onnx.AttributeProto.INTS
-        conv.attribute.append(reference)
-    body = [
-        node("Sub", ["x", "a_hat"], ["r"]),
-        node("Div", ["r", "m"], ["rm"]),
-        node("Clip", ["rm", "low", "high"], ["rc"]),
-        node("QuantizeLinear", ["rc", "scale", "zero"], ["q"]),
-        node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
-        node("Mul", ["d", "m"], ["dm"]),
-        node("Add", ["a_hat", "dm"], ["a_hat_out"]),
-        node("DequantizeLinear", ["weight", "weight_scale", "weight_zero"], ["w"], axis=0),
-        conv,
-        node("Mul", ["y", "m"], ["ym"]),
-        node("Add", ["ym", "o_hat"], ["o_hat_out"]),
-    ]
-    inputs = ["x", "a_hat", "o_hat", "m", "low", "high", "scale", "zero", "weight", "weight_scale", "weight_zero"]
-    return helper.make_function(
-        DOMAIN,
-        FUNCTION,
-        inputs,
-        ["o_hat_out", "a_hat_out"],
-        body,
-        [helper.make_opsetid("", OPSET)],
-        attributes=list(CONV_ATTRIBUTES),
-    )
 
 
 @dataclass(frozen=True)
@@ -113,6 +68,7 @@ class OnnxOps:
         self._columns = {name: i for i, name in enumerate(modulated)}
         self._dtype = dtype
         self._dynamic = dynamic
+        self._moving: set[str] = set()
         self._type = TensorProto.FLOAT16 if dtype is np.float16 else TensorProto.FLOAT
 
     def node(self, op: str, inputs: list[str], output: str, **attributes: object) -> str:
@@ -151,6 +107,32 @@ class OnnxOps:
             index = self.constant(f"{layer}.column", np.asarray(column, np.int64))
             self.node("Gather", [scale, index], f"{layer}.multiplier", axis=0)
 
+    def split_shifts(self, shifts: str, biases: str, names: Sequence[str]) -> None:
+        """What moving grids of the layers `names` are shifted by in steps, [N, channels of the widest], and what their biases
+        take of it out again, one tensor [N, sum of output channels]."""
+        shifts, biases = (self.cast(value, f"{value}_cast", self._type) for value in (shifts, biases))
+        start, axis = (
+            self.constant("first", np.asarray([0], np.int64)),
+            self.constant("axis.channels", np.asarray([1], np.int64)),
+        )
+        for channels in sorted({self._network.layer(name).in_shape[0] for name in names}):
+            end = self.constant(f"size.{channels}", np.asarray([channels], np.int64))
+            part = self.node("Slice", [shifts, start, end, axis], f"shifts.{channels}.line")
+            self.node("Reshape", [part, self._column(channels)], f"shifts.{channels}")
+        sizes = self.constant("shift_sizes", np.asarray([self._network.layer(name).out_shape[0] for name in names], np.int64))
+        outputs = [f"{name}.of_shifts" for name in names]
+        self.nodes.append(helper.make_node("Split", [biases, sizes], outputs, name="shift_split", axis=1))
+        self._moving = set(names)
+
+    def bias_of_shifts(self, name: str, shifts: np.ndarray) -> np.ndarray:
+        """float64 [rows, C_out] of `shifts` [rows, C_in]: as `networks.modulated.bias_of_shifts`, by the graph's scales."""
+        scale, weight = self._as_in_graph(name)
+        return np.asarray(-scale * shifts.astype(np.float64) @ weight.sum((2, 3)).T)
+
+    def _column(self, channels: int) -> str:
+        """The shape of [N, channels] beside images."""
+        return self.constant(f"shape.time.{channels}", np.asarray([0, channels, 1, 1], np.int64))
+
     def layer(self, spec: LayerSpec, x: Value) -> Value:
         name, constants = spec.name, self._constants[spec.name]
         window = {"kernel_shape": [spec.kernel] * 2, "pads": list(spec.padding), "strides": [spec.stride] * 2}
@@ -162,7 +144,7 @@ class OnnxOps:
             x = Value(self.node("Mul", [x.name, factors], f"{name}.split"), x.shape)
         q = grid_max(constants.scales.act_bits)
         grid = 1 / q if self._dynamic else constants.scales.scale
-        x = self._centered(spec, x)
+        x = self._shifted(spec, self._centered(spec, x))
         low, high = self.real(f"{name}.low", -(q + 1) * grid), self.real(f"{name}.high", q * grid)
         scale, zero = self.real(f"{name}.scale", grid), self.constant("zero", np.asarray(0, np.int8))
         integers = [
@@ -171,9 +153,13 @@ class OnnxOps:
             self.constant(f"zeros.{spec.out_shape[0]}", np.zeros(spec.out_shape[0], np.int8)),
         ]
         if constants.scales.mode == Mode.INT8:
-            return self._stateless(
+            out = self._stateless(
                 spec, x, low, high=high, grid=[scale, zero], weight=integers, bias=constants.bias, window=window
             )
+            if name not in self._moving:
+                return out
+            back = self.node("Reshape", [f"{name}.of_shifts", self._column(spec.out_shape[0])], f"{name}.shift_bias")
+            return Value(self.node("Add", [out.name, back], f"{name}.out_unshifted"), spec.out_shape)
         multiplier = f"{name}.multiplier"
         if self._dynamic:
             residual = self.node("Sub", [x.name, f"a_hat.{name}"], f"{name}.residual")
@@ -238,12 +224,23 @@ class OnnxOps:
         center = self.real(f"{spec.name}.center", self._center(spec.name))
         return Value(self.node("Sub", [x.name, center], f"{spec.name}.centered"), x.shape)
 
+    def _shifted(self, spec: LayerSpec, x: Value) -> Value:
+        if spec.name not in self._moving:
+            return x
+        step = self.real(f"{spec.name}.scale", self._constants[spec.name].scales.scale)
+        shift = self.node("Mul", [f"shifts.{spec.in_shape[0]}", step], f"{spec.name}.shift")
+        return Value(self.node("Add", [x.name, shift], f"{spec.name}.shifted"), x.shape)
+
+    def _as_in_graph(self, name: str) -> tuple[float, np.ndarray]:
+        """The activation's scale and the dequantized weight [C_out, C_in, K, K] as the graph has them, in float64."""
+        constants = self._constants[name]
+        weight_scale = constants.scales.weight_scale.astype(self._dtype).astype(np.float64)
+        weight = constants.weight.astype(np.float64) * weight_scale[:, None, None, None]
+        return float(self._dtype(constants.scales.scale)), weight
+
     def _taps_of_center(self, spec: LayerSpec) -> np.ndarray:
         """float64 [C_out, K, K]: what an input that is the center everywhere adds to an output, by element of the kernel."""
-        constants = self._constants[spec.name]
-        weight_scale = constants.scales.weight_scale.astype(self._dtype).astype(np.float64)
-        sums = constants.weight.astype(np.float64).sum(1) * weight_scale[:, None, None]
-        return np.asarray(self._center(spec.name) * sums)
+        return np.asarray(self._center(spec.name) * self._as_in_graph(spec.name)[1].sum(1))
 
     def _image_of_bias(self, spec: LayerSpec, bias: np.ndarray) -> str:
         """bias + the layer's product of its center [C_out, P, Q]. Zeros pad what is quantized and not the center, so that it is
@@ -291,8 +288,7 @@ class OnnxOps:
     def timed_norm_silu(self, block: str, name: str, x: Value, groups: int, eps: float) -> Value:
         channels = x.shape[0]
         h = self.norm(name, x, groups, eps)
-        shape = self.constant(f"shape.time.{2 * channels}", np.asarray([0, 2 * channels, 1, 1], np.int64))
-        both = self.node("Reshape", [f"{block}.time", shape], f"{block}.time_both")
+        both = self.node("Reshape", [f"{block}.time", self._column(2 * channels)], f"{block}.time_both")
         scale, shift = f"{block}.time_scale", f"{block}.time_shift"
         sizes = self.constant(f"sizes.time.{channels}", np.full(2, channels, np.int64))
         self.nodes.append(helper.make_node("Split", [both, sizes], [scale, shift], name=f"{block}.time_parts", axis=1))
@@ -308,8 +304,7 @@ class OnnxOps:
         return Value(self.node("Add", [a.name, b.name], f"{a.name}+{b.name}"), a.shape)
 
     def add_time(self, block: str, x: Value, channels: int) -> Value:
-        shape = self.constant(f"shape.time.{channels}", np.asarray([0, channels, 1, 1], np.int64))
-        bias = self.node("Reshape", [f"{block}.time", shape], f"{block}.time_bias")
+        bias = self.node("Reshape", [f"{block}.time", self._column(channels)], f"{block}.time_bias")
         return Value(self.node("Add", [x.name, bias], f"{block}.timed"), x.shape)
 
     def concat(self, a: Value, b: Value) -> Value:

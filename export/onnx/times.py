@@ -3,30 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
+from modiff_trt.core.kinds import Mode
+from modiff_trt.core.moving_grids import shifts
+from modiff_trt.core.scales import Scales
 from modiff_trt.export.onnx.ops import OnnxOps
 from modiff_trt.networks.operations import Network
 
 
-def bind_times(ops: OnnxOps, network: Network, table: Mapping[str, np.ndarray], timesteps: Collection[int] | None) -> None:
+@dataclass(frozen=True)
+class TimeLines:
+    """Which lines of tables by timestep a file keeps, all where `kept` is None, and the tensor int64 [N] that says which of
+    them `t` [N] asks for."""
+
+    kept: list[int] | None
+    line: str
+
+    def of(self, ops: OnnxOps, table: np.ndarray, name: str) -> str:
+        """The lines of a table [T, C] that `t` asks for, float32 [N, C]."""
+        table = (table if self.kept is None else table[self.kept]).astype(np.float32)
+        return ops.node("Gather", [ops.constant(f"{name}_table", table), self.line], f"{name}_rows", axis=0)
+
+
+def bind_lines(ops: OnnxOps, timesteps: Collection[int] | None, steps: int) -> TimeLines:
+    """Only lines of `timesteps` are kept, where they are given: a trained process has a thousand, a sampler some tens. See
+    `only_known_times`."""
+    if timesteps is None:
+        return TimeLines(None, "t")
+    kept = sorted(set(timesteps))
+    lines = np.zeros(steps, np.int64)
+    lines[kept] = np.arange(len(kept))
+    return TimeLines(kept, ops.node("Gather", [ops.constant("time_lines", lines), "t"], "time_line", axis=0))
+
+
+def bind_times(ops: OnnxOps, network: Network, table: Mapping[str, np.ndarray], lines: TimeLines) -> None:
     """Looks up what the timestep gives all blocks, in one table [T, sum of channels], float32, by `t` [N]."""
     whole = np.concatenate([table[b] for b in network.time_channels], axis=1)
-    ops.split_times(_time_lines(ops, whole, timesteps))
+    ops.split_times(lines.of(ops, whole, "time"))
 
 
-def _time_lines(ops: OnnxOps, table: np.ndarray, timesteps: Collection[int] | None) -> str:
-    """The lines of a table [T, C] that `t` asks for. Only lines of `timesteps` are kept, where they are given: a trained
-    process has a thousand, a sampler some tens. See `only_known_times`."""
-    table, line = table.astype(np.float32), "t"
-    if timesteps is not None:
-        kept = sorted(set(timesteps))
-        lines = np.zeros(len(table), np.int64)
-        lines[kept] = np.arange(len(kept))
-        line = ops.node("Gather", [ops.constant("time_lines", lines), "t"], "time_line", axis=0)
-        table = table[kept]
-    return ops.node("Gather", [ops.constant("time_table", table), line], "time_rows", axis=0)
+def bind_moving_grids(ops: OnnxOps, network: Network, scales: Scales, lines: TimeLines) -> None:
+    """Looks up what layers without state shift their grids by at the timestep `t` [N], and what their biases make of it."""
+    names = [name for name, layer in scales.layers.items() if layer.mode == Mode.INT8]
+    if not scales.moving_grids or not names or lines.kept is None:
+        return
+    moved = shifts(np.asarray(lines.kept), max(network.layer(name).in_shape[0] for name in names))
+    biases = [ops.bias_of_shifts(name, moved[:, : network.layer(name).in_shape[0]]) for name in names]
+    known = TimeLines(None, lines.line)
+    ops.split_shifts(known.of(ops, moved, "shift"), known.of(ops, np.concatenate(biases, axis=1), "shift_bias"), names)
 
 
 def only_known_times(ops: OnnxOps, eps: str, output: str, *, timesteps: Collection[int], steps: int) -> None:
@@ -40,7 +67,7 @@ def only_known_times(ops: OnnxOps, eps: str, output: str, *, timesteps: Collecti
 
 
 def bind_conditions(
-    ops: OnnxOps, network: Network, params: Mapping[str, np.ndarray], *, table: np.ndarray, timesteps: Collection[int] | None
+    ops: OnnxOps, network: Network, params: Mapping[str, np.ndarray], *, table: np.ndarray, lines: TimeLines
 ) -> None:
     """What the timestep gives all blocks together with what a class or a prompt as a whole says of each image, by the names
     of `networks.binding`; `table` float32 [T, C] is the embedding of each timestep, before anything is added to it."""
@@ -55,7 +82,7 @@ def bind_conditions(
     def silu(x: str) -> str:
         return ops.node("Mul", [x, ops.node("Sigmoid", [x], f"{x}.gate")], f"{x}.silu")
 
-    h = _time_lines(ops, table, timesteps)
+    h = lines.of(ops, table, "time")
     if a.classes:
         classes = ops.constant("class_embedding.weight", params["class_embedding.weight"])
         h = ops.node("Add", [h, ops.node("Gather", [classes, "class_labels"], "class_rows", axis=0)], "classed")

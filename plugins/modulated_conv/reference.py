@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modiff_trt.core.moving_grids import shifts_of_phase
 from modiff_trt.core.state_grid import STATE_MAX
 
 
@@ -59,7 +60,7 @@ class InputShape:
 @dataclass(frozen=True)
 class Grid:
     """A pass's grid: `step` = `multiple` * `unit`, and the integers that the bits allow, less the zero point (0 where there is
-    state)."""
+    state). A `moving` one is shifted by the pass's `phase` (`core.moving_grids`)."""
 
     step: float
     unit: float
@@ -67,6 +68,8 @@ class Grid:
     low: int
     high: int
     zero_point: int = 0
+    moving: bool = False
+    phase: int = 0
 
 
 def layer_input(
@@ -108,12 +111,17 @@ def reachable(x: Tensor, unit: float, multiple: Tensor) -> Tensor:
     return x.clamp(-reach, reach)
 
 
+def shifts_of(grid: Grid, x: Tensor) -> Tensor:
+    """[C], what x [N, H*W, C] is shifted by, in steps."""
+    return torch.from_numpy(shifts_of_phase(grid.phase, x.shape[2])).to(x) if grid.moving else x.new_zeros(x.shape[2])
+
+
 def rounded_input(x: Tensor, state: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """(q, new state): q = clip(rint((x - unit * state) / step)) and state + multiple * q, with x as `reachable` gives it;
-    without state, clip(rint(x / step)) + zero_point."""
+    without state, clip(rint(x / step + shift)) + zero_point."""
     if state is not None:
         x = reachable(x, grid.unit, torch.tensor(grid.multiple)) - grid.unit * state.to(x.dtype)
-    q = (x / grid.step).round().clamp(grid.low, grid.high)
+    q = (x / grid.step + shifts_of(grid, x)).round().clamp(grid.low, grid.high)
     return q + grid.zero_point, None if state is None else state.to(x.dtype) + grid.multiple * q
 
 

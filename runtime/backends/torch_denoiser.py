@@ -15,7 +15,15 @@ from modiff_trt.core.kinds import Granularity
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.scales import Scales
 from modiff_trt.networks.binding import Binder, Held, on_device
-from modiff_trt.networks.modulated import OnLayer, QuantizedLayer, State, initial_state, quantize_layers, simulate
+from modiff_trt.networks.modulated import (
+    OnLayer,
+    QuantizedLayer,
+    State,
+    initial_state,
+    moving_shifts,
+    quantize_layers,
+    simulate,
+)
 from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Bound, Params, run_unet
 from modiff_trt.runtime.denoiser import StateInfo
@@ -120,6 +128,8 @@ class SimDenoiser(_TorchBase):
         `on_layer`; see `simulate`. `between_passes` is called before every pass but a trajectory's first."""
         super().__init__(network, params, scales.rows if act_quant else plain_rows(scales.rows.timesteps), device, dtype)
         self.layers: dict[str, QuantizedLayer] = quantize_layers(network, self._params, scales, dtype=dtype)
+        shifts = moving_shifts(network, scales)
+        self._shifts = shifts.to(self._device, dtype) if shifts is not None and act_quant else None
         self._modulated = scales.modulated if act_quant else ()
         self._act_quant = act_quant
         self._pass = torch.compile(simulate) if compiled else simulate
@@ -165,6 +175,7 @@ class SimDenoiser(_TorchBase):
                 multipliers,
                 exact=exact,
                 act_quant=self._act_quant,
+                shifts=self._shifts[row] if self._shifts is not None else None,
                 on_layer=self._on_layer,
             )
         return eps

@@ -100,7 +100,9 @@ def calibrate(
             help="take what rounding the weights adds on average from the biases (where trial images are nearer with it)",
         ),
     ] = None,
-    dither: Annotated[bool, typer.Option(help="start a_hat from a random place inside the grid")] = True,
+    dither: Annotated[
+        bool, typer.Option(help="start a_hat from a random place inside the grid, and move grids of layers without state")
+    ] = True,
     batch_size: BatchSize = 8,
     weights: Weights = None,
     device: Device = "cpu",
@@ -237,7 +239,7 @@ def calibrate(
         }
         scales = improve(trials, scales, candidates, rows=search != Search.SCALES)
     if trials and goal is not None:
-        scales = choose_modes(trials, try_images(images=max(1, trial_images // 4), kept=kept_modes), scales, goal)
+        scales = choose_modes(trials, try_images(images=max(1, trial_images // 2), kept=kept_modes), scales, goal)
         assert scales.curve is not None
         print_curve(scales.curve)
     save_scales(out, scales)

@@ -20,7 +20,8 @@ from modiff_trt.networks.state_elements import state_elements
 def print_table(scales: Scales, network: Network) -> None:
     """One line per layer: mode, bits, scales, how much smaller the residual is, and its state."""
     grids = {Granularity.STATIC: "static", Granularity.TENSOR: "LTQ", Granularity.CHANNEL: "LCQ"}[scales.granularity]
-    recipe = f"{scales.method}, {grids} grids ({scales.scale_method}){', dither' if scales.dither else ''}"
+    dither = f"{', dither' if scales.dither else ''}{', moving grids' if scales.moving_grids else ''}"
+    recipe = f"{scales.method}, {grids} grids ({scales.scale_method}){dither}"
     split = ", skip halves apart" if any(layer.skip_ratio != 1 for layer in scales.layers.values()) else ""
     steps = f"{len(scales.rows.timesteps)} {scales.solver.kind} {scales.solver.spacing} steps, {len(scales.rows)} passes"
     table = Table(title=f"{recipe}{split}; {steps}; checkpoint {scales.checkpoint_sha256[:8]}, file {scales.file_sha256[:8]}")

@@ -88,6 +88,25 @@ def grid_searches(data: dict[str, Any]) -> str:
     return "\n".join(table("PSNR, dB", ["12 together", "mean of each", "12 others together", "mean of each"], lines))
 
 
+def moving_grids(data: dict[str, Any]) -> str:
+    """PSNR of layers without state by how their grids move, at few steps and at many."""
+    lines = {name: [f"{v:.1f}" for v in few] or ["", ""] for name, (few, _) in data["shifts"].items()}
+    for name, (_, many) in data["shifts"].items():
+        lines[name] += [f"{v:.1f}" for v in many] or ["", ""]
+    headings = ["20 steps, together", "mean of each", "100 steps, together", "mean of each"]
+    return "\n".join(table("shifts, dB", headings, lines))
+
+
+def mixtures_timed(data: dict[str, Any]) -> str:
+    """Microseconds of mixtures as they came, as single costs add up, and with what layers save together."""
+    lines = {}
+    for name, found in data["mixtures_timed"].items():
+        came = found["measured"]
+        cells = [f"{found[how]:.2f} ({100 * (found[how] / came - 1):+.1f} %)" for how in ("one by one", "together")]
+        lines[name] = [f"{came:.2f}", *cells]
+    return "\n".join(table("mixture", ["came, us", "predicted one by one", "and together"], lines))
+
+
 def mode_choices(data: dict[str, Any]) -> str:
     """What mixtures of modes lose of full modulation on the images that they were chosen on, and on others."""
     images = list(dict.fromkeys(name for found in data["other_images"].values() for name in found))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from modiff_trt.core.moving_grids import CHANNEL, PARTS
+
 # 1.5 * 2^23, and its bits: a float32 of small magnitude plus this number is rounded to the nearest integer, half to even,
 # which stands in the low bits. Conversion instructions run at a quarter of the rate of additions.
 MAGIC = tl.constexpr(12582912.0)
 MAGIC_BITS = tl.constexpr(0x4B400000)
+SHIFT_PARTS, CHANNEL_PARTS = tl.constexpr(PARTS), tl.constexpr(CHANNEL)
 
 
 @triton.jit
@@ -74,6 +77,12 @@ def store_integers(
         if PITCH != WIDTH:
             to = (pixel // WIDTH) * PITCH + pixel % WIDTH
         tl.store(q_ptr + to * Q_CHANNELS + channel, values, mask=mask)
+
+
+@triton.jit
+def shift_of(channel, phase):
+    """float32, what a moving grid is shifted by in a channel, in steps (`core.moving_grids`)."""
+    return ((channel * CHANNEL_PARTS + phase.to(tl.int32)) & (SHIFT_PARTS - 1)).to(tl.float32) * (1.0 / SHIFT_PARTS) - 0.5
 
 
 @triton.jit

@@ -22,7 +22,7 @@ def pixels_kernel(
     a_ptr, b_ptr, sum_ptr, gain_ptr, shift_ptr, grid_ptr, state_ptr, q_ptr, eps,
     C: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, Q_CHANNELS: tl.constexpr,
     HAS_B: tl.constexpr, GEGLU: tl.constexpr, QUANTIZE: tl.constexpr, MODULATED: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, ZERO: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, ZERO: tl.constexpr, MOVING: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (j, k, n) covers the k-th BLOCK_P pixels of image n, and of the C channels the j-th BLOCK_C, which for a layer
@@ -42,9 +42,11 @@ def pixels_kernel(
     if not GEGLU:
         gain = tl.load(gain_ptr + channel, mask=exists, other=0.0).to(tl.float32)
         shift = tl.load(shift_ptr + channel, mask=exists, other=0.0).to(tl.float32)
-    unit, inverse_step, multiple = 1.0, 1.0, 1.0
+    unit, inverse_step, multiple, phase = 1.0, 1.0, 1.0, 0.0
     if QUANTIZE:
         inverse_step = tl.load(grid_ptr)
+        if MOVING:
+            phase = tl.load(grid_ptr + 4)
         if MODULATED:
             unit, multiple = tl.load(grid_ptr + 1), tl.load(grid_ptr + 2)
     state = pixel
@@ -65,8 +67,8 @@ def pixels_kernel(
         variance = tl.sum(centered * centered, axis=1)[:, None] / C
         value = centered * tl.rsqrt(variance + eps) * gain + shift
     emit(
-        value, state, inverse_step, unit, multiple, state_ptr, q_ptr, pixel, channel, mask,
-        C, WIDTH, WIDTH, False, Q_CHANNELS, QUANTIZE, MODULATED, LOW, HIGH, ZERO,
+        value, state, inverse_step, unit, multiple, phase, state_ptr, q_ptr, pixel, channel, mask,
+        C, WIDTH, WIDTH, False, Q_CHANNELS, QUANTIZE, MODULATED, LOW, HIGH, ZERO, MOVING,
     )  # fmt: skip
 
 
@@ -81,13 +83,14 @@ def quantize_pixels(
     bits: int = 8,
     state: Tensor | None = None,
     zero_point: int = 0,
+    moving: bool = False,
     overlap: bool = False,
 ) -> None:
     """Launches the kernel on torch's current stream.
 
     With `layer_norm` (gain [C], shift [C], epsilon) a and b are [N, pixels, C] of a real type, and `total` receives a + b.
     Without it a is [N, pixels, 2C], and the layer's input is GEGLU of it (arXiv 2002.05202). `out`, `grid`, `bits`, `state`,
-    `zero_point` and `overlap` are as in `quantize_input`.
+    `zero_point`, `moving` and `overlap` are as in `quantize_input`.
     """
     gated = layer_norm is None
     n, pixels, c = a.shape
@@ -121,6 +124,7 @@ def quantize_pixels(
         LOW=float(low),
         HIGH=float(high),
         ZERO=float(zero_point),
+        MOVING=moving,
         BLOCK_C=block_c,
         BLOCK_P=block_p,
         OVERLAP=overlap,

@@ -37,6 +37,7 @@ from modiff_trt.plugins.modulated_conv.kernels.parts import (
     channels_of,
     integer_of,
     over_groups,
+    shift_of,
     shifted,
     silu_of,
     source,
@@ -70,14 +71,17 @@ def _dynamic_grid(peak_ptr, step_ptr, unit, image, MODULATED: tl.constexpr, HIGH
 
 @triton.jit
 def emit(
-    value, state, inverse_step, unit, multiple, state_ptr, q_ptr, pixel, channel, mask,
+    value, state, inverse_step, unit, multiple, phase, state_ptr, q_ptr, pixel, channel, mask,
     C: tl.constexpr, WIDTH: tl.constexpr, PITCH: tl.constexpr, UPSAMPLE: tl.constexpr, Q_CHANNELS: tl.constexpr,
     QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ZERO: tl.constexpr,
+    MOVING: tl.constexpr,
 ):  # fmt: skip
     """Rounds the residual of `value`, moves the state by it and writes the integers (or `value` itself). LOW and HIGH are the
-    grid's ends as seen from its zero point ZERO, which is 0 where there is state."""
+    grid's ends as seen from its zero point ZERO, which is 0 where there is state. A MOVING grid has none."""
     if QUANTIZE:
         cells = value * inverse_step
+        if MOVING:
+            cells += shift_of(channel, phase)
         if MODULATED:
             counts, cell = shifted(state), unit * inverse_step
             # Clipped here, and not the state below: o_hat would go on without it (`reference.reachable`).
@@ -104,7 +108,7 @@ def quantize_kernel(
     NORM: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, PER_GROUP: tl.constexpr,
     SLABS: tl.constexpr, BLOCK_S: tl.constexpr, HAS_FACTOR: tl.constexpr,
     QUANTIZE: tl.constexpr, MODULATED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ZERO: tl.constexpr,
-    PEAK: tl.constexpr,
+    MOVING: tl.constexpr, PEAK: tl.constexpr,
     BLOCK_G: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (j, k, n) covers the k-th BLOCK_P pixels of image n, and the j-th BLOCK_G parts of groups (NORM 1 and 3), groups
@@ -135,9 +139,11 @@ def quantize_kernel(
         shift = tl.load(shift_ptr + channel, mask=exists, other=0.0)
     if HAS_FACTOR:
         factors = tl.load(factor_ptr + channel, mask=exists, other=0.0)
-    unit, inverse_step, multiple = 1.0, 1.0, 1.0
+    unit, inverse_step, multiple, phase = 1.0, 1.0, 1.0, 0.0
     if MODULATED:
         unit = tl.load(grid_ptr + 1)
+    if MOVING:
+        phase = tl.load(grid_ptr + 4)
     if QUANTIZE and PEAK == 0:
         inverse_step = tl.load(grid_ptr)
         if MODULATED:
@@ -185,8 +191,8 @@ def quantize_kernel(
         if PEAK == 2:
             inverse_step, multiple = _dynamic_grid(peak_ptr, step_ptr, unit, image, MODULATED, HIGH)
         emit(
-            value, state, inverse_step, unit, multiple, state_ptr, q_ptr, pixel, channel, mask,
-            C, WIDTH, PITCH, UPSAMPLE, Q_CHANNELS, QUANTIZE, MODULATED, LOW, HIGH, ZERO,
+            value, state, inverse_step, unit, multiple, phase, state_ptr, q_ptr, pixel, channel, mask,
+            C, WIDTH, PITCH, UPSAMPLE, Q_CHANNELS, QUANTIZE, MODULATED, LOW, HIGH, ZERO, MOVING,
         )  # fmt: skip
 
 
@@ -221,15 +227,16 @@ def quantize_input(
     state: Tensor | None = None,
     steps: Tensor | None = None,
     zero_point: int = 0,
+    moving: bool = False,
     overlap: bool = False,
 ) -> None:
     """Launches the kernels on torch's current stream.
 
     a, b [N, pixels, channels] and skip [N, pixels, skip_channels] float16 or float32, `total` receives a + b;
-    time float32 [C]; factors float32 [C]; grid float32 [>=3] on the device: 1/step, unit, multiple. `out` int8
+    time float32 [C]; factors float32 [C]; grid float32 [>=5] on the device: 1/step, unit, multiple, step, phase. `out` int8
     [N, out_pixels, >= C] receives the integers, or, of a float type and without `grid`, the layer's input itself; its frame and
     its channels from C on are left alone. `state` int16 [N, pixels, C] is updated in place; without it the layer is stateless,
-    and its grid may have a `zero_point`. With `steps` float32 [N] the grid follows each image
+    and its grid may have a `zero_point` and be `moving`. With `steps` float32 [N] the grid follows each image
     (LTQ): it spans the largest |residual|, `grid` gives the unit only, and `steps` receives the steps. `overlap` (compute
     capability 9.0 and later) lets launches begin while the one before ends, which of all these may write a, b and skip then.
     """
@@ -300,6 +307,7 @@ def quantize_input(
             LOW=float(low),
             HIGH=float(high),
             ZERO=float(zero_point),
+            MOVING=moving,
             PEAK=peak,
             BLOCK_P=tile.pixels,
             num_warps=tile.warps,

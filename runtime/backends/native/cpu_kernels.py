@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.grid import SMALLEST_SCALE, grid_ends
+from modiff_trt.core.moving_grids import shifts_of_phase
 from modiff_trt.networks.torch_ops import convolve
 from modiff_trt.plugins.modulated_conv.libraries.onednn_conv import ZERO_POINT, OneDnnConv, pairs_saturate, sums_are_exact
 from modiff_trt.plugins.modulated_conv.reference import InputShape
@@ -22,6 +23,8 @@ from modiff_trt.runtime.backends.native.layers import NativeLayer
 
 # Pixels from which on torch's group norm divides an image among its threads.
 LARGE = 1024
+# Channels that a pass's shifts are made for at once.
+MOST_CHANNELS = 4096
 
 
 class CpuKernels:
@@ -39,6 +42,7 @@ class CpuKernels:
             raise InputError("oneDNN's sums of 8-bit products are not exact on this CPU; use --backend onnx")
         self._free = FreeCores(torch.get_num_threads())
         self._convs: dict[tuple[str, int], OneDnnConv] = {}
+        self._phase, self._shifts_now = -1, torch.empty(0)
 
     @contextmanager
     def busy(self) -> Iterator[None]:
@@ -94,8 +98,11 @@ class CpuKernels:
             if state is not None:
                 state.addcmul_(cells, steps[:, None, None])
         else:
-            inverse_step, _, _, step = grid.tolist()
-            cells.mul_(inverse_step).round_().clamp_(low, high)
+            inverse_step, _, _, step, phase = grid.tolist()
+            cells.mul_(inverse_step)
+            if layer.moving:
+                cells.add_(self._shifts(int(phase), cells.shape[2]))
+            cells.round_().clamp_(low, high)
             if state is not None:
                 state.add_(cells, alpha=step)
         cells.add_(ZERO_POINT + layer.zero_point)
@@ -106,6 +113,12 @@ class CpuKernels:
             rows = out.view(len(out), -1, shape.pitch, out.shape[2])
             out, cells = rows[:, top : top + height, left : left + width], cells.view(len(out), height, width, -1)
         out[..., : shape.total].copy_(cells)
+
+    def _shifts(self, phase: int, channels: int) -> Tensor:
+        """float32 [channels] of the pass with this phase, which is the same in all layers."""
+        if phase != self._phase or len(self._shifts_now) < channels:
+            self._phase, self._shifts_now = phase, torch.from_numpy(shifts_of_phase(phase, max(channels, MOST_CHANNELS)))
+        return self._shifts_now[:channels]
 
     def quantize_pixels(
         self,

@@ -85,7 +85,7 @@ class CudaKernels:
 
 def of_grid(layer: NativeLayer | None) -> dict[str, Any]:
     """What the kernels that round must know of a layer's grid."""
-    return {} if layer is None else {"bits": layer.bits, "zero_point": layer.zero_point}
+    return {} if layer is None else {"bits": layer.bits, "zero_point": layer.zero_point, "moving": layer.moving}
 
 
 def check_gpu() -> None:

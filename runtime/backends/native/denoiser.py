@@ -176,13 +176,17 @@ class NativeDenoiser(GraphedDenoiser):
 
 def _to_device(model: NativeModel, device: str, kernels: Kernels) -> NativeModel:
     shared = shared_accumulators(model.layers)
-    layers = {}
+    layers, table = {}, model.table.clone()
     for name, layer in model.layers.items():
         bias = layer.bias
         for shortcut, partner in shared.items():
             if partner == name:
                 # In a stateless pair the second convolution adds to the first one's output.
-                bias = bias + model.layers[shortcut].bias
+                added = model.layers[shortcut]
+                bias = bias + added.bias
+                if layer.bias_at is not None and added.bias_at is not None:
+                    of_added = table[:, added.bias_at : added.bias_at + len(bias)]
+                    table[:, layer.bias_at : layer.bias_at + len(bias)] += of_added
         factors = layer.factors.to(device) if layer.factors is not None else None
         weight = layer.weight
         if layer.mode == Mode.FLOAT:
@@ -192,4 +196,4 @@ def _to_device(model: NativeModel, device: str, kernels: Kernels) -> NativeModel
         scales = layer.byte_scales.to(device) if layer.byte_scales is not None else None
         layers[name] = replace(layer, weight=weight, bias=bias.to(device), factors=factors, byte_scales=scales)
     norms = {key: value.to(device) for key, value in model.norms.items()}
-    return replace(model, layers=layers, norms=norms)
+    return replace(model, layers=layers, norms=norms, table=table)

@@ -12,10 +12,18 @@ from torch import Tensor
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Granularity, Mode
+from modiff_trt.core.moving_grids import phases
 from modiff_trt.core.scales import Scales, only_simulated
 from modiff_trt.core.state_grid import units_a_scale, whole_units
 from modiff_trt.networks.binding import embeddings, of_images, time_table
-from modiff_trt.networks.modulated import QuantizedLayer, implied_o_hat, initial_a_hat, quantize_layers
+from modiff_trt.networks.modulated import (
+    QuantizedLayer,
+    bias_of_shifts,
+    implied_o_hat,
+    initial_a_hat,
+    moving_shifts,
+    quantize_layers,
+)
 from modiff_trt.networks.operations import LayerSpec, Network
 from modiff_trt.networks.split import skip_factors
 from modiff_trt.networks.torch_ops import Params, layer_bias, layer_weight
@@ -23,8 +31,10 @@ from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
 
 # Tensor cores read and write channels in groups of 16; our own convolution, which alone knows a step for each image, reads 32.
 ALIGN, ALIGN_DYNAMIC = 16, CHANNELS
-# A layer's grid in the row vector: 1/step, unit, multiple, step.
+# Numbers of the row vector that its parts begin at multiples of: 16 bytes.
 GRID = 4
+# A layer's grid in the row vector: 1/step, unit, multiple, step, phase (see `core.moving_grids`).
+GRID_NUMBERS = 5
 
 
 def aligned(channels: int, to: int = ALIGN) -> int:
@@ -39,7 +49,8 @@ class NativeLayer:
     `factors` float32 [C] or None (see `networks.split`); `grid_at` and `scale_at` are offsets into the row vector. A `dynamic`
     layer (LTQ) finds each image's step at every pass. `byte_scales` float32 [2, K'] are the scales of the products of the low
     and the high bytes of `a_hat`'s counts: unit weight_scale[k], and 256 times that; None where there is no state.
-    `bias` has what a zero point adds to every sum.
+    `bias` has what a zero point adds to every sum. Of a moving grid `bias_at` is the offset into the row vector of a bias
+    [K'] that takes the row's shifts out again, and `bias` is not used.
     """
 
     spec: LayerSpec
@@ -54,6 +65,11 @@ class NativeLayer:
     byte_scales: Tensor | None
     dynamic: bool = False
     zero_point: int = 0
+    bias_at: int | None = None
+
+    @property
+    def moving(self) -> bool:
+        return self.bias_at is not None
 
     @property
     def out_channels(self) -> int:
@@ -104,6 +120,7 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
     columns: list[np.ndarray] = []
     start: dict[str, tuple[Tensor, Tensor]] = {}
     rows, width = len(scales.rows), 0
+    phase, shifts = phases(scales.rows.t), moving_shifts(network, scales)
 
     def append(values: np.ndarray) -> int:
         nonlocal width
@@ -125,7 +142,7 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         unit, multiples = _grid(scales, layer)
         dynamic = layer.granularity == Granularity.TENSOR
         step = np.ones(rows) if dynamic else multiples * unit
-        grid = np.stack([1 / step, np.full(rows, unit), multiples, step], axis=1)
+        grid = np.stack([1 / step, np.full(rows, unit), multiples, step, phase], axis=1)
         padded = np.zeros(aligned(spec.out_shape[0]), np.float64)
         padded[: spec.out_shape[0]] = layer.weight_scale.double().numpy()
         inputs = aligned(spec.in_shape[0], ALIGN_DYNAMIC if dynamic else ALIGN)
@@ -135,7 +152,12 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         of_zero = layer.zero_point * unit * layer.weight_scale.double() * layer.weight.double().sum((1, 2, 3))
         bias[: spec.out_shape[0]] = (layer.bias.double() - of_zero).float()
         factors = torch.from_numpy(skip_factors(spec, layer.skip_ratio)) if layer.skip_ratio != 1 else None
-        grid_at, scale_at = append(grid), append(step[:, None] * padded[None])
+        grid_at, scale_at, bias_at = append(grid), append(step[:, None] * padded[None]), None
+        if layer.moving:
+            assert shifts is not None
+            moved = bias.double().repeat(rows, 1)
+            moved[:, : spec.out_shape[0]] += bias_of_shifts(_wide(layer), shifts[:, : spec.in_shape[0]].double())
+            bias_at = append(moved.numpy())
         modulated = layer.mode == Mode.MODIFF
         byte_scales = torch.from_numpy(np.outer((unit, 256 * unit), padded).astype(np.float32)) if modulated else None
         layers[spec.name] = NativeLayer(
@@ -151,6 +173,7 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
             byte_scales=byte_scales,
             dynamic=dynamic,
             zero_point=layer.zero_point,
+            bias_at=bias_at,
         )
         if modulated:
             start[spec.name] = _start(layer, unit, len(padded))
@@ -162,6 +185,11 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
     norms = {key: params[key].float() for name in network.norms for key in (f"{name}.weight", f"{name}.bias")}
     table = torch.from_numpy(np.concatenate([np.zeros((rows, 0), np.float32), *columns], axis=1))
     return NativeModel(network, scales, layers, norms=norms, table=table, time_at=times, start=start, embedding_at=embedding_at)
+
+
+def _wide(layer: QuantizedLayer) -> QuantizedLayer:
+    """The layer in float64."""
+    return replace(layer, weight=layer.weight.double(), weight_scale=layer.weight_scale.double())
 
 
 def _grid(scales: Scales, layer: QuantizedLayer) -> tuple[float, np.ndarray]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from modiff_trt.core.kinds import Mode
 from modiff_trt.networks.operations import LAYER_NORM_EPS, Block, LayerSpec, Role
 from modiff_trt.plugins.modulated_conv.reference import InputShape
-from modiff_trt.runtime.backends.native.layers import NativeLayer
+from modiff_trt.runtime.backends.native.layers import GRID_NUMBERS, NativeLayer
 
 
 class Kernels(Protocol):
@@ -211,7 +211,7 @@ class NativeOps:
             sources = [self._read(x, layer, None)] if spec.kernel > 1 or x.is_changed else self._sources(x)
             return LazyValue(Source(self._kernels.real_product(layer, sources)), channels, height, width=width)
         steps = torch.empty(len(x.main.a), device=row.device) if layer.dynamic else None
-        q = self._read(x, layer, row[layer.grid_at : layer.grid_at + 4], steps=steps)
+        q = self._read(x, layer, row[layer.grid_at : layer.grid_at + GRID_NUMBERS], steps=steps)
         self._begin_shortcut(name, x)
         scale = row[layer.scale_at : layer.scale_at + layer.out_channels]
         if layer.mode == Mode.MODIFF:
@@ -224,7 +224,8 @@ class NativeOps:
         else:
             dtype = output_type(spec, self._kernels)
             out = torch.empty(len(q), height * width, layer.out_channels, dtype=dtype, device=q.device)
-            self._kernels.product(layer, q, scale, addend=layer.bias, out=out, steps=steps)
+            bias = layer.bias if layer.bias_at is None else row[layer.bias_at : layer.bias_at + layer.out_channels]
+            self._kernels.product(layer, q, scale, addend=bias, out=out, steps=steps)
         if name in self._partners:
             self._outputs[name] = out
         if layer.out_channels != channels and spec.role is not Role.OUTPUT:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -48,11 +49,13 @@ def test_demo_model_agrees_in_each_of_the_first_three_passes(demo, tmp_path):
             assert lockstep.moved <= 1e-3 * lockstep.elements and lockstep.from_edge < 1e-2
 
 
-@pytest.mark.parametrize(("bits", "unpadded"), [(8, False), (6, False), (3, False), (8, True)])
-def test_stateless_network_equals_the_simulation(tiny, tmp_path, bits, unpadded):
+@pytest.mark.parametrize(
+    ("bits", "unpadded", "moving"), [(8, False, False), (6, False, True), (3, False, False), (8, True, False), (8, True, True)]
+)
+def test_stateless_network_equals_the_simulation(tiny, tmp_path, bits, unpadded, moving):
     """With the integers that onnxruntime found, which may differ from the simulation's on an edge of a grid alone. A low zero
     point is also tried in layers without padding."""
-    scales = tiny.scales(method="qdiff", act_bits=bits)
+    scales = replace(tiny.scales(method="qdiff", act_bits=bits), moving_grids=moving)
     if unpadded:
         scales = with_low_zero_points(scales, [spec.name for spec in tiny.network.layers if not any(spec.padding)])
     model = build_onnx(tiny.network, tiny.checkpoint, scales, "fp32", "x")
@@ -65,15 +68,19 @@ def test_stateless_network_equals_the_simulation(tiny, tmp_path, bits, unpadded)
         zip([o.name for o in session.get_outputs()], session.run(None, {"x": x.numpy(), "t": t.numpy()}), strict=True)
     )
     layers = quantize_layers(tiny.network, tiny.checkpoint.params, scales)
+    places = torch.tensor([[1], [2], [3]])  # of t among the timesteps
     moved = []
 
     def layer(spec, value):
         quantized, q = layers[spec.name], torch.from_numpy(outputs[f"{spec.name}.q"]).float()
         q = q - quantized.zero_point  # in the file it is subtracted before
-        position = (value / quantized.scale).clamp(*grid_ends(bits, quantized.zero_point))
+        shifts = ((40503 * places + 49471 * torch.arange(value.shape[1])) % 2**16) / 2**16 - 0.5
+        shifts = moving * shifts
+        position = (value / quantized.scale + shifts[:, :, None, None]).clamp(*grid_ends(bits, quantized.zero_point))
         assert (position - q).abs().max() < 0.5 + 1e-2
         moved.append(float((q != position.round()).float().mean()))
-        return quantized.bias[:, None, None] + quantized.scale * integer_product(quantized, q)
+        back = quantized.scale * quantized.weight_scale * (shifts @ quantized.weight.sum((2, 3)).T)
+        return (quantized.bias - back)[:, :, None, None] + quantized.scale * integer_product(quantized, q)
 
     expected = run_unet(tiny.network, tiny.checkpoint.params, x, times(tiny.network, tiny.checkpoint.params, t), layer)
     assert len(moved) == len(scales.layers) and max(moved) < 1e-3

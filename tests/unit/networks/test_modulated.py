@@ -5,6 +5,7 @@ import pytest
 import torch
 from reference import integer_conv
 
+from modiff_trt.core import moving_grids
 from modiff_trt.core.grid import low_zero_point
 from modiff_trt.networks.affine import NativeINT8Quantizer
 from modiff_trt.networks.modulated import LayerState, QuantizedLayer, initial_state, modulated_layer, stateless_layer
@@ -107,6 +108,42 @@ def test_stateless_layer_with_a_low_zero_point_is_the_affine_quantizer(shape, bi
     scale = layer.scale * layer.weight_scale.numpy()[:, None, None]
     expected = layer.bias.numpy()[:, None, None] + scale * product
     np.testing.assert_allclose(stateless_layer(layer, x).numpy(), expected, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize(("bits", "zero_point"), [(8, 0), (8, -96), (4, -6)])
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+def test_a_moving_grid_is_shifted_and_shifted_back(shape, bits, zero_point):
+    """Subtractive dither by its definition; padding is quantized like a pixel of value 0, to the integer 0."""
+    layer, x = make_layer(shape, bits, mode="int8")
+    layer, x = replace(layer, zero_point=zero_point, moving=True), 0.5 * x
+    shifts = torch.rand(x.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1)) - 0.5
+    by_channel = shifts.numpy()[:, None, None]
+    low, high = -(2 ** (bits - 1)) - zero_point, 2 ** (bits - 1) - 1 - zero_point
+    q = np.clip(np.rint(x.numpy() / layer.scale + by_channel), low, high)
+    top, left, bottom, right = layer.spec.padding
+    seen = np.pad(q, ((0, 0), (0, 0), (top, bottom), (left, right))) - by_channel
+    weight = layer.weight.numpy() * layer.weight_scale.numpy()[:, None, None, None]
+    expected = torch.nn.functional.conv2d(
+        torch.from_numpy(layer.scale * seen), torch.from_numpy(weight), layer.bias, stride=layer.spec.stride
+    )
+    torch.testing.assert_close(stateless_layer(layer, x, shifts), expected, rtol=1e-12, atol=1e-10)
+
+
+def test_errors_of_a_moving_grid_cancel_over_steps_and_those_of_a_grid_that_stands_still_do_not():
+    layer, x = make_layer(SHAPES[0], 8, mode="int8")
+    exact = stateless_layer(replace(layer, scale=layer.scale / 1024, bits=24), x)
+    still = stateless_layer(layer, x) - exact
+    moving = replace(layer, moving=True)
+    steps = torch.from_numpy(moving_grids.shifts(np.arange(32)[::-1], x.shape[1])).double()
+    outputs = torch.stack([stateless_layer(moving, x, shifts) for shifts in steps])
+    assert (outputs.mean(0) - exact).std() < 0.1 * still.std()
+    assert (outputs[0] - exact).std() < 2 * still.std()  # and none is worse by itself
+
+
+def test_a_moving_grid_without_shifts_is_refused():
+    layer, x = make_layer(SHAPES[0], 8, mode="int8")
+    with pytest.raises(ValueError, match="moving grid"):
+        stateless_layer(replace(layer, moving=True), x)
 
 
 def test_state_is_not_modified_in_place():

@@ -1,5 +1,7 @@
 """The native backend's network against the simulation of the same scales."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,18 @@ def test_layers_in_float_and_stateless_pairs(small):
         small.scales(), {"conv_in": "float", "up_blocks.1.resnets.0.conv2": "int8", "mid_block.resnets.0.conv1": "int8"}
     )
     assert_images_of_the_simulation(small, scales)
+
+
+@pytest.mark.parametrize("bits", [8, 5])
+def test_moving_grids(small, bits):
+    """Of a network without state, with shortcuts that share an accumulator, and beside layers with state."""
+    plain = replace(small.scales(method="qdiff", act_bits=bits), moving_grids=True)
+    assert_images_of_the_simulation(small, plain)
+    still = small.sample(native(small, replace(plain, moving_grids=False)), 1)
+    assert psnr(small.sample(native(small, plain), 1), still) < 60
+    some = with_modes(small.scales(act_bits=bits), {"up_blocks.1.resnets.0.conv2": "int8", "mid_block.resnets.0.conv1": "int8"})
+    assert some.moving_grids
+    assert_images_of_the_simulation(small, some)
 
 
 def test_a_whole_trajectory_is_the_sampler_s(small):

@@ -52,13 +52,35 @@ def content(small, tmp_path_factory):
     layers = small.scales().layers
     changes = sum(1 + (layers[names[0]].mode == Mode.MODIFF) for names in groups(small.network, small.scales()))
     # Of the second go: the base, what the first had not measured, and the mixtures.
-    assert len(made) == 5 + 1 + changes - 3 + MIXTURES
-    changed, difference = list(kept.items())[-1]
-    names = [part.split(":") for part in changed.split(" ")]
-    assert len(names) > 1
-    for name, mode in names:
-        assert found["batches"]["1"]["added"][name][mode] == difference["1"] / len(names)
+    assert len(made) == 5 + 1 + changes - 3 + 1 + MIXTURES
+    for changed, difference in kept.items():
+        names = [part.split(":") for part in changed.split(" ")]
+        for name, mode in names:
+            alone = difference["1"] / len(names)
+            of_many = mode == Mode.INT8 and layers[name].mode == Mode.MODIFF
+            assert (found["batches"]["1"]["added"][name][mode] == alone) != of_many
+    assert any(":float" in changed for changed in kept) and any(":int8" in changed for changed in kept)
     return found
+
+
+def test_layers_without_state_save_together_what_the_pass_without_any_saves(small, tmp_path, monkeypatch):
+    """Two groups whose layers take 1 us less each alone, and 5 us less together."""
+    scales = small.scales()
+    base = {name: layer.mode for name, layer in scales.layers.items()}
+
+    class Timed:
+        def __init__(self, chosen):
+            gone = [n for n, layer in chosen.layers.items() if layer.mode == Mode.INT8 and base[n] == Mode.MODIFF]
+            self.time = 100.0 - len(gone) - (4.0 * len(gone) if not chosen.modulated else 0.0)
+
+    monkeypatch.setattr("modiff_trt.tools.bench.costs._microseconds", lambda denoiser, *_: denoiser.time)
+    monkeypatch.setattr("modiff_trt.tools.bench.costs.whole_intervals", lambda passes, _: passes)
+    path = tmp_path / "costs.json"
+    write_signed(path, measured(small, tmp_path / "part", Timed))
+    costs = load_costs(path, scales.layers, 1)
+    for name in scales.modulated:
+        assert costs.added[name][Mode.INT8] == pytest.approx(-5.0)
+    assert costs.predict(base | dict.fromkeys(scales.modulated, Mode.INT8)) == pytest.approx(100 - 5 * len(scales.modulated))
 
 
 def test_every_layer_is_in_one_group_with_its_likes(small):
