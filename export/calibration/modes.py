@@ -176,11 +176,17 @@ def _first_fit(
 
 
 def reach_goal(scales: Scales, goal: Goal, options: Sequence[tuple[str, Mode, float]]) -> None:
-    """Raises InputError where the changes that there are cannot make a pass as fast as the goal."""
+    """Raises InputError where the changes that there are cannot make a pass as fast as the goal, or where they would take more
+    time from it than it has: costs that were measured in the noise of a machine."""
     most: dict[str, float] = {}
     for name, _, saved in options:
         most[name] = max(most.get(name, 0.0), saved)
     fastest = goal.costs.predict({name: layer.mode for name, layer in scales.layers.items()}) - sum(most.values())
+    if not fastest > 0:
+        raise InputError(
+            f"by the costs of modes a pass on {goal.costs.device} could take {fastest:.2f} us an image, which cannot be; "
+            "measure them again with more --num-runs and --num-passes, while nothing else runs there"
+        )
     if goal.microseconds is not None and fastest > goal.microseconds:
         raise InputError(
             f"no mixture of modes takes {goal.microseconds:.2f} us an image and pass on {goal.costs.device}; "

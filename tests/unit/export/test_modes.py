@@ -173,6 +173,14 @@ def test_the_best_modes_for_a_speed(alone, tiny):
         search(alone, alone, scales, Goal(costs, max_loss=0.0, microseconds=fastest * 0.99))
 
 
+def test_costs_by_which_a_pass_takes_no_time_are_refused(alone, tiny):
+    scales = tiny.scales(act_bits=8)
+    base = {name: layer.mode for name, layer in scales.layers.items()}
+    costs = ModeCosts("here", 1, 2.0, base=base, added={name: {Mode.INT8: -1.0} for name in base})
+    with pytest.raises(InputError, match=r"could take -\d+\.00 us an image, which cannot be; measure them again"):
+        search(alone, alone, scales, Goal(costs, max_loss=1000.0))
+
+
 def test_costs_of_other_modes_are_refused(tiny):
     scales = tiny.scales()
     base = {name: layer.mode for name, layer in scales.layers.items()}
