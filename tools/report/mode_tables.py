@@ -48,6 +48,20 @@ def mode_times(data: dict[str, Any]) -> str:
     return "\n".join(table("backend, batch", ["us an image", "to FP16 compiled", "state, MB an image"], lines))
 
 
+def cpu_modes(data: dict[str, Any]) -> str:
+    """Chosen modes beside full modulation, none, and FP32, on a CPU."""
+    lines = {}
+    for batch, rows in data["cpu"]["timed"].items():
+        exact = rows["torch-fp32"]["microseconds_an_image"]
+        for name, row in rows.items():
+            time = row["microseconds_an_image"]
+            lines[f"{name}, {batch}"] = [f"{time / 1e3:.1f}", f"{exact / time:.2f}x"]
+    cores = data["cpu"]["machine"]["cores"]
+    return "\n".join(
+        [*table("backend, batch", ["ms an image", "to FP32"], lines), "", f"{cores} cores, {data['cpu']['machine']['model']}."]
+    )
+
+
 def adaround_seeds(data: dict[str, Any]) -> str:
     """PSNR of weights alone by the seed of trajectories and training."""
     seeds = data["adaround"]["seeds"]

@@ -20,6 +20,7 @@ from modiff_trt.tools.report.keyed_tables import by_bits
 from modiff_trt.tools.report.mode_tables import (
     adaround_seeds,
     biases,
+    cpu_modes,
     grid_searches,
     mixtures_timed,
     mode_choices,
@@ -320,6 +321,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "moving_grids": ("moving_grids_h200", moving_grids),
     "mixtures_timed": ("moving_grids_h200", mixtures_timed),
     "moving_times": ("moving_grids_h200", mode_times),
+    "moving_on_cpu": ("moving_grids_h200", cpu_modes),
     "moving_choices": ("moving_grids_h200", mode_choices),
     "moving_curves": ("moving_grids_h200", mode_curves),
     "mode_choices": ("zero_point_h200", mode_choices),
