@@ -24,8 +24,11 @@ class TimeLines:
 
     def of(self, ops: OnnxOps, table: np.ndarray, name: str) -> str:
         """The lines of a table [T, C] that `t` asks for, float32 [N, C]."""
-        table = (table if self.kept is None else table[self.kept]).astype(np.float32)
-        return ops.node("Gather", [ops.constant(f"{name}_table", table), self.line], f"{name}_rows", axis=0)
+        return self.of_kept(ops, table if self.kept is None else table[self.kept], name)
+
+    def of_kept(self, ops: OnnxOps, table: np.ndarray, name: str) -> str:
+        """The same of a table that has the kept lines alone."""
+        return ops.node("Gather", [ops.constant(f"{name}_table", table.astype(np.float32)), self.line], f"{name}_rows", axis=0)
 
 
 def bind_lines(ops: OnnxOps, timesteps: Collection[int] | None, steps: int) -> TimeLines:
@@ -52,8 +55,8 @@ def bind_moving_grids(ops: OnnxOps, network: Network, scales: Scales, lines: Tim
         return
     moved = shifts(np.asarray(lines.kept), max(network.layer(name).in_shape[0] for name in names))
     biases = [ops.bias_of_shifts(name, moved[:, : network.layer(name).in_shape[0]]) for name in names]
-    known = TimeLines(None, lines.line)
-    ops.split_shifts(known.of(ops, moved, "shift"), known.of(ops, np.concatenate(biases, axis=1), "shift_bias"), names)
+    back = lines.of_kept(ops, np.concatenate(biases, axis=1), "shift_bias")
+    ops.split_shifts(lines.of_kept(ops, moved, "shift"), back, names)
 
 
 def only_known_times(ops: OnnxOps, eps: str, output: str, *, timesteps: Collection[int], steps: int) -> None:
