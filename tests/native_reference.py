@@ -10,14 +10,13 @@ from modiff_trt.plugins.modulated_conv.kernels.conv import convolve_real
 from modiff_trt.plugins.modulated_conv.kernels.groups import Norm
 from modiff_trt.plugins.modulated_conv.kernels.pixels import quantize_pixels
 from modiff_trt.plugins.modulated_conv.kernels.quantize import quantize_input
-from modiff_trt.runtime.backends.native.cuda_kernels import of_grid
+from modiff_trt.runtime.backends.native.cuda_kernels import CudaKernels, of_grid
 
 
 class ReferenceKernels:
     real = torch.float32
     integer = torch.int8
     offset = 0
-    pads_real = True
 
     def busy(self):
         return nullcontext()
@@ -32,6 +31,9 @@ class ReferenceKernels:
 
     def quantize_pixels(self, layer, a, out, **sources):
         quantize_pixels(a, out, **of_grid(layer), **sources)
+
+    def real_channels(self, spec):
+        return CudaKernels.real_channels(self, spec)
 
     def real_product(self, layer, sources):
         (channels, height, width), spec = layer.spec.out_shape, layer.spec

@@ -17,6 +17,8 @@ MOST_TILES = 4096
 LONG = 36
 # Images of at most so many pixels are normalized in one launch.
 SMALL = 64
+# Taps times channels up to which a layer in float is at a network's edge (`kernels.edges`).
+MOST_OF_AN_EDGE = 64
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,16 @@ def real_tile(geometry: Geometry, second: int) -> ConvTile:
         if out >= columns and -(-sites // rows) * -(-out // columns) >= FULL:
             return ConvTile(rows, columns, depth, stages=3, warps=4, split=1)
     return ConvTile(64, 32, depth, stages=4, warps=4, split=1)
+
+
+def has_few_inputs(channels: int, kernel: int) -> bool:
+    """Whether a convolution in float takes all taps and input channels of a pixel in one go."""
+    return kernel**2 * channels <= MOST_OF_AN_EDGE
+
+
+def has_few_outputs(out_channels: int, kernel: int, stride: int) -> bool:
+    """Whether a convolution in float multiplies each pixel once for all taps, and adds up then."""
+    return kernel > 1 and stride == 1 and kernel**2 * out_channels <= MOST_OF_AN_EDGE
 
 
 def residual_variant(real: str) -> Variant:

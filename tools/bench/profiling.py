@@ -22,7 +22,7 @@ CLASSES = {
     "quantize": ("quantize_kernel", "pixels_kernel"),
     "attention": ("sdpa", "flash", "softmax", "fmha"),
     "INT8 convolution": ("convFwd_pointwise", "conv_kernel_int8"),
-    "float products": ("conv_kernel_real", "product_kernel"),
+    "float products": ("conv_kernel_real", "product_kernel", "few_inputs_kernel", "planes_kernel"),
 }
 REST = "everything else"
 PASSES = 5

@@ -8,6 +8,7 @@ in float come here too: libraries choose another order of summation for another 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from modiff_trt.plugins.modulated_conv.geometry import MOST_TILES, ConvTile, Geometry, conv_tile, real_tile
+from modiff_trt.plugins.modulated_conv.geometry import (
+    MOST_TILES,
+    ConvTile,
+    Geometry,
+    conv_tile,
+    has_few_inputs,
+    has_few_outputs,
+    real_tile,
+)
+from modiff_trt.plugins.modulated_conv.kernels.edges import convolve_few_inputs, convolve_few_outputs
 from modiff_trt.plugins.modulated_conv.kernels.product import fits_descriptors, multiply_real
 
 
@@ -197,12 +207,20 @@ def convolve_real(
 ) -> None:
     """out = bias[k] + weight * x on torch's current stream, x the one or two `sources` [N, H*W, C_i] side by side.
 
-    All of one real type but the bias, which may be wider; every C_i a multiple of 16; weight [K, R, R, C]; out [N, P*Q, K].
-    The order of summation is the same for every batch. `overlap` as in `convolve_int8`; GPUs that have it also have tensor
-    descriptors, through which 1x1 products of many pixels go.
+    All of one real type but bias and out, which may be wider; every C_i a multiple of 16, but for few inputs, which may also be
+    of another type than the weight; weight [K, R, R, C]; out [N, P*Q, K]. The order of summation is the same for every batch.
+    `overlap` as in `convolve_int8`; GPUs that have it also have tensor descriptors, through which 1x1 products of many pixels
+    go.
     """
     (k, r), n = weight.shape[:2], len(sources[0])
-    if overlap and r == stride == 1 and not any(padding) and fits_descriptors(sources, k):
+    window: dict[str, Any] = {"size": size, "stride": stride, "padding": padding, "overlap": overlap}
+    if len(sources) == 1 and has_few_inputs(sources[0].shape[2], r):
+        convolve_few_inputs(sources[0], weight, bias, out, **window)
+        return
+    if len(sources) == 1 and has_few_outputs(k, r, stride):
+        convolve_few_outputs(sources[0], weight, bias, out, **window)
+        return
+    if overlap and r == stride == 1 and not any(padding) and out.dtype == weight.dtype and fits_descriptors(sources, k):
         multiply_real(sources, weight.view(k, -1), bias, out, overlap=overlap)
         return
     first, second = sources[0].shape[2], sources[1].shape[2] if len(sources) > 1 else 0

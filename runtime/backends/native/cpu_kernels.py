@@ -15,6 +15,7 @@ from torch import Tensor
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.grid import SMALLEST_SCALE, grid_ends
 from modiff_trt.core.moving_grids import shifts_of_phase
+from modiff_trt.networks.operations import LayerSpec
 from modiff_trt.networks.torch_ops import convolve
 from modiff_trt.plugins.modulated_conv.libraries.onednn_conv import ZERO_POINT, OneDnnConv, pairs_saturate, sums_are_exact
 from modiff_trt.plugins.modulated_conv.reference import InputShape
@@ -33,7 +34,6 @@ class CpuKernels:
     real = torch.float32
     integer = torch.uint8
     offset = ZERO_POINT
-    pads_real = False
 
     def __init__(self) -> None:
         if not hasattr(torch.ops.onednn, "qconv2d_pointwise") or not torch.backends.mkldnn.is_available():
@@ -154,6 +154,9 @@ class CpuKernels:
         else:
             for i, step in enumerate(steps.tolist()):
                 conv.add(q[i : i + 1], step, scale, out[i : i + 1])
+
+    def real_channels(self, spec: LayerSpec) -> int:
+        return spec.in_shape[0]
 
     def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
         return _spatial(layer, sources[0]) if layer.spec.kernel > 1 else _pointwise(layer, sources)

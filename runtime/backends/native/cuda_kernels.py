@@ -11,9 +11,11 @@ from torch import Tensor
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.extras import install_command
+from modiff_trt.networks.operations import LayerSpec
+from modiff_trt.plugins.modulated_conv.geometry import has_few_inputs
 from modiff_trt.plugins.modulated_conv.libraries.conv_tactics import ConvTactics
 from modiff_trt.plugins.modulated_conv.reference import InputShape
-from modiff_trt.runtime.backends.native.layers import NativeLayer
+from modiff_trt.runtime.backends.native.layers import NativeLayer, aligned, output_type
 
 OLDEST = (8, 0)
 # From here on a launch may begin while the one before it ends (programmatic dependent launch).
@@ -26,7 +28,6 @@ class CudaKernels:
     real = torch.float16
     integer = torch.int8
     offset = 0
-    pads_real = True
 
     def __init__(self, overlap: bool = True) -> None:
         """`overlap` lets a launch begin while the one before it ends, where the GPU can do that."""
@@ -65,11 +66,16 @@ class CudaKernels:
     def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
         self._tactics.run(layer.product_spec, q, layer.weight, scale, addend, out, steps)
 
+    def real_channels(self, spec: LayerSpec) -> int:
+        channels = spec.in_shape[0]
+        return channels if has_few_inputs(channels, spec.kernel) else aligned(channels)
+
     def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
         from modiff_trt.plugins.modulated_conv.kernels.conv import convolve_real
 
         spec, (channels, height, width) = layer.spec, layer.spec.out_shape
-        out = torch.empty(len(sources[0]), height * width, channels, dtype=self.real, device=sources[0].device)
+        dtype = output_type(spec, self.real)
+        out = torch.empty(len(sources[0]), height * width, channels, dtype=dtype, device=sources[0].device)
         convolve_real(
             sources,
             layer.weight.permute(0, 2, 3, 1),

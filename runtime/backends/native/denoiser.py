@@ -20,14 +20,13 @@ from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Params
 from modiff_trt.runtime.backends.bound_context import ADDED, BoundContext
 from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
-from modiff_trt.runtime.backends.native.layers import NativeModel, aligned, build
+from modiff_trt.runtime.backends.native.layers import NativeModel, build, output_type
 from modiff_trt.runtime.backends.native.ops import (
     Buffers,
     Kernels,
     LazyValue,
     NativeOps,
     Source,
-    output_type,
     shared_accumulators,
 )
 from modiff_trt.runtime.backends.native.refresh import REFRESH, refresh
@@ -134,7 +133,7 @@ class NativeDenoiser(GraphedDenoiser):
         for name, partner in self._shared.items():
             if name in start:
                 start[partner] = (start[partner][0], start[partner][1] + start[name][1])
-        types = {n: output_type(self._model.layers[n].spec, self._kernels) for n in start}
+        types = {n: output_type(self._model.layers[n].spec, self._kernels.real) for n in start}
         units = {n: self._model.layers[n].unit for n in start}
         return {
             n: (self._kernels.start(state, units[n]).to(self._device), o_hat.to(self._device, types[n]))
@@ -190,7 +189,7 @@ def _to_device(model: NativeModel, device: str, kernels: Kernels) -> NativeModel
         factors = layer.factors.to(device) if layer.factors is not None else None
         weight = layer.weight
         if layer.mode == Mode.FLOAT:
-            missing = aligned(weight.shape[1]) - weight.shape[1] if kernels.pads_real else 0
+            missing = kernels.real_channels(layer.spec) - weight.shape[1]
             weight = F.pad(weight, (0, 0, 0, 0, 0, missing)).to(kernels.real)
         weight = weight.to(device).contiguous(memory_format=torch.channels_last)
         scales = layer.byte_scales.to(device) if layer.byte_scales is not None else None

@@ -24,7 +24,7 @@ from modiff_trt.networks.modulated import (
     moving_shifts,
     quantize_layers,
 )
-from modiff_trt.networks.operations import LayerSpec, Network
+from modiff_trt.networks.operations import LayerSpec, Network, Role
 from modiff_trt.networks.split import skip_factors
 from modiff_trt.networks.torch_ops import Params, layer_bias, layer_weight
 from modiff_trt.plugins.modulated_conv.geometry import CHANNELS
@@ -39,6 +39,11 @@ GRID_NUMBERS = 5
 
 def aligned(channels: int, to: int = ALIGN) -> int:
     return -(-channels // to) * to
+
+
+def output_type(spec: LayerSpec, real: torch.dtype) -> torch.dtype:
+    """The type of a layer's output. What leaves the network is kept in full: it is small, and the sampler's."""
+    return torch.float32 if spec.role is Role.OUTPUT else real
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,16 @@ from torch import Tensor
 from modiff_trt.core.kinds import Mode
 from modiff_trt.networks.operations import LAYER_NORM_EPS, Block, LayerSpec, Role
 from modiff_trt.plugins.modulated_conv.reference import InputShape
-from modiff_trt.runtime.backends.native.layers import GRID_NUMBERS, NativeLayer
+from modiff_trt.runtime.backends.native.layers import GRID_NUMBERS, NativeLayer, output_type
 
 
 class Kernels(Protocol):
     """The two launches of a layer, on one kind of device: `real` is the type between layers, `integer` that of a layer's
-    quantized input, in which `offset` stands for 0, and `pads_real` says whether layers in float want their input channels
-    padded too."""
+    quantized input, in which `offset` stands for 0."""
 
     real: torch.dtype
     integer: torch.dtype
     offset: int
-    pads_real: bool
 
     def busy(self) -> AbstractContextManager[None]:
         """Entered for every pass."""
@@ -80,6 +78,10 @@ class Kernels(Protocol):
 
     def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
         """out [N, P*Q, K'] = addend (same shape, may be `out` itself; or a bias [K']) + steps[n] scale[k] (weight * q)."""
+        ...
+
+    def real_channels(self, spec: LayerSpec) -> int:
+        """Input channels that a layer has if it is not quantized, those of padding counted in."""
         ...
 
     def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
@@ -165,11 +167,6 @@ def shared_accumulators(layers: Mapping[str, NativeLayer]) -> dict[str, str]:
     return pairs
 
 
-def output_type(spec: LayerSpec, kernels: Kernels) -> torch.dtype:
-    """The type of a quantized layer's output. What leaves the network is kept in full: it is small, and the sampler's."""
-    return torch.float32 if spec.role is Role.OUTPUT else kernels.real
-
-
 class NativeOps:
     """The operations of a network for one pass; `Ops` of `networks.operations` over lazy values."""
 
@@ -208,7 +205,8 @@ class NativeOps:
                 assert self._aside is not None
                 torch.cuda.current_stream().wait_stream(self._aside)
                 return LazyValue(Source(self._begun.pop(name)[1]), channels, height, width=width)
-            sources = [self._read(x, layer, None)] if spec.kernel > 1 or x.is_changed else self._sources(x)
+            as_it_is = not x.is_changed if spec.kernel == 1 else x.is_plain and name not in self._buffers.filled
+            sources = self._sources(x) if as_it_is else [self._read(x, layer, None)]
             return LazyValue(Source(self._kernels.real_product(layer, sources)), channels, height, width=width)
         steps = torch.empty(len(x.main.a), device=row.device) if layer.dynamic else None
         q = self._read(x, layer, row[layer.grid_at : layer.grid_at + GRID_NUMBERS], steps=steps)
@@ -222,7 +220,7 @@ class NativeOps:
             out = self._outputs[self._shared[name]]
             self._kernels.product(layer, q, scale, addend=out, out=out, steps=steps)
         else:
-            dtype = output_type(spec, self._kernels)
+            dtype = output_type(spec, self._kernels.real)
             out = torch.empty(len(q), height * width, layer.out_channels, dtype=dtype, device=q.device)
             bias = layer.bias if layer.bias_at is None else row[layer.bias_at : layer.bias_at + layer.out_channels]
             self._kernels.product(layer, q, scale, addend=bias, out=out, steps=steps)
@@ -235,8 +233,7 @@ class NativeOps:
         return LazyValue(Source(out), channels, height, width=width, accumulator=shared)
 
     def _sources(self, x: LazyValue) -> list[Tensor]:
-        streams = [x.main] + ([x.skip] if x.skip is not None else [])
-        return [stream.tensor().to(self._kernels.real) for stream in streams]
+        return [stream.tensor() for stream in (x.main, x.skip) if stream is not None]
 
     def _begin_shortcut(self, first: str, x: LazyValue) -> None:
         """Of a block whose `first` convolution has the input `x`, before its normalization: on the other stream, if there is
@@ -254,7 +251,8 @@ class NativeOps:
         """x [N, H*W, C] with all that was left to do, in the network's type."""
         if x.is_changed:
             return self._read(x, None, None)
-        return torch.cat(self._sources(x), dim=2) if x.skip is not None else self._sources(x)[0]
+        sources = self._sources(x)
+        return (torch.cat(sources, dim=2) if len(sources) > 1 else sources[0]).to(self._kernels.real)
 
     def _written_value(self, x: LazyValue) -> LazyValue:
         factor = 2 if self._whole(x).repeated else 1

@@ -14,6 +14,7 @@ from kernel_cases import CASES, PIXEL_CASES, KernelCase, PixelCase, launch, laun
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from modiff_trt.plugins.modulated_conv.kernels import edges as edges_kernel
 from modiff_trt.plugins.modulated_conv.kernels import groups as groups_kernel
 from modiff_trt.plugins.modulated_conv.kernels import pixels as pixels_kernel
 from modiff_trt.plugins.modulated_conv.kernels import quantize as quantize_kernel
@@ -54,6 +55,8 @@ for name in ("sums_kernel", "affine_kernel"):
     Compiled(groups_kernel, name)
 Compiled(quantize_kernel, "quantize_kernel")
 Compiled(pixels_kernel, "pixels_kernel")
+for name in ("few_inputs_kernel", "planes_kernel", "sum_planes_kernel"):
+    Compiled(edges_kernel, name)
 for name in ("byte_kernel", "bias_kernel"):
     Compiled(refresh_kernel, name)
 CIFAR10 = (
@@ -74,7 +77,14 @@ for shape in (InputShape(128, 0, 32, 32), InputShape(3, 0, 32, 32), InputShape(2
     for high in (False, True):
         refresh_kernel.write_byte(shape, state, torch.zeros(2, shape.out_pixels, channels, dtype=torch.int8), high=high)
     refresh_kernel.set_to_bias(torch.zeros(2, shape.pixels, channels).half(), torch.zeros(channels))
-names = {"sums_kernel", "affine_kernel", "quantize_kernel", "pixels_kernel", "byte_kernel", "bias_kernel"}
+for (few, many), size, real in (((3, 128), 32, torch.float32), ((4, 320), 64, torch.float16), ((5, 72), 7, torch.float16)):
+    window = {"size": (size, size), "stride": 1, "padding": (1, 1, 1, 1), "overlap": capability >= 90}
+    pixels = size * size
+    x, out, bias = torch.zeros(2, pixels, few, dtype=real), torch.zeros(2, pixels, many).half(), torch.zeros(many)
+    edges_kernel.convolve_few_inputs(x, torch.zeros(many, 3, 3, few).half(), bias, out, **window)
+    edges_kernel.convolve_few_outputs(out, torch.zeros(few, 3, 3, many).half(), bias[:few], x.float(), **window)
+names = {"few_inputs_kernel", "planes_kernel", "sum_planes_kernel"}
+names |= {"sums_kernel", "affine_kernel", "quantize_kernel", "pixels_kernel", "byte_kernel", "bias_kernel"}
 assert compiled == names, compiled
 """
 

@@ -19,7 +19,7 @@ MODULES = sorted(
 )
 # These are the modules that exist for an optional package; everything else must import without it.
 LAYER = "modiff_trt.plugins.modulated_conv"
-KERNELS = ("conv", "groups", "parts", "pixels", "product", "quantize", "refresh", "residual")
+KERNELS = ("conv", "edges", "groups", "parts", "pixels", "product", "quantize", "refresh", "residual")
 FOR_PACKAGES = [f"{LAYER}.kernels.{name}" for name in KERNELS]
 FOR_PACKAGES += [f"{LAYER}.libraries.cudnn_conv", "modiff_trt.tools.bench.profiling"]
 OPTIONAL = ("tensorrt", "tensorrt_rtx", "triton", "cudnn", "cuda", "pycuda", "polygraphy", "pytorch_fid")

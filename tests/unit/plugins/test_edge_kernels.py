@@ -1,0 +1,97 @@
+"""Convolutions in float with few input or few output channels, in Triton's interpreter, against float64."""
+
+import pytest
+import torch
+
+from modiff_trt.plugins.modulated_conv import reference
+from modiff_trt.plugins.modulated_conv.geometry import Geometry, has_few_inputs, has_few_outputs
+from modiff_trt.plugins.modulated_conv.kernels import conv, edges
+
+SAME, UNEVEN, NONE = (1, 1, 1, 1), (0, 0, 1, 1), (0, 0, 0, 0)
+
+
+def expected(x, weight, bias, size, stride, padding):
+    ones = torch.ones(len(weight), dtype=torch.float64)
+    return reference.accumulate(x.double(), weight.permute(0, 3, 1, 2).double(), ones, bias.double(), size, stride, padding)
+
+
+def poisoned(n, channels, out, kernel, size, stride, padding):
+    p, q = Geometry(n, channels, *size, out, kernel, stride, padding).out_size
+    return torch.full((n, p * q, out), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "channels", "out", "kernel", "stride", "padding"),
+    [
+        (2, (7, 6), 3, 20, 3, 1, SAME),
+        (1, (8, 8), 4, 130, 3, 1, SAME),
+        (3, (9, 5), 3, 128, 3, 2, UNEVEN),
+        (2, (5, 5), 7, 33, 3, 1, NONE),
+        (2, (5, 13), 9, 32, 1, 1, NONE),
+        (4, (1, 1), 3, 64, 3, 1, SAME),
+    ],
+)
+def test_few_inputs(n, size, channels, out, kernel, stride, padding):
+    x, weight, bias = torch.randn(n, size[0] * size[1], channels), torch.randn(out, kernel, kernel, channels), torch.randn(out)
+    found = poisoned(n, channels, out, kernel, size, stride, padding)
+    edges.convolve_few_inputs(x, weight, bias, found, size=size, stride=stride, padding=padding)
+    torch.testing.assert_close(found.double(), expected(x, weight, bias, size, stride, padding), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "channels", "out", "kernel", "stride", "padding"),
+    [
+        (2, (7, 6), 20, 3, 3, 1, SAME),
+        (1, (8, 8), 130, 4, 3, 1, SAME),
+        (3, (9, 5), 128, 3, 3, 2, UNEVEN),
+        (2, (5, 5), 33, 7, 3, 1, NONE),
+        (4, (1, 1), 64, 3, 3, 1, SAME),
+        (1, (9, 11), 48, 2, 5, 1, (2, 2, 2, 2)),
+    ],
+)
+def test_few_outputs(n, size, channels, out, kernel, stride, padding):
+    x, weight, bias = torch.randn(n, size[0] * size[1], channels), torch.randn(out, kernel, kernel, channels), torch.randn(out)
+    found = poisoned(n, channels, out, kernel, size, stride, padding)
+    edges.convolve_few_outputs(x, weight, bias, found, size=size, stride=stride, padding=padding)
+    torch.testing.assert_close(found.double(), expected(x, weight, bias, size, stride, padding), rtol=0, atol=5e-5)
+
+
+def test_an_input_of_another_type_is_rounded_to_the_weights():
+    x, weight, bias = torch.randn(2, 30, 3), torch.randn(16, 3, 3, 3).half(), torch.randn(16)
+    found = torch.full((2, 30, 16), float("nan"))
+    edges.convolve_few_inputs(x, weight, bias, found, size=(5, 6), stride=1, padding=SAME)
+    torch.testing.assert_close(found.double(), expected(x.half(), weight, bias, (5, 6), 1, SAME), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "other"), [(1, 9), (3, 5)])
+def test_a_batch_does_not_change_an_image(n, other):
+    x, weight, bias = torch.randn(max(n, other), 35, 3), torch.randn(128, 3, 3, 3), torch.randn(128)
+    answers = []
+    for images in (n, other):
+        wide, narrow = torch.full((images, 35, 128), float("nan")), torch.full((images, 35, 3), float("nan"))
+        edges.convolve_few_inputs(x[:images], weight, bias, wide, size=(5, 7), stride=1, padding=SAME)
+        back = weight.permute(3, 1, 2, 0).contiguous()
+        edges.convolve_few_outputs(wide, back, bias[:3], narrow, size=(5, 7), stride=1, padding=SAME)
+        answers.append((wide, narrow))
+    least = min(n, other)
+    assert all(torch.equal(a[:least], b[:least]) for a, b in zip(*answers, strict=True))
+
+
+def test_which_layers_are_at_an_edge():
+    assert has_few_inputs(3, 3) and has_few_inputs(7, 3) and not has_few_inputs(8, 3) and has_few_inputs(64, 1)
+    assert has_few_outputs(4, 3, 1) and not has_few_outputs(4, 3, 2) and not has_few_outputs(8, 3, 1)
+    assert not has_few_outputs(4, 1, 1)  # a product already
+
+
+@pytest.mark.parametrize(("channels", "out", "taken"), [(3, 32, "inputs"), (32, 3, "outputs"), (32, 32, None)])
+def test_they_serve_layers_in_float(channels, out, taken, monkeypatch):
+    seen = []
+    for edge in ("inputs", "outputs"):
+        name = f"convolve_few_{edge}"
+        launch = getattr(conv, name)
+        monkeypatch.setattr(conv, name, lambda *a, edge=edge, launch=launch, **k: seen.append(edge) or launch(*a, **k))
+    x, weight, bias = torch.randn(1, 30, channels), torch.randn(out, 3, 3, channels), torch.randn(out)
+    found = torch.full((1, 30, out), float("nan"))
+    conv.convolve_real([x], weight, bias, found, size=(5, 6), stride=1, padding=SAME)
+    assert seen == ([taken] if taken else [])
+    torch.testing.assert_close(found.double(), expected(x, weight, bias, (5, 6), 1, SAME), rtol=0, atol=5e-5)
