@@ -21,9 +21,8 @@ from modiff_trt.core.kinds import Mode
 from modiff_trt.core.rows import RowTable, plain_rows
 from modiff_trt.core.scales import Scales
 from modiff_trt.export.calibration.trials import Report, Trials
-from modiff_trt.networks.operations import Network
+from modiff_trt.networks.operations import LayerSpec, Network
 from modiff_trt.networks.state_elements import state_elements
-from modiff_trt.plugins.modulated_conv.geometry import SMALL
 from modiff_trt.runtime.backends.native.floors import layer_work
 
 # What one H200 reached (results/bench_h200.json), for those who have measured no costs.
@@ -60,22 +59,26 @@ class Goal:
     microseconds: float | None = None
 
 
+def modelled_time(spec: LayerSpec, mode: Mode) -> float:
+    """Microseconds an image that the launches of a layer take at least, by their bytes and operations."""
+    return sum(work.least(CEILINGS) for work in layer_work(spec, mode))
+
+
 def modelled_costs(network: Network, scales: Scales) -> ModeCosts:
     """Costs of a GPU by the bytes and operations of each layer's launches, where none were measured.
 
-    Only what state costs is modelled, in images of more than SMALL pixels: there an H200 saved 1.1 to 2.3 times as much (less
-    with a stride), and in smaller ones nothing (docs/lab/modes.md). What a layer in float would gain by INT8, and the other
-    way round, depends on launches that are shared; bytes do not tell.
+    Only what state costs is modelled: an H200 took 1.5 times as long for it, in large images and in small ones
+    (docs/lab/modes.md). What a layer in float would gain by INT8, and the other way round, depends on launches that are shared;
+    bytes do not tell.
     """
     base = {name: layer.mode for name, layer in scales.layers.items()}
     whole = 0.0
     added: dict[str, dict[Mode, float]] = {}
     for spec in network.layers:
-        times = {mode: sum(w.least(CEILINGS) for w in layer_work(spec, mode)) for mode in Mode}
         mode = base[spec.name]
-        whole += times[mode]
-        large = spec.in_shape[1] * spec.in_shape[2] > SMALL
-        added[spec.name] = {Mode.INT8: times[Mode.INT8] - times[mode]} if mode == Mode.MODIFF and large else {}
+        took = modelled_time(spec, mode)
+        whole += took
+        added[spec.name] = {Mode.INT8: modelled_time(spec, Mode.INT8) - took} if mode == Mode.MODIFF else {}
     return ModeCosts(MODELLED, 0, whole, base=base, added=added)
 
 

@@ -143,7 +143,7 @@ def real_tile(geometry: Geometry, second: int) -> ConvTile:
 
 def has_few_inputs(channels: int, kernel: int) -> bool:
     """Whether a convolution in float takes all taps and input channels of a pixel in one go."""
-    return kernel**2 * channels <= MOST_OF_AN_EDGE
+    return kernel > 1 and kernel**2 * channels <= MOST_OF_AN_EDGE
 
 
 def has_few_outputs(out_channels: int, kernel: int, stride: int) -> bool:

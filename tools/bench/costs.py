@@ -4,9 +4,8 @@ A pass overlaps launches, shares sums between a block's convolutions, and folds 
 mode is timed as what a whole pass gains or loses by it: the pass with the scales' own modes and the pass with one group of
 layers in another mode, run in turn. A group is the layers that have the same shapes, neighbours and mode.
 
-Layers without state save more together than one group after the other: on an H200 with the CIFAR-10 network 4.6 us an image,
-where the groups add up to 2.3. So the pass without any state is timed too, and what it saves beyond their sum is spread evenly
-over its layers. Five mixtures between both came within 0.3 to 4.1 % of their prediction then (docs/lab/modes.md).
+A pass with one group changed says little about it: another instance of the very same network may differ by more. So the pass
+without any state is timed too, and some instances with nothing changed, and `cost_estimates` weighs all of these.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,16 @@ from modiff_trt.core.files import read_signed, write_signed
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.progress import progress_bar
 from modiff_trt.core.scales import Scales
-from modiff_trt.export.calibration.modes import with_modes
+from modiff_trt.export.calibration.modes import modelled_time, with_modes
 from modiff_trt.networks.operations import Network
 from modiff_trt.runtime.denoiser import Denoiser
+from modiff_trt.tools.bench.cost_estimates import Kind, estimate
 from modiff_trt.tools.bench.run import Load, run_passes, whole_intervals
 
 # Mixtures whose time is predicted and measured, so that the file says how good its predictions are.
 MIXTURES = 5
+# Instances with nothing changed, whose times say how much instances differ.
+INSTANCES = 4
 Changes = dict[str, Mode]
 
 
@@ -88,9 +90,9 @@ def measure_costs(
     passes = whole_intervals(passes, [base])
     whole: dict[int, list[float]] = {size: list(kept["whole"].get(str(size), [])) for size in sizes}
 
-    def differences(changes: Changes) -> dict[int, float]:
-        """Microseconds an image that a pass takes more with these modes."""
-        key = " ".join(f"{name}:{mode}" for name, mode in changes.items())
+    def differences(changes: Changes, instance: int = 0) -> dict[int, float]:
+        """Microseconds an image that a pass takes more with these modes, of the network's `instance`-th making."""
+        key = " ".join(f"{name}:{mode}" for name, mode in changes.items()) or f"instance {instance}"
         if key in kept["differences"]:
             return {size: kept["differences"][key][str(size)] for size in sizes}
         other, found = make(with_modes(scales, changes)), {}
@@ -113,28 +115,26 @@ def measure_costs(
         for mode in (Mode.INT8, Mode.FLOAT)
         if mode != modes[names[0]]
     ]
-    added: dict[int, dict[str, dict[Mode, float]]] = {size: {name: {} for name in modes} for size in sizes}
     mixed = []
     for size in sizes:
         _microseconds(base, loads[size], passes, device)  # compiles, tunes and captures
     with progress_bar() as bar:
-        for change in bar.track(changes, description="costs"):
-            for size, difference in differences(change).items():
-                for name, mode in change.items():
-                    added[size][name][mode] = difference / len(change)
-        stateless = dict.fromkeys(scales.modulated, Mode.INT8)
-        for size, difference in differences(stateless).items() if stateless else ():
-            costs_of = added[size]
-            share = (difference - sum(costs_of[name][Mode.INT8] for name in stateless)) / len(stateless)
-            for name in stateless:
-                costs_of[name][Mode.INT8] += share
+        alone = [differences(change) for change in bar.track(changes, description="costs")]
+        stateless = differences(dict.fromkeys(scales.modulated, Mode.INT8))
+        again = [differences({}, i) for i in bar.track(range(INSTANCES), description="the same again")]
         for mixture in bar.track(_mixtures(changes), description="mixtures"):
             mixed.append((mixture, differences(mixture)))
     batches = {}
     for size in sizes:
-        costs = ModeCosts(
-            where, size, statistics.median(whole[size]), base=modes, added=added[size], baseline=baselines.get(size)
-        )
+        took = statistics.median(whole[size])
+        kinds = [_kind(network, modes, change, found[size]) for change, found in zip(changes, alone, strict=True)]
+        off = [i for i, kind in enumerate(kinds) if kind.mode == Mode.INT8 and kind.modelled is not None]
+        of_layer = estimate(kinds, off, stateless[size], [found[size] for found in again], took)
+        added: dict[str, dict[Mode, float]] = {name: {} for name in modes}
+        for change, cost in zip(changes, of_layer, strict=True):
+            for name, mode in change.items():
+                added[name][mode] = float(cost)
+        costs = ModeCosts(where, size, took, base=modes, added=added, baseline=baselines.get(size))
         checks = []
         for mixture, took_more in mixed:
             predicted, measured = costs.predict(modes | mixture), costs.whole + took_more[size]
@@ -143,8 +143,17 @@ def measure_costs(
                 {str(mode): counts.count(mode) for mode in Mode}
                 | {"predicted": predicted, "measured": measured, "error": predicted / measured - 1}
             )
-        batches[str(size)] = costs_to_dict(costs) | {"mixtures": checks}
+        instances = [found[size] for found in again]
+        batches[str(size)] = costs_to_dict(costs) | {"mixtures": checks, "same again": instances}
     return {"kind": KIND, "schema": SCHEMA, "batches": batches}
+
+
+def _kind(network: Network, modes: Mapping[str, Mode], change: Changes, difference: float) -> Kind:
+    """What is known of a change. Of layers in float that would be INT8, bytes do not tell: launches are shared or not."""
+    name, mode = next(iter(change.items()))
+    spec, before = network.layer(name), modes[name]
+    modelled = modelled_time(spec, mode) - modelled_time(spec, before) if before == Mode.MODIFF else None
+    return Kind(mode, len(change), modelled, difference)
 
 
 def _resume(part: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A tile of `conv_kernel` would be padding for the most part there. With few input channels all taps and channels of a pixel
 are one sum of `DEPTH`. With few output channels each pixel is read once, and not once for each tap: a product makes what it
-gives to each tap and output channel, and a second launch adds these planes up. Tiles do not depend on the batch, so that it cannot
-change an image.
+gives to each tap and output channel, and a second launch adds these planes up. Tiles do not depend on the batch, so that it
+cannot change an image.
 """
 
 from __future__ import annotations
