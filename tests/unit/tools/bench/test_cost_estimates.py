@@ -27,7 +27,7 @@ def test_without_noise_the_costs_are_found_whatever_bytes_say():
 
 
 def test_noise_as_large_as_the_costs_is_weighed():
-    """Layers that cost twice what bytes say, give or take a fifth: what is found is twice as near to the truth as each pass's own
+    """Layers that cost twice what bytes say, give or take a fifth: what is found is twice as near to the truth as a pass's own
     difference, and so is what it says of mixtures."""
     generator, of_layers, of_mixtures = np.random.default_rng(0), [], []
     for _ in range(40):
