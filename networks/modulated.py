@@ -73,30 +73,30 @@ def quantize_layers(
     network: Network, params: Params, scales: Scales, dtype: torch.dtype = torch.float32
 ) -> dict[str, QuantizedLayer]:
     """Applies a scales file to float weights: every layer that is not in mode `float`, by name."""
-    layers = {}
-    for spec in network.layers:
-        entry = scales.layers[spec.name]
-        if entry.mode == Mode.FLOAT:
-            continue
-        weight = fold_skip(spec, layer_weight(spec, params), entry.skip_ratio)
-        weight_scale = torch.from_numpy(entry.weight_scale).to(weight)
-        integers = quantize_weight(weight, weight_scale, entry.weight_bits, round_up=unpack_rounding(entry.round_up, weight))
-        bias = shifted_bias(spec, params, entry)
-        layers[spec.name] = QuantizedLayer(
-            spec,
-            entry.mode,
-            entry.act_bits,
-            scale=entry.scale,
-            weight=integers.to(dtype),
-            weight_scale=weight_scale.to(dtype),
-            bias=bias.to(dtype),
-            granularity=scales.granularity,
-            dither=scales.dither,
-            skip_ratio=entry.skip_ratio,
-            zero_point=entry.zero_point,
-            moving=scales.moving_grids and entry.mode == Mode.INT8,
-        )
-    return layers
+    quantized = (spec for spec in network.layers if scales.layers[spec.name].mode != Mode.FLOAT)
+    return {spec.name: quantize_layer(spec, params, scales, dtype) for spec in quantized}
+
+
+def quantize_layer(spec: LayerSpec, params: Params, scales: Scales, dtype: torch.dtype = torch.float32) -> QuantizedLayer:
+    """Applies a scales file to a layer that it does not leave in float."""
+    entry = scales.layers[spec.name]
+    weight = fold_skip(spec, layer_weight(spec, params), entry.skip_ratio)
+    weight_scale = torch.from_numpy(entry.weight_scale).to(weight)
+    integers = quantize_weight(weight, weight_scale, entry.weight_bits, round_up=unpack_rounding(entry.round_up, weight))
+    return QuantizedLayer(
+        spec,
+        entry.mode,
+        entry.act_bits,
+        scale=entry.scale,
+        weight=integers.to(dtype),
+        weight_scale=weight_scale.to(dtype),
+        bias=shifted_bias(spec, params, entry).to(dtype),
+        granularity=scales.granularity,
+        dither=scales.dither,
+        skip_ratio=entry.skip_ratio,
+        zero_point=entry.zero_point,
+        moving=scales.moving_grids and entry.mode == Mode.INT8,
+    )
 
 
 def initial_a_hat(layer: QuantizedLayer) -> Tensor:

@@ -209,7 +209,8 @@ def _largest(measure: Callable[[int], float], counts: Sequence[int], least: floa
 
 def with_modes(scales: Scales, modes: Mapping[str, Mode]) -> Scales:
     """The same scales with other modes for some layers, none of which gets state, and the row table's columns to match."""
-    layers = {n: replace(layer, mode=modes.get(n, layer.mode)) for n, layer in scales.layers.items()}
+    # Layers that keep their mode stay the same objects, by which `KeptLayers` knows them.
+    layers = scales.layers | {name: replace(scales.layers[name], mode=mode) for name, mode in modes.items()}
     if all(layer.mode != Mode.MODIFF for layer in layers.values()):
         return replace(scales, layers=layers, dither=False, rows=plain_rows(scales.rows.timesteps))
     keep = [i for i, name in enumerate(scales.modulated) if name not in modes]

@@ -111,7 +111,7 @@ def bench(
         found = measure_costs(
             network,
             loaded,
-            lambda chosen: trained.native(network, checkpoint.params, chosen, device, guidance=guidance),
+            trained.alike_natives(network, checkpoint.params, device, guidance=guidance),
             sizes,
             runs=num_runs,
             passes=num_passes,

@@ -20,7 +20,7 @@ from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Params
 from modiff_trt.runtime.backends.bound_context import ADDED, BoundContext
 from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
-from modiff_trt.runtime.backends.native.layers import NativeModel, build, output_type
+from modiff_trt.runtime.backends.native.layers import KeptLayers, NativeModel, build, output_type
 from modiff_trt.runtime.backends.native.ops import (
     Buffers,
     Kernels,
@@ -38,9 +38,17 @@ class NativeDenoiser(GraphedDenoiser):
     batch runs as the next power of two. Sums `o_hat` in float16 are computed anew every REFRESH passes."""
 
     def __init__(
-        self, network: Network, params: Params, scales: Scales, kernels: Kernels, device: str, guidance: float | None = None
+        self,
+        network: Network,
+        params: Params,
+        scales: Scales,
+        kernels: Kernels,
+        device: str,
+        guidance: float | None = None,
+        kept: KeptLayers | None = None,
     ) -> None:
-        self._model = _to_device(build(network, params, scales), device, kernels)
+        """`kept` has the layers of denoisers of the same network and parameters with nearly the same scales."""
+        self._model = _to_device(build(network, params, scales, kept), device, kernels)
         updates = scales.solver.updates(network.config.diffusion, scales.rows.timesteps)
         super().__init__(network.config, scales.rows, self._model.table, updates=updates, device=device, guidance=guidance)
         self._kernels = kernels

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Granularity, Mode
 from modiff_trt.core.moving_grids import phases
-from modiff_trt.core.scales import Scales, only_simulated
+from modiff_trt.core.scales import LayerScales, Scales, only_simulated
 from modiff_trt.core.state_grid import units_a_scale, whole_units
 from modiff_trt.networks.binding import embeddings, of_images, time_table
 from modiff_trt.networks.modulated import (
@@ -22,7 +23,7 @@ from modiff_trt.networks.modulated import (
     implied_o_hat,
     initial_a_hat,
     moving_shifts,
-    quantize_layers,
+    quantize_layer,
 )
 from modiff_trt.networks.operations import LayerSpec, Network, Role
 from modiff_trt.networks.split import skip_factors
@@ -115,17 +116,100 @@ class NativeModel:
     start: Mapping[str, tuple[Tensor, Tensor]]
 
 
-def build(network: Network, params: Params, scales: Scales) -> NativeModel:
-    """Packs a network on the CPU. Raises InputError for scales that cannot run in integers."""
+@dataclass(frozen=True)
+class PackedLayer:
+    """One layer's share of a `NativeModel`: itself, with offsets still to be set; its numbers in the table, [rows, ...] each:
+    grid, epilogue scales, and of a moving grid the biases; and its start, if it has state."""
+
+    layer: NativeLayer
+    columns: tuple[np.ndarray, ...]
+    start: tuple[Tensor, Tensor] | None
+
+
+class KeptLayers:
+    """The packed layers of the first scales that a network was built with. Other scales that differ from them in a few layers,
+    as mixtures of modes do, take the rest from here: weights and starts of a large network take half a minute."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[LayerScales, tuple[Any, ...], PackedLayer]] = {}
+
+    def of(self, scales: Scales, name: str, pack: Callable[[], PackedLayer]) -> PackedLayer:
+        """The kept layer of this name where the scales say the same of it, or else what `pack` makes."""
+        entry, beside = scales.layers[name], _beside_the_entry(scales, name)
+        # New scales share the entries that they do not change. Arrays in them are not compared.
+        before = self._kept.get(name)
+        if before is not None and before[0] is entry and before[1] == beside:
+            return before[2]
+        packed = pack()
+        self._kept.setdefault(name, (entry, beside, packed))
+        return packed
+
+
+def _beside_the_entry(scales: Scales, name: str) -> tuple[Any, ...]:
+    """What else in a scales file a layer depends on: its passes, its steps in them, and what is said of all layers."""
+    rows = scales.rows
+    steps = rows.multipliers[:, scales.modulated.index(name)].tobytes() if name in scales.modulated else None
+    return rows.t.tobytes(), steps, scales.granularity, scales.dither, scales.moving_grids
+
+
+def _packed(spec: LayerSpec, params: Params, scales: Scales, shifts: Tensor | None) -> PackedLayer:
+    """One layer by itself; `shifts` [rows, channels of the widest layer] of moving grids."""
+    if scales.layers[spec.name].mode == Mode.FLOAT:
+        bias, weight = layer_bias(spec, params).float(), layer_weight(spec, params).float()
+        native = NativeLayer(
+            spec, Mode.FLOAT, 8, weight=weight, bias=bias, factors=None, unit=0.0, grid_at=0, scale_at=0, byte_scales=None
+        )
+        return PackedLayer(native, (), None)
+    layer, rows = quantize_layer(spec, params, scales), len(scales.rows)
+    unit, multiples = _grid(scales, layer)
+    dynamic = layer.granularity == Granularity.TENSOR
+    step = np.ones(rows) if dynamic else multiples * unit
+    grid = np.stack([1 / step, np.full(rows, unit), multiples, step, phases(scales.rows.t)], axis=1)
+    padded = np.zeros(aligned(spec.out_shape[0]), np.float64)
+    padded[: spec.out_shape[0]] = layer.weight_scale.double().numpy()
+    inputs = aligned(spec.in_shape[0], ALIGN_DYNAMIC if dynamic else ALIGN)
+    weight = torch.zeros(len(padded), inputs, spec.kernel, spec.kernel, dtype=torch.int8)
+    weight[: spec.out_shape[0], : spec.in_shape[0]] = layer.weight.to(torch.int8)
+    bias = torch.zeros(len(padded))
+    of_zero = layer.zero_point * unit * layer.weight_scale.double() * layer.weight.double().sum((1, 2, 3))
+    bias[: spec.out_shape[0]] = (layer.bias.double() - of_zero).float()
+    factors = torch.from_numpy(skip_factors(spec, layer.skip_ratio)) if layer.skip_ratio != 1 else None
+    columns = [grid, step[:, None] * padded[None]]
+    if layer.moving:
+        assert shifts is not None
+        moved = bias.double().repeat(rows, 1)
+        moved[:, : spec.out_shape[0]] += bias_of_shifts(_wide(layer), shifts[:, : spec.in_shape[0]].double())
+        columns.append(moved.numpy())
+    modulated = layer.mode == Mode.MODIFF
+    native = NativeLayer(
+        spec,
+        layer.mode,
+        layer.bits,
+        weight=weight,
+        bias=bias,
+        factors=factors,
+        unit=unit,
+        grid_at=0,
+        scale_at=0,
+        byte_scales=torch.from_numpy(np.outer((unit, 256 * unit), padded).astype(np.float32)) if modulated else None,
+        dynamic=dynamic,
+        zero_point=layer.zero_point,
+    )
+    return PackedLayer(native, tuple(columns), _start(layer, unit, len(padded)) if modulated else None)
+
+
+def build(network: Network, params: Params, scales: Scales, kept: KeptLayers | None = None) -> NativeModel:
+    """Packs a network on the CPU. `kept` is for several scales of one network and its parameters. Raises InputError for scales
+    that cannot run in integers."""
     reason = only_simulated(scales)
     if reason is not None:
         raise InputError(reason)
-    quantized = quantize_layers(network, params, scales)
+    kept = KeptLayers() if kept is None else kept
+    shifts = moving_shifts(network, scales)
     layers: dict[str, NativeLayer] = {}
     columns: list[np.ndarray] = []
     start: dict[str, tuple[Tensor, Tensor]] = {}
     rows, width = len(scales.rows), 0
-    phase, shifts = phases(scales.rows.t), moving_shifts(network, scales)
 
     def append(values: np.ndarray) -> int:
         nonlocal width
@@ -136,52 +220,13 @@ def build(network: Network, params: Params, scales: Scales) -> NativeModel:
         return at
 
     for spec in network.layers:
-        layer = quantized.get(spec.name)
-        if layer is None:
-            bias = layer_bias(spec, params).float()
-            weight = layer_weight(spec, params).float()
-            layers[spec.name] = NativeLayer(
-                spec, Mode.FLOAT, 8, weight=weight, bias=bias, factors=None, unit=0.0, grid_at=0, scale_at=0, byte_scales=None
-            )
-            continue
-        unit, multiples = _grid(scales, layer)
-        dynamic = layer.granularity == Granularity.TENSOR
-        step = np.ones(rows) if dynamic else multiples * unit
-        grid = np.stack([1 / step, np.full(rows, unit), multiples, step, phase], axis=1)
-        padded = np.zeros(aligned(spec.out_shape[0]), np.float64)
-        padded[: spec.out_shape[0]] = layer.weight_scale.double().numpy()
-        inputs = aligned(spec.in_shape[0], ALIGN_DYNAMIC if dynamic else ALIGN)
-        weight = torch.zeros(len(padded), inputs, spec.kernel, spec.kernel, dtype=torch.int8)
-        weight[: spec.out_shape[0], : spec.in_shape[0]] = layer.weight.to(torch.int8)
-        bias = torch.zeros(len(padded))
-        of_zero = layer.zero_point * unit * layer.weight_scale.double() * layer.weight.double().sum((1, 2, 3))
-        bias[: spec.out_shape[0]] = (layer.bias.double() - of_zero).float()
-        factors = torch.from_numpy(skip_factors(spec, layer.skip_ratio)) if layer.skip_ratio != 1 else None
-        grid_at, scale_at, bias_at = append(grid), append(step[:, None] * padded[None]), None
-        if layer.moving:
-            assert shifts is not None
-            moved = bias.double().repeat(rows, 1)
-            moved[:, : spec.out_shape[0]] += bias_of_shifts(_wide(layer), shifts[:, : spec.in_shape[0]].double())
-            bias_at = append(moved.numpy())
-        modulated = layer.mode == Mode.MODIFF
-        byte_scales = torch.from_numpy(np.outer((unit, 256 * unit), padded).astype(np.float32)) if modulated else None
-        layers[spec.name] = NativeLayer(
-            spec,
-            layer.mode,
-            layer.bits,
-            weight=weight,
-            bias=bias,
-            factors=factors,
-            unit=unit,
-            grid_at=grid_at,
-            scale_at=scale_at,
-            byte_scales=byte_scales,
-            dynamic=dynamic,
-            zero_point=layer.zero_point,
-            bias_at=bias_at,
-        )
-        if modulated:
-            start[spec.name] = _start(layer, unit, len(padded))
+        name, packed = spec.name, kept.of(scales, spec.name, partial(_packed, spec, params, scales, shifts))
+        layers[name] = packed.layer
+        if packed.columns:
+            grid_at, scale_at, *bias_at = map(append, packed.columns)
+            layers[name] = replace(packed.layer, grid_at=grid_at, scale_at=scale_at, bias_at=bias_at[0] if bias_at else None)
+        if packed.start is not None:
+            start[name] = packed.start
     at_rows = torch.from_numpy(scales.rows.t)
     each = of_images(network)
     embedding_at = append(embeddings(network, params)[at_rows].double().numpy()) if each else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,9 +61,24 @@ def native(
     network: Network, params: Params, scales: Scales, device: str = "cpu", *, guidance: float | None = None
 ) -> NativeDenoiser:
     """True INT8, with guidance as part of a pass. Raises InputError where it cannot run, or cannot run these scales."""
-    from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
+    return alike_natives(network, params, device, guidance=guidance)(scales)
 
-    return NativeDenoiser(network, params, scales, kernels=native_kernels(device), device=device, guidance=guidance)
+
+def alike_natives(
+    network: Network, params: Params, device: str = "cpu", *, guidance: float | None = None
+) -> Callable[[Scales], NativeDenoiser]:
+    """`native` for several scales of one network, which is faster for those that differ from the first in few layers."""
+    from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
+    from modiff_trt.runtime.backends.native.layers import KeptLayers
+
+    kept = KeptLayers()
+
+    def make(scales: Scales) -> NativeDenoiser:
+        return NativeDenoiser(
+            network, params, scales, kernels=native_kernels(device), device=device, guidance=guidance, kept=kept
+        )
+
+    return make
 
 
 def native_kernels(device: str) -> Kernels:

@@ -1,6 +1,7 @@
 """The native backend on a CPU, for real: oneDNN's INT8 convolutions."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from conftest import make_case, tiny_config
 from small_network import SIZE, random_params, small_function
 
-from modiff_trt.core.kinds import SolverKind, Spacing
+from modiff_trt.core.kinds import Mode, SolverKind, Spacing
 from modiff_trt.core.solvers import Solver
 from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.networks.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ from modiff_trt.plugins.modulated_conv.libraries.onednn_conv import OneDnnConv
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels, _group_norm
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
-from modiff_trt.runtime.backends.native.layers import build
+from modiff_trt.runtime.backends.native.layers import KeptLayers, build
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.sampler import sample_trajectory
@@ -123,6 +124,35 @@ def test_the_start_does_not_depend_on_the_number_of_threads(demo):
     assert torch.equal(one.table, three.table)
     for name, start in one.start.items():
         assert all(map(torch.equal, start, three.start[name])), name
+
+
+@pytest.mark.parametrize("others", ["modes", "another network of the same names", "other steps", "still"])
+def test_layers_that_are_kept_are_those_that_would_be_made(demo, others):
+    """After the first scales only what differs is packed, and nothing else may differ from packing all anew."""
+    scales, kept = demo.scales(), KeptLayers()
+    parts = demo.network, demo.checkpoint.params
+    first = build(*parts, scales, kept)
+    name = scales.modulated[3]
+    changed = {
+        "modes": with_modes(scales, {name: Mode.INT8, scales.modulated[5]: Mode.FLOAT}),
+        "another network of the same names": replace(scales, layers={n: replace(v) for n, v in scales.layers.items()}),
+        "other steps": replace(scales, rows=replace(scales.rows, multipliers=scales.rows.multipliers * 2)),
+        "still": replace(scales, dither=False),
+    }[others]
+    found, anew = build(*parts, changed, kept), build(*parts, changed)
+    assert torch.equal(found.table, anew.table) and found.start.keys() == anew.start.keys()
+    for n, start in anew.start.items():
+        assert all(map(torch.equal, start, found.start[n])), n
+    for n, layer in anew.layers.items():
+        other = found.layers[n]
+        assert torch.equal(other.weight, layer.weight) and torch.equal(other.bias, layer.bias)
+        for field in ("mode", "bits", "unit", "grid_at", "scale_at", "bias_at", "zero_point", "dynamic"):
+            assert getattr(other, field) == getattr(layer, field), (n, field)
+    shared = [n for n, layer in found.layers.items() if layer.weight is first.layers[n].weight]
+    assert others != "modes" or (len(shared) == len(found.layers) - 2 and name not in shared)
+    assert others not in ("another network of the same names", "still") or not shared
+    again = build(*parts, scales, kept)
+    assert all(again.layers[n].weight is layer.weight for n, layer in first.layers.items())
 
 
 @pytest.mark.parametrize("clip", [None, 0.8])
