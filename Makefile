@@ -125,7 +125,7 @@ report: setup $(SCALES) ## one HTML page of what the scales do, with BENCH= and 
 		$(if $(wildcard $(RESULTS)),--evaluation $(RESULTS)) $(if $(PLAN),--plan $(PLAN)) --out $(OUT)/report.html
 
 results-tables: setup ## the tables of the documents, from results/
-	for document in README.md docs/results.md docs/robustness.md docs/lab/studies.md docs/lab/solvers.md docs/lab/modes.md docs/guide/checkpoints.md docs/guide/README.md docs/lab/tensorrt.md; do $(VENV)/bin/python -m modiff_trt.tools.report.results_tables $$document || exit; done
+	for document in README.md docs/results.md docs/robustness.md docs/lab/studies.md docs/lab/solvers.md docs/lab/modes.md docs/lab/kernels.md docs/guide/checkpoints.md docs/guide/README.md docs/lab/tensorrt.md; do $(VENV)/bin/python -m modiff_trt.tools.report.results_tables $$document || exit; done
 
 test: setup ## what CI runs, without a GPU
 	$(VENV)/bin/pytest -m "not gpu"

@@ -138,3 +138,49 @@ def biases(data: dict[str, Any]) -> str:
         lines[f"{row['network']}, {row['images']} images"] = ["" if cell is None else f"{cell:.1f}" for cell in cells]
     headings = ["without", "corrected, steps alike", "corrected, steps by the final image"]
     return "\n".join(table("weights alone, dB to FP32", headings, lines))
+
+
+def edges(data: dict[str, Any]) -> str:
+    """Convolutions in float with few input or few output channels, by the general kernel and by their own."""
+    lines = {
+        name: [f"{found['before']:.1f}", f"{found['now']:.1f}", f"{found['error before']:.0e}", f"{found['error']:.0e}"]
+        for name, found in data["edges"].items()
+    }
+    return "\n".join(table("layer, 3x3", ["us before", "us now", "error before", "error now"], lines))
+
+
+def mixtures_estimated(data: dict[str, Any]) -> str:
+    """Microseconds of mixtures as they came, as costs said before, and as they are estimated from all passes."""
+    lines = {}
+    for name, found in data["mixtures"].items():
+        came = found["measured"]
+        cells = [f"{found[how]:.2f} ({100 * (found[how] / came - 1):+.1f} %)" for how in ("before", "estimated")]
+        lines[name] = [f"{came:.2f}", *cells]
+    return "\n".join(table("layers with state", ["came, us", "predicted before", "estimated from all passes"], lines))
+
+
+def mode_images(data: dict[str, Any]) -> str:
+    """PSNR to FP32 of many images that no mode was chosen on."""
+    lines = {
+        name: [f"{found[part]:.1f}" for part in ("together", "mean", "median", "least")]
+        for name, found in data["psnr_512"].items()
+    }
+    return "\n".join(table("layers with state", ["together, dB", "mean", "median", "worst"], lines))
+
+
+def adaround_corrections(data: dict[str, Any]) -> str:
+    """PSNR of weights alone by seed, as biases are corrected."""
+    seeds = data["adaround"]
+    lines = {}
+    for key, title in (
+        ("nearest, local", "nearest, each layer's own shift (what `calibrate` does)"),
+        ("nearest, empirical", "nearest, shift against the network so far"),
+        ("adaround", "AdaRound"),
+        ("adaround, local", "AdaRound, each layer's own shift (what `calibrate` does)"),
+        ("adaround, empirical", "AdaRound, shift against the network so far"),
+        ("adaround, empirical with gains", "AdaRound, shift and gain"),
+        ("adaround, empirical unweighted", "AdaRound, all steps alike"),
+    ):
+        values = [seed[key]["mean"] for seed in seeds.values()]
+        lines[title] = [*(f"{v:.1f}" for v in values), f"{sum(values) / len(values):.1f}", f"{max(values) - min(values):.1f}"]
+    return "\n".join(table("weights alone, mean of 48 images, dB", [*(f"seed {s}" for s in seeds), "mean", "spread"], lines))

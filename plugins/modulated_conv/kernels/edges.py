@@ -18,9 +18,9 @@ from modiff_trt.plugins.modulated_conv.geometry import Geometry
 
 # Of taps times channels at an edge; tensor cores take at least 16.
 LEAST = 16
-INPUT_SITES, INPUT_WARPS = 128, 8
+INPUT_SITES, INPUT_WARPS = 64, 4
 PLANE_SITES, PLANE_DEPTH, PLANE_STAGES, PLANE_WARPS = 128, 64, 3, 4
-SUM_SITES, SUM_WARPS = 256, 4
+SUM_SITES, SUM_WARPS = 256, 8
 
 
 @triton.jit
