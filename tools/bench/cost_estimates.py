@@ -52,8 +52,8 @@ def estimate(kinds: Sequence[Kind], together: Sequence[int], difference: float, 
         if at_once:
             sizes = np.append(sizes, sum(counts[i] * float(kinds[i].modelled or 0) for i in at_once))
             came = np.append(came, difference - offset)
-        # What this device takes for what the model calls a microsecond.
-        scale = float(sizes @ came / (sizes @ sizes)) if (sizes != 0).any() else 0.0
+        # What this device takes for what the model calls a microsecond. It cannot gain by moving more.
+        scale = max(float(sizes @ came / (sizes @ sizes)), 0.0) if (sizes != 0).any() else 0.0
         expected[alike] = scale * modelled
         spread[alike] = np.maximum(SHARE * np.abs(expected[alike]), LEAST * whole)
     # Unknowns: the cost of each kind, and by how much another instance differs whatever it is.
