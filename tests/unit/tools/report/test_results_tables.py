@@ -4,7 +4,6 @@ from conftest import ROOT
 from modiff_trt.core.errors import InputError
 from modiff_trt.tools.report.results_tables import render
 
-
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WITH_TABLES = [path for path in DOCUMENTS if "<!-- table: " in path.read_text()]
 
