@@ -128,8 +128,7 @@ def measure_costs(
     for size in sizes:
         took = statistics.median(whole[size])
         kinds = [_kind(network, modes, change, found[size]) for change, found in zip(changes, alone, strict=True)]
-        off = [i for i, kind in enumerate(kinds) if kind.mode == Mode.INT8 and kind.modelled is not None]
-        of_layer = estimate(kinds, off, stateless[size], [found[size] for found in again], took)
+        of_layer = estimate(kinds, stateless[size], [found[size] for found in again], took)
         added: dict[str, dict[Mode, float]] = {name: {} for name in modes}
         for change, cost in zip(changes, of_layer, strict=True):
             for name, mode in change.items():
@@ -149,11 +148,12 @@ def measure_costs(
 
 
 def _kind(network: Network, modes: Mapping[str, Mode], change: Changes, difference: float) -> Kind:
-    """What is known of a change. Of layers in float that would be INT8, bytes do not tell: launches are shared or not."""
+    """What is known of a change. Bytes tell what state costs. They do not tell INT8 from float: launches are shared or not, and
+    small products are slower than either's operations."""
     name, mode = next(iter(change.items()))
-    spec, before = network.layer(name), modes[name]
-    modelled = modelled_time(spec, mode) - modelled_time(spec, before) if before == Mode.MODIFF else None
-    return Kind(mode, len(change), modelled, difference)
+    spec, loses_state = network.layer(name), modes[name] == Mode.MODIFF and mode == Mode.INT8
+    modelled = modelled_time(spec, mode) - modelled_time(spec, modes[name]) if loses_state else None
+    return Kind(len(change), modelled, difference)
 
 
 def _resume(part: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from modiff_trt.core.kinds import Mode
 from modiff_trt.tools.bench.cost_estimates import QUIET, Kind, estimate
 
 WHOLE = 100.0
@@ -12,17 +11,15 @@ WHOLE = 100.0
 def observed(generator, costs, counts, modelled, *, noise, offset):
     """(kinds, difference of all together, differences of unchanged passes) of layers of these true costs."""
     seen = costs * counts + offset + generator.normal(0, noise, len(costs))
-    kinds = [Kind(Mode.INT8, int(n), m, float(d)) for n, m, d in zip(counts, modelled, seen, strict=True)]
+    kinds = [Kind(int(n), m, float(d)) for n, m, d in zip(counts, modelled, seen, strict=True)]
     again = offset + generator.normal(0, noise, 4)
     return kinds, float(costs @ counts + offset + generator.normal(0, noise)), list(again)
 
 
 def test_without_noise_the_costs_are_found_whatever_bytes_say():
     costs, counts = np.asarray([-0.9, -0.3, -2.0, 0.4]), np.asarray([4, 1, 2, 8])
-    kinds = [
-        Kind(Mode.INT8, int(n), m, float(n * c + 0.7)) for n, c, m in zip(counts, costs, (-0.4, -0.2, -0.9, -0.1), strict=True)
-    ]
-    found = estimate(kinds, range(4), float(costs @ counts + 0.7), [0.7, 0.7, 0.7], WHOLE)
+    kinds = [Kind(int(n), m, float(n * c + 0.7)) for n, c, m in zip(counts, costs, (-0.4, -0.2, -0.9, -0.1), strict=True)]
+    found = estimate(kinds, float(costs @ counts + 0.7), [0.7, 0.7, 0.7], WHOLE)
     np.testing.assert_allclose(found, costs, atol=2 * QUIET * WHOLE)
 
 
@@ -35,7 +32,7 @@ def test_noise_as_large_as_the_costs_is_weighed():
         counts = generator.integers(1, 5, 12)
         costs = 2 * modelled * generator.uniform(0.8, 1.2, 12)
         kinds, together, again = observed(generator, costs, counts, modelled, noise=0.8, offset=0.5)
-        found = estimate(kinds, range(12), together, again, WHOLE)
+        found = estimate(kinds, together, again, WHOLE)
         alone = np.asarray([kind.difference / kind.count for kind in kinds])
         mixture = counts * (generator.random(12) < 0.5)
         off = np.stack([found - costs, alone - costs])
@@ -46,29 +43,24 @@ def test_noise_as_large_as_the_costs_is_weighed():
         assert 2 * by_estimate < by_difference
 
 
-def test_modes_have_scales_of_their_own_and_what_bytes_do_not_tell_is_what_was_seen():
-    kinds = [
-        Kind(Mode.INT8, 2, -1.0, -6.0),
-        Kind(Mode.FLOAT, 2, 1.0, 2.0),
-        Kind(Mode.INT8, 5, None, 3.0),
-    ]
-    found = estimate(kinds, [0], -6.0, [0.0, 0.0], WHOLE)
-    np.testing.assert_allclose(found, [-3.0, 1.0, 0.6], atol=0.05)
+def test_what_bytes_do_not_tell_is_what_was_seen():
+    kinds = [Kind(2, -1.0, -6.0), Kind(2, None, 2.0), Kind(5, None, 3.0)]
+    np.testing.assert_allclose(estimate(kinds, -6.0, [0.0, 0.0], WHOLE), [-3.0, 1.0, 0.6], atol=0.05)
 
 
 def test_a_kind_that_bytes_call_free_may_cost_something():
-    kinds = [Kind(Mode.INT8, 1, -1.0, -1.0), Kind(Mode.INT8, 8, 0.0, -8.0)]
-    found = estimate(kinds, [0, 1], -9.0, [0.0, 0.0], WHOLE)
+    kinds = [Kind(1, -1.0, -1.0), Kind(8, 0.0, -8.0)]
+    found = estimate(kinds, -9.0, [0.0, 0.0], WHOLE)
     assert found[1] == pytest.approx(-0.9, abs=0.15)
 
 
 def test_where_state_costs_nothing_noise_is_not_taken_for_a_gain():
     """Without state these passes came out slower by half of their scatter: nothing is expected then, and little remains."""
-    kinds = [Kind(Mode.INT8, 1, modelled, 0.5) for modelled in (-0.1, -0.4, -0.2)]
-    found = estimate(kinds, range(3), 0.5, [1.0, -1.0, 0.9, -0.9], WHOLE)
+    kinds = [Kind(1, modelled, 0.5) for modelled in (-0.1, -0.4, -0.2)]
+    found = estimate(kinds, 0.5, [1.0, -1.0, 0.9, -0.9], WHOLE)
     assert np.abs(found).max() < 0.1
 
 
 def test_networks_without_state_have_costs_too():
-    found = estimate([Kind(Mode.FLOAT, 3, None, 6.0)], [], 0.0, [0.0, 0.1], WHOLE)
+    found = estimate([Kind(3, None, 6.0)], 0.0, [0.0, 0.1], WHOLE)
     assert found == pytest.approx([2.0], abs=0.1)
