@@ -76,6 +76,9 @@ class CudaKernels:
         spec, (channels, height, width) = layer.spec, layer.spec.out_shape
         dtype = output_type(spec, self.real)
         out = torch.empty(len(sources[0]), height * width, channels, dtype=dtype, device=sources[0].device)
+        if not has_few_inputs(spec.in_shape[0], spec.kernel):
+            # Between layers nothing is of another type. The network's own input is.
+            sources = [source.to(self.real) for source in sources]
         convolve_real(
             sources,
             layer.weight.permute(0, 2, 3, 1),

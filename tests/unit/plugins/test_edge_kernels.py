@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from modiff_trt.core.kinds import Mode
+from modiff_trt.networks.operations import Role, convolution
 from modiff_trt.plugins.modulated_conv import reference
 from modiff_trt.plugins.modulated_conv.geometry import Geometry, has_few_inputs, has_few_outputs
 from modiff_trt.plugins.modulated_conv.kernels import conv, edges
+from modiff_trt.runtime.backends.native.cuda_kernels import CudaKernels
+from modiff_trt.runtime.backends.native.layers import NativeLayer
 
 SAME, UNEVEN, NONE = (1, 1, 1, 1), (0, 0, 1, 1), (0, 0, 0, 0)
 
@@ -95,3 +99,25 @@ def test_they_serve_layers_in_float(channels, out, taken, monkeypatch):
     conv.convolve_real([x], weight, bias, found, size=(5, 6), stride=1, padding=SAME)
     assert seen == ([taken] if taken else [])
     torch.testing.assert_close(found.double(), expected(x, weight, bias, (5, 6), 1, SAME), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "role"), [(3, 3, Role.INPUT), (16, 3, Role.INPUT), (16, 1, Role.INPUT), (32, 3, Role.OUTPUT)]
+)
+def test_the_networks_ends_are_float32_on_a_gpu(channels, kernel, role):
+    """The kernels of a GPU on CPU tensors: between layers is float16, but the sampler's image is not."""
+    kernels = CudaKernels.__new__(CudaKernels)
+    kernels._overlap = False
+    out = 4 if role is Role.OUTPUT else 32
+    spec = convolution("edge", (channels, 5, 6), out, kernel, role=role)
+    x = torch.randn(2, 30, channels) if role is Role.INPUT else torch.randn(2, 30, channels).half()
+    weight, bias = torch.randn(out, channels, kernel, kernel).half(), torch.randn(out)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    layer = NativeLayer(
+        spec, Mode.FLOAT, 8, weight=weight, bias=bias, factors=None, unit=0.0, grid_at=0, scale_at=0, byte_scales=None
+    )
+    assert kernels.real_channels(spec) == channels
+    found = kernels.real_product(layer, [x])
+    assert found.dtype == (torch.float16 if role is Role.INPUT else torch.float32)
+    exact = expected(x.half(), weight.permute(0, 2, 3, 1), bias, (5, 6), 1, spec.padding)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-2 if role is Role.INPUT else 1e-4)
