@@ -43,6 +43,15 @@ def test_noise_as_large_as_the_costs_is_weighed():
         assert 2 * by_estimate < by_difference
 
 
+def test_of_passes_that_say_nothing_the_one_without_state_is_shared_out_by_bytes():
+    """Single passes scatter by more than they differ, instances are 5 us slower by themselves, and all state is worth 20."""
+    modelled = np.asarray([-1.0, -2.0, -4.0, -3.0])
+    kinds = [Kind(1, float(m), 5.0 + off) for m, off in zip(modelled, (0.5, -1.0, 1.0, -0.5), strict=True)]
+    found = estimate(kinds, 5.0 - 20.0, [5.0 + off for off in (4.0, -4.0, 4.0, -4.0)], WHOLE)
+    np.testing.assert_allclose(found / found.sum(), modelled / modelled.sum(), atol=0.1)
+    assert -20 < found.sum() < -13
+
+
 def test_what_bytes_do_not_tell_is_what_was_seen():
     kinds = [Kind(2, -1.0, -6.0), Kind(2, None, 2.0), Kind(5, None, 3.0)]
     np.testing.assert_allclose(estimate(kinds, -6.0, [0.0, 0.0], WHOLE), [-3.0, 1.0, 0.6], atol=0.05)
