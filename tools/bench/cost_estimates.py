@@ -1,9 +1,10 @@
 """Costs of single layers from times of whole passes, which scatter by more than most layers cost.
 
-On an H200 single layers of 4x4 and 8x8 pixels came out 0.7 to 1.5 % of a pass slower in a mode that does less. Their network was
-made once more for it, and its memory lies elsewhere. A layer's state costs 0.02 to 2 %. So a time counts as what it is, a noisy observation, beside an expectation by bytes and operations, and beside the
-time of the pass without any state, whose difference is as large as all of them (docs/lab/modes.md). With Gaussian errors that
-is a linear problem (Bayesian linear regression; Bishop, Pattern Recognition and Machine Learning, section 3.3).
+On an H200 single layers of 4x4 and 8x8 pixels came out 0.7 to 1.5 % of a pass slower in a mode that does less. Their
+network was made once more for it, and its memory lies elsewhere. A layer's state costs 0.02 to 2 %. So a time counts as
+what it is, a noisy observation, beside an expectation by bytes and operations, and beside the time of the pass without any
+state, whose difference is as large as all of them (docs/lab/modes.md). With Gaussian errors that is a linear problem
+(Bayesian linear regression; Bishop, Pattern Recognition and Machine Learning, section 3.3).
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ A pass overlaps launches, shares sums between a block's convolutions, and folds 
 mode is timed as what a whole pass gains or loses by it: the pass with the scales' own modes and the pass with one group of
 layers in another mode, run in turn. A group is the layers that have the same shapes, neighbours and mode.
 
-A pass with one group changed says little about it: its time differs by what another instance of the network does, too. So the pass
-without any state is timed as well, and some instances with nothing changed, and `cost_estimates` weighs all of these.
+A pass with one group changed says little about it: its time differs by what another instance of the network does, too. So
+the pass without any state is timed as well, and some instances with nothing changed, and `cost_estimates` weighs all of
+these.
 """
 
 from __future__ import annotations
