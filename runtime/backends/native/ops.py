@@ -205,8 +205,8 @@ class NativeOps:
                 assert self._aside is not None
                 torch.cuda.current_stream().wait_stream(self._aside)
                 return LazyValue(Source(self._begun.pop(name)[1]), channels, height, width=width)
-            as_it_is = not x.is_changed if spec.kernel == 1 else x.is_plain and name not in self._buffers.filled
-            sources = self._sources(x) if as_it_is else [self._read(x, layer, None)]
+            fits = name not in self._buffers.filled and (spec.kernel == 1 or x.skip is None)
+            sources = self._sources(x) if fits and not x.is_changed else [self._read(x, layer, None)]
             return LazyValue(Source(self._kernels.real_product(layer, sources)), channels, height, width=width)
         steps = torch.empty(len(x.main.a), device=row.device) if layer.dynamic else None
         q = self._read(x, layer, row[layer.grid_at : layer.grid_at + GRID_NUMBERS], steps=steps)

@@ -109,3 +109,20 @@ def test_a_block_s_shortcut_is_found_by_its_role_and_not_by_its_name():
     (shortcut,) = (spec for spec in network.layers if spec.role is Role.SHORTCUT)
     assert (shortcut.beside, shortcut.added_to) == ("any.name.conv1", "any.name.conv2")
     assert np.all([network.layer(name).block == "any.name" for name in (shortcut.beside, shortcut.added_to)])
+
+
+@pytest.mark.parametrize("kernels", [CpuKernels, ReferenceKernels])
+def test_channels_that_no_tensor_core_takes(kernels):
+    """A 1x1 layer in float whose 20 input channels are padded on a GPU, read as they are and after a concatenation."""
+
+    def function(ops, x):
+        h = ops.layer(convolution("conv_in", (3, SIZE, SIZE), 20, 3, role=Role.INPUT), x)
+        h = ops.layer(convolution("one", (20, SIZE, SIZE), 20, 1), h)
+        h = ops.layer(convolution("two", (40, SIZE, SIZE), 20, 1), ops.concat(h, h))
+        return ops.layer(convolution("conv_out", (20, SIZE, SIZE), 3, 3, role=Role.OUTPUT), h)
+
+    case, x = random_case(0, function), noise()
+    native = NativeDenoiser(case.network, case.checkpoint.params, in_float(case), kernels(), "cpu")
+    exact = TorchDenoiser(case.network, case.checkpoint.params, case.timesteps, dtype=torch.float64)
+    native.reset(2)
+    assert relative(native(x, 1), exact(x.double(), 1)) < 1e-5
