@@ -113,12 +113,16 @@ def moving_grids(data: dict[str, Any]) -> str:
 
 def mixtures_timed(data: dict[str, Any]) -> str:
     """Microseconds of mixtures as they came, as single costs add up, and with what layers save together."""
+    return _predictions("mixture", data["mixtures_timed"], {"one by one": "predicted one by one", "together": "and together"})
+
+
+def _predictions(first: str, mixtures: dict[str, Any], ways: dict[str, str]) -> str:
+    """Microseconds of each mixture as they came, and as each of the `ways`, by heading, predicted them."""
     lines = {}
-    for name, found in data["mixtures_timed"].items():
+    for name, found in mixtures.items():
         came = found["measured"]
-        cells = [f"{found[how]:.2f} ({100 * (found[how] / came - 1):+.1f} %)" for how in ("one by one", "together")]
-        lines[name] = [f"{came:.2f}", *cells]
-    return "\n".join(table("mixture", ["came, us", "predicted one by one", "and together"], lines))
+        lines[name] = [f"{came:.2f}", *(f"{found[how]:.2f} ({100 * (found[how] / came - 1):+.1f} %)" for how in ways)]
+    return "\n".join(table(first, ["came, us", *ways.values()], lines))
 
 
 def mode_choices(data: dict[str, Any]) -> str:
@@ -151,12 +155,8 @@ def edges(data: dict[str, Any]) -> str:
 
 def mixtures_estimated(data: dict[str, Any]) -> str:
     """Microseconds of mixtures as they came, as costs said before, and as they are estimated from all passes."""
-    lines = {}
-    for name, found in data["mixtures"].items():
-        came = found["measured"]
-        cells = [f"{found[how]:.2f} ({100 * (found[how] / came - 1):+.1f} %)" for how in ("before", "estimated")]
-        lines[name] = [f"{came:.2f}", *cells]
-    return "\n".join(table("layers with state", ["came, us", "predicted before", "estimated from all passes"], lines))
+    ways = {"before": "predicted before", "estimated": "estimated from all passes"}
+    return _predictions("layers with state", data["mixtures"], ways)
 
 
 def mode_images(data: dict[str, Any]) -> str:

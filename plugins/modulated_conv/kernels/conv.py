@@ -8,7 +8,6 @@ in float come here too: libraries choose another order of summation for another 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -213,18 +212,17 @@ def convolve_real(
     go.
     """
     (k, r), n = weight.shape[:2], len(sources[0])
-    window: dict[str, Any] = {"size": size, "stride": stride, "padding": padding, "overlap": overlap}
-    if len(sources) == 1 and has_few_inputs(sources[0].shape[2], r):
-        convolve_few_inputs(sources[0], weight, bias, out, **window)
+    first, second = sources[0].shape[2], sources[1].shape[2] if len(sources) > 1 else 0
+    geometry = Geometry(n, first, *size, k, r, stride, padding)
+    if not second and has_few_inputs(first, r):
+        convolve_few_inputs(sources[0], weight, bias, out=out, geometry=geometry, overlap=overlap)
         return
-    if len(sources) == 1 and has_few_outputs(k, r, stride):
-        convolve_few_outputs(sources[0], weight, bias, out, **window)
+    if not second and has_few_outputs(k, r, stride):
+        convolve_few_outputs(sources[0], weight, bias, out=out, geometry=geometry, overlap=overlap)
         return
     if overlap and r == stride == 1 and not any(padding) and out.dtype == weight.dtype and fits_descriptors(sources, k):
         multiply_real(sources, weight.view(k, -1), bias, out, overlap=overlap)
         return
-    first, second = sources[0].shape[2], sources[1].shape[2] if len(sources) > 1 else 0
-    geometry = Geometry(n, first, *size, k, r, stride, padding)
     tile = real_tile(geometry, second)
     conv_kernel[(triton.cdiv(geometry.sites, tile.sites), triton.cdiv(k, tile.channels), 1)](
         sources[0], sources[-1], weight, bias, bias, out, bias, bias, bias, bias,

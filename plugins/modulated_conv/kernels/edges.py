@@ -118,54 +118,36 @@ def sum_planes_kernel(
 
 
 def convolve_few_inputs(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    out: Tensor,
-    *,
-    size: tuple[int, int],
-    stride: int,
-    padding: tuple[int, int, int, int],
-    overlap: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor, geometry: Geometry, overlap: bool = False
 ) -> None:
     """out = bias[k] + weight * x on torch's current stream; x [N, H*W, C] of any real type, with kernel**2 * C at most
-    `geometry.MOST_OF_AN_EDGE`, and the rest as in `convolve_real`."""
-    k, r = weight.shape[:2]
-    constants = Geometry(len(x), x.shape[2], *size, k, r, stride, padding).constants | {"C": x.shape[2]}
-    sites, columns = out.shape[0] * out.shape[1], 128 if k % 128 == 0 else 64
+    `geometry.MOST_OF_AN_EDGE`, and the rest as in `conv.convolve_real`."""
+    k, sites, columns = geometry.out_channels, geometry.sites, 128 if geometry.out_channels % 128 == 0 else 64
     few_inputs_kernel[(triton.cdiv(sites, INPUT_SITES), triton.cdiv(k, columns))](
-        x, weight, bias, out, sites, **constants,
-        DEPTH=max(LEAST, triton.next_power_of_2(r * r * x.shape[2])), BLOCK_M=INPUT_SITES, BLOCK_N=columns, OVERLAP=overlap,
+        x, weight, bias, out, sites, **geometry.constants | {"C": geometry.channels},
+        DEPTH=max(LEAST, triton.next_power_of_2(geometry.kernel**2 * geometry.channels)),
+        BLOCK_M=INPUT_SITES, BLOCK_N=columns, OVERLAP=overlap,
         num_warps=INPUT_WARPS, launch_pdl=overlap, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def convolve_few_outputs(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    out: Tensor,
-    *,
-    size: tuple[int, int],
-    stride: int,
-    padding: tuple[int, int, int, int],
-    overlap: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor, geometry: Geometry, overlap: bool = False
 ) -> None:
     """out = bias[k] + weight * x on torch's current stream; weight [K, R, R, C] with kernel**2 * K at most
-    `geometry.MOST_OF_AN_EDGE`, and the rest as in `convolve_real`."""
-    (k, r), (n, pixels, c) = weight.shape[:2], x.shape
-    constants = Geometry(n, c, *size, k, r, stride, padding).constants
+    `geometry.MOST_OF_AN_EDGE`, and the rest as in `conv.convolve_real`."""
+    c, k, taps = geometry.channels, geometry.out_channels, geometry.kernel**2
+    constants, pixels = geometry.constants, geometry.batch * geometry.pixels
     del constants["C"]
-    planes = torch.empty(r * r * k, n * pixels, device=x.device)
-    planes_kernel[(triton.cdiv(n * pixels, PLANE_SITES),)](
-        x, weight, planes, n * pixels,
-        C=c, K=k, TAPS=r * r, PLANES=max(LEAST, triton.next_power_of_2(r * r * k)),
+    planes = torch.empty(taps * k, pixels, device=x.device)
+    planes_kernel[(triton.cdiv(pixels, PLANE_SITES),)](
+        x, weight, planes, pixels,
+        C=c, K=k, TAPS=taps, PLANES=max(LEAST, triton.next_power_of_2(taps * k)),
         BLOCK_M=PLANE_SITES, BLOCK_K=min(PLANE_DEPTH, max(LEAST, triton.next_power_of_2(c))), STAGES=PLANE_STAGES,
         OVERLAP=overlap, num_warps=PLANE_WARPS, launch_pdl=overlap, enable_fp_fusion=True,
     )  # fmt: skip
-    sites = n * out.shape[1]
-    sum_planes_kernel[(triton.cdiv(sites, SUM_SITES),)](
-        planes, bias, out, sites, n * pixels, **constants,
+    sum_planes_kernel[(triton.cdiv(geometry.sites, SUM_SITES),)](
+        planes, bias, out, geometry.sites, pixels, **constants,
         BLOCK_M=SUM_SITES, BLOCK_N=triton.next_power_of_2(k), OVERLAP=overlap,
         num_warps=SUM_WARPS, launch_pdl=overlap, enable_fp_fusion=True,
     )  # fmt: skip

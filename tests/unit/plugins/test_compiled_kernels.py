@@ -14,6 +14,7 @@ from kernel_cases import CASES, PIXEL_CASES, KernelCase, PixelCase, launch, laun
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from modiff_trt.plugins.modulated_conv.geometry import Geometry
 from modiff_trt.plugins.modulated_conv.kernels import edges as edges_kernel
 from modiff_trt.plugins.modulated_conv.kernels import groups as groups_kernel
 from modiff_trt.plugins.modulated_conv.kernels import pixels as pixels_kernel
@@ -78,11 +79,12 @@ for shape in (InputShape(128, 0, 32, 32), InputShape(3, 0, 32, 32), InputShape(2
         refresh_kernel.write_byte(shape, state, torch.zeros(2, shape.out_pixels, channels, dtype=torch.int8), high=high)
     refresh_kernel.set_to_bias(torch.zeros(2, shape.pixels, channels).half(), torch.zeros(channels))
 for (few, many), size, real in (((3, 128), 32, torch.float32), ((4, 320), 64, torch.float16), ((5, 72), 7, torch.float16)):
-    window = {"size": (size, size), "stride": 1, "padding": (1, 1, 1, 1), "overlap": capability >= 90}
-    pixels = size * size
+    pixels, same = size * size, (1, 1, 1, 1)
+    into, back = Geometry(2, few, size, size, many, 3, 1, same), Geometry(2, many, size, size, few, 3, 1, same)
     x, out, bias = torch.zeros(2, pixels, few, dtype=real), torch.zeros(2, pixels, many).half(), torch.zeros(many)
-    edges_kernel.convolve_few_inputs(x, torch.zeros(many, 3, 3, few).half(), bias, out, **window)
-    edges_kernel.convolve_few_outputs(out, torch.zeros(few, 3, 3, many).half(), bias[:few], x.float(), **window)
+    wide, narrow = torch.zeros(many, 3, 3, few).half(), torch.zeros(few, 3, 3, many).half()
+    edges_kernel.convolve_few_inputs(x, wide, bias, out=out, geometry=into, overlap=capability >= 90)
+    edges_kernel.convolve_few_outputs(out, narrow, bias[:few], out=x.float(), geometry=back, overlap=capability >= 90)
 names = {"few_inputs_kernel", "planes_kernel", "sum_planes_kernel"}
 names |= {"sums_kernel", "affine_kernel", "quantize_kernel", "pixels_kernel", "byte_kernel", "bias_kernel"}
 assert compiled == names, compiled

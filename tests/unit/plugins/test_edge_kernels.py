@@ -19,13 +19,18 @@ def expected(x, weight, bias, size, stride, padding):
     return reference.accumulate(x.double(), weight.permute(0, 3, 1, 2).double(), ones, bias.double(), size, stride, padding)
 
 
-def poisoned(n, channels, out, kernel, size, stride, padding):
-    p, q = Geometry(n, channels, *size, out, kernel, stride, padding).out_size
-    return torch.full((n, p * q, out), float("nan"))
+def check(convolve, case, atol):
+    """A convolution of `case` (images, size, channels, out channels, kernel, stride, padding), into poisoned memory."""
+    n, size, channels, out, kernel, stride, padding = case
+    geometry = Geometry(n, channels, *size, out, kernel, stride, padding)
+    x, weight, bias = torch.randn(n, geometry.pixels, channels), torch.randn(out, kernel, kernel, channels), torch.randn(out)
+    found = torch.full((n, geometry.sites // n, out), float("nan"))
+    convolve(x, weight, bias, out=found, geometry=geometry)
+    torch.testing.assert_close(found.double(), expected(x, weight, bias, size, stride, padding), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
-    ("n", "size", "channels", "out", "kernel", "stride", "padding"),
+    "case",
     [
         (2, (7, 6), 3, 20, 3, 1, SAME),
         (1, (8, 8), 4, 130, 3, 1, SAME),
@@ -35,15 +40,12 @@ def poisoned(n, channels, out, kernel, size, stride, padding):
         (4, (1, 1), 3, 64, 3, 1, SAME),
     ],
 )
-def test_few_inputs(n, size, channels, out, kernel, stride, padding):
-    x, weight, bias = torch.randn(n, size[0] * size[1], channels), torch.randn(out, kernel, kernel, channels), torch.randn(out)
-    found = poisoned(n, channels, out, kernel, size, stride, padding)
-    edges.convolve_few_inputs(x, weight, bias, found, size=size, stride=stride, padding=padding)
-    torch.testing.assert_close(found.double(), expected(x, weight, bias, size, stride, padding), rtol=0, atol=2e-5)
+def test_few_inputs(case):
+    check(edges.convolve_few_inputs, case, atol=2e-5)
 
 
 @pytest.mark.parametrize(
-    ("n", "size", "channels", "out", "kernel", "stride", "padding"),
+    "case",
     [
         (2, (7, 6), 20, 3, 3, 1, SAME),
         (1, (8, 8), 130, 4, 3, 1, SAME),
@@ -53,17 +55,14 @@ def test_few_inputs(n, size, channels, out, kernel, stride, padding):
         (1, (9, 11), 48, 2, 5, 1, (2, 2, 2, 2)),
     ],
 )
-def test_few_outputs(n, size, channels, out, kernel, stride, padding):
-    x, weight, bias = torch.randn(n, size[0] * size[1], channels), torch.randn(out, kernel, kernel, channels), torch.randn(out)
-    found = poisoned(n, channels, out, kernel, size, stride, padding)
-    edges.convolve_few_outputs(x, weight, bias, found, size=size, stride=stride, padding=padding)
-    torch.testing.assert_close(found.double(), expected(x, weight, bias, size, stride, padding), rtol=0, atol=5e-5)
+def test_few_outputs(case):
+    check(edges.convolve_few_outputs, case, atol=5e-5)
 
 
 def test_an_input_of_another_type_is_rounded_to_the_weights():
     x, weight, bias = torch.randn(2, 30, 3), torch.randn(16, 3, 3, 3).half(), torch.randn(16)
     found = torch.full((2, 30, 16), float("nan"))
-    edges.convolve_few_inputs(x, weight, bias, found, size=(5, 6), stride=1, padding=SAME)
+    edges.convolve_few_inputs(x, weight, bias, out=found, geometry=Geometry(2, 3, 5, 6, 16, 3, 1, SAME))
     torch.testing.assert_close(found.double(), expected(x.half(), weight, bias, (5, 6), 1, SAME), rtol=0, atol=1e-5)
 
 
@@ -73,9 +72,9 @@ def test_a_batch_does_not_change_an_image(n, other):
     answers = []
     for images in (n, other):
         wide, narrow = torch.full((images, 35, 128), float("nan")), torch.full((images, 35, 3), float("nan"))
-        edges.convolve_few_inputs(x[:images], weight, bias, wide, size=(5, 7), stride=1, padding=SAME)
+        edges.convolve_few_inputs(x[:images], weight, bias, out=wide, geometry=Geometry(images, 3, 5, 7, 128, 3, 1, SAME))
         back = weight.permute(3, 1, 2, 0).contiguous()
-        edges.convolve_few_outputs(wide, back, bias[:3], narrow, size=(5, 7), stride=1, padding=SAME)
+        edges.convolve_few_outputs(wide, back, bias[:3], out=narrow, geometry=Geometry(images, 128, 5, 7, 3, 3, 1, SAME))
         answers.append((wide, narrow))
     least = min(n, other)
     assert all(torch.equal(a[:least], b[:least]) for a, b in zip(*answers, strict=True))
