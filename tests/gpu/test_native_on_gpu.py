@@ -123,6 +123,33 @@ def test_products_of_many_pixels_are_those_of_few(channels):
         torch.testing.assert_close(many.double(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("few", "many", "size"), [(3, 128, 32), (4, 320, 64), (5, 72, 7)])
+@pytest.mark.parametrize("n", [1, 5])
+def test_edges_equal_float64_and_batches_do_not_change_an_image(few, many, size, n):
+    from modiff_trt.plugins.modulated_conv.geometry import Geometry
+    from modiff_trt.plugins.modulated_conv.kernels import edges
+
+    same = (1, 1, 1, 1)
+    for overlap in (False, torch.cuda.get_device_capability() >= (9, 0)):
+        for c, k, convolve, real in (
+            (few, many, edges.convolve_few_inputs, torch.float16),
+            (many, few, edges.convolve_few_outputs, torch.float32),
+        ):
+            x = torch.randn(n, size * size, c, device="cuda").half()
+            weight, bias = (torch.randn(k, 3, 3, c, device="cuda") / 8).half(), torch.randn(k, device="cuda")
+            answers = []
+            for images in (n, 1):
+                found = torch.full((images, size * size, k), float("nan"), device="cuda", dtype=real)
+                geometry = Geometry(images, c, size, size, k, 3, 1, same)
+                convolve(x[:images], weight, bias, out=found, geometry=geometry, overlap=overlap)
+                answers.append(found)
+            together, alone = answers
+            assert torch.equal(together[:1], alone)
+            image = x.double().view(n, size, size, c).permute(0, 3, 1, 2)
+            expected = F.conv2d(image, weight.double().permute(0, 3, 1, 2), bias.double(), padding=1).flatten(2).transpose(1, 2)
+            torch.testing.assert_close(together.double(), expected, rtol=1e-3, atol=1e-3 if real is torch.float16 else 1e-4)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_only_a_1x1_without_stride_is_a_product_of_many_pixels(stride, monkeypatch):
     from modiff_trt.plugins.modulated_conv.kernels import conv as conv_kernel
