@@ -11,7 +11,7 @@ every backend is tested against; it works in any float dtype, float64 included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -202,15 +202,15 @@ def simulate(
     multipliers: Mapping[str, float | Tensor],
     *,
     exact: bool = False,
-    act_quant: bool = True,
+    act_quant: bool | Collection[str] = True,
     shifts: Tensor | None = None,
     on_layer: OnLayer | None = None,
 ) -> tuple[Tensor, State]:
     """One pass of the quantized network: (eps [N, C, H, W], new state).
 
-    `multipliers` gives m for each modulated layer. With `act_quant` off only the weights are quantized and the state
-    passes through unchanged. `shifts` [channels] are this pass's (a row of `moving_shifts`). `on_layer` is shown
-    (layer, x, state) before each modulated layer rounds x - a_hat.
+    `multipliers` gives m for each modulated layer. With `act_quant` off only the weights are quantized, and the state
+    passes through unchanged; names leave it on for those layers alone. `shifts` [channels] are this pass's (a row of
+    `moving_shifts`). `on_layer` is shown (layer, x, state) before each modulated layer rounds x - a_hat.
     """
     new_state: State = {}
     unquantized = float_layer(params)
@@ -220,7 +220,7 @@ def simulate(
         if layer is None:
             return unquantized(spec, value)
         value = divide_skip(spec, value, layer.skip_ratio)
-        if not act_quant:
+        if not (act_quant if isinstance(act_quant, bool) else spec.name in act_quant):
             return weight_only_layer(layer, value)
         if layer.mode == Mode.INT8:
             return stateless_layer(layer, value, shifts[: spec.in_shape[0]] if shifts is not None else None)
@@ -232,4 +232,4 @@ def simulate(
         return y
 
     eps = run_unet(network, params, x, bound=bound, layer=run)
-    return eps, (new_state if act_quant else state)
+    return eps, {**state, **new_state}

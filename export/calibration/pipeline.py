@@ -236,12 +236,14 @@ def improve(trials: Trials, scales: Scales, candidates: dict[float, dict[str, fl
     return scales
 
 
-def choose_modes(trials: Trials, alone: Trials, scales: Scales, goal: Goal) -> Scales:
+def choose_modes(trials: Trials, scales: Scales, goal: Goal, *, alone: Trials, others: Trials) -> Scales:
     """`search_modes` under a progress bar."""
     with progress_bar() as bar:
         task = bar.add_task("modes", total=len(possible_changes(scales, goal.costs)), unit="changes")
         console = Console(highlight=False)
-        found = search_modes(trials, alone, scales, goal, report=console.print, on_trial=lambda: bar.advance(task))
+        found = search_modes(
+            trials, scales, goal, alone=alone, others=others, report=console.print, on_trial=lambda: bar.advance(task)
+        )
     return found
 
 

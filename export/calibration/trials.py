@@ -8,7 +8,7 @@ MoDiff state is searched in `modes`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import log10
@@ -123,20 +123,23 @@ class Trials:
         score, seconds = self._once("whole", scales, run)
         return float(score), float(seconds)
 
-    def distance(self, scales: Scales, images: Array) -> float:
-        """Mean squared difference of the final images to `images`. Infinite where they are not finite."""
+    def difference(self, scales: Scales, layer: str, exact: Array) -> float:
+        """Mean squared difference to `exact` of the final images, of which only this layer rounds its activation: `scales`
+        have no state. Infinite where they are not finite."""
 
         def run() -> Array:
             try:
-                return np.asarray([np.square(self.images_of(scales).astype(np.float64) - images).mean()])
+                return np.asarray([np.square(self.images_of(scales, act_quant=(layer,)).astype(np.float64) - exact).mean()])
             except InputError:
                 return np.asarray([float("inf")])
 
-        return float(self._once(f"distance to {arrays_digest({}, {'images': images})}", scales, run)[0])
+        return float(self._once(f"{layer} alone, to {arrays_digest({}, {'images': exact})}", scales, run)[0])
 
-    def images_of(self, scales: Scales) -> Array:
-        """The final images of the simulation of these scales. Raises InputError where they are not finite."""
-        return self.sample(trained.simulated(self.network, self.checkpoint.params, scales, device=self._device))
+    def images_of(self, scales: Scales, act_quant: bool | Collection[str] = True) -> Array:
+        """The final images of the simulation of these scales; `act_quant` is `SimDenoiser`'s. Raises InputError where they are
+        not finite."""
+        simulated = partial(trained.simulated, self.network, self.checkpoint.params, scales, device=self._device)
+        return self.sample(simulated(act_quant=act_quant))
 
     def weights_alone(self, scales: Scales) -> float:
         """`decibels` with exact activations."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -118,14 +118,17 @@ class SimDenoiser(_TorchBase):
         scales: Scales,
         device: str = "cpu",
         *,
-        act_quant: bool = True,
+        act_quant: bool | Collection[str] = True,
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
         on_layer: OnLayer | None = None,
         between_passes: BetweenPasses | None = None,
     ) -> None:
-        """`compiled` runs a pass through torch.compile (a minute or two to begin with). Calibration watches layers through
-        `on_layer`; see `simulate`. `between_passes` is called before every pass but a trajectory's first."""
+        """`act_quant` off leaves activations exact; names, of layers without state, leave it on for those alone. `compiled`
+        runs a pass through torch.compile (a minute or two to begin with). Calibration watches layers through `on_layer`; see
+        `simulate`. `between_passes` is called before every pass but a trajectory's first."""
+        if not isinstance(act_quant, bool) and scales.modulated:
+            raise ValueError("single layers are quantized by scales without state")
         super().__init__(network, params, scales.rows if act_quant else plain_rows(scales.rows.timesteps), device, dtype)
         self.layers: dict[str, QuantizedLayer] = quantize_layers(network, self._params, scales, dtype=dtype)
         shifts = moving_shifts(network, scales)
@@ -134,7 +137,8 @@ class SimDenoiser(_TorchBase):
         self._act_quant = act_quant
         self._pass = torch.compile(simulate) if compiled else simulate
         # Only integers are convolved where every layer is quantized on a static grid.
-        self._only_integers = act_quant and scales.granularity == Granularity.STATIC and len(self.layers) == len(network.layers)
+        every_layer = act_quant is True and len(self.layers) == len(network.layers)
+        self._only_integers = every_layer and scales.granularity == Granularity.STATIC
         self._on_layer, self._between_passes = on_layer, between_passes
         self._state: State = {}
 

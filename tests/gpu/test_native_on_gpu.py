@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from kernel_cases import CASES, PIXEL_CASES, check, check_pixels
 
+from modiff_trt.core.kinds import Mode
+from modiff_trt.export.calibration.modes import with_modes
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.images.noise import ImageNoise
@@ -81,6 +83,19 @@ def test_images_are_those_of_the_simulation(demo, kernels, recipe):
     deployed = demo.sample(native(demo, scales, kernels))
     assert abs(psnr(deployed, reference) - psnr(simulated, reference)) < 0.5
     assert psnr(deployed, simulated) > 38
+
+
+def test_networks_that_share_their_products_have_images_of_their_own(demo, kernels):
+    from modiff_trt.runtime.backends.registry.trained import alike_natives
+
+    scales = demo.scales()
+    others = with_modes(scales, dict.fromkeys(scales.modulated[::2], Mode.INT8))
+    make = alike_natives(demo.network, demo.checkpoint.params, "cuda")
+    first, second = make(scales), make(others)
+    images = demo.sample(first)
+    np.testing.assert_array_equal(demo.sample(second), demo.sample(native(demo, others, kernels)))
+    np.testing.assert_array_equal(demo.sample(first), images)
+    assert not np.array_equal(demo.sample(second), images)
 
 
 @pytest.mark.parametrize(

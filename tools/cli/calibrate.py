@@ -212,7 +212,7 @@ def calibrate(
         device=device,
         context=stored.context,
     )
-    kept_trials, kept_modes = (out.with_name(f"{out.name}.{part}.part") for part in ("trials", "modes"))
+    kept_trials, kept_modes, kept_others = (out.with_name(f"{out.name}.{part}.part") for part in ("trials", "modes", "others"))
     trials = try_images(images=trial_images, kept=kept_trials) if trial_images else None
     if correct_bias is not False:
         corrected = correct_biases(network, checkpoint.params, scales, ranges)
@@ -239,7 +239,10 @@ def calibrate(
         }
         scales = improve(trials, scales, candidates, rows=search != Search.SCALES)
     if trials and goal is not None:
-        scales = choose_modes(trials, try_images(images=max(1, trial_images // 2), kept=kept_modes), scales, goal)
+        alone = try_images(images=max(1, trial_images // 2), kept=kept_modes)
+        others = try_images(images=trial_images, seed=JUDGE_SEED, kept=kept_others)
+        scales = choose_modes(trials, scales, goal, alone=alone, others=others)
+        verdict = judge(others, scales)
         assert scales.curve is not None
         print_curve(scales.curve)
     save_scales(out, scales)
@@ -252,13 +255,11 @@ def calibrate(
     )
     said = None
     if trials:
-        if goal is not None:
-            verdict = judge(try_images(images=trial_images, seed=JUDGE_SEED), scales)
         verdict = verdict or judge(trials, scales)
         work = Work(trial_images * len(scales.rows), len(stored.chosen) * stored.x.shape[1], len(units(network)))
         said = _verdict(verdict, scales, f"{trial_images} {'trial' if goal is None else 'other'} images", work)
         typer.echo(said)
-    for done in (kept_ranges, kept_trials, kept_modes, *([part] if rounding == Rounding.ADAROUND else [])):
+    for done in (kept_ranges, kept_trials, kept_modes, kept_others, *([part] if rounding == Rounding.ADAROUND else [])):
         done.unlink(missing_ok=True)
     return said
 

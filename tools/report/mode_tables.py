@@ -159,6 +159,15 @@ def mixtures_estimated(data: dict[str, Any]) -> str:
     return _predictions("layers with state", data["mixtures"], ways)
 
 
+def layers_alone(data: dict[str, Any]) -> str:
+    """How far one layer without state moves the final image, by what the others do."""
+    lines = {
+        name: ["" if found[how] is None else f"{found[how]:.1e}" for how in ("exact", "rounding")]
+        for name, found in data["alone"]["cpu, 2 images"].items()
+    }
+    return "\n".join(table("layer without state", ["others exact", "others with state"], lines))
+
+
 def mode_images(data: dict[str, Any]) -> str:
     """PSNR to FP32 of many images that no mode was chosen on."""
     lines = {

@@ -56,10 +56,13 @@ def networks_speed(data: dict[str, Any]) -> str:
                 for images, rows in run["batches"].items():
                     batch = network["copies"] * int(images)
                     for backend, row in rows.items():
-                        ours, theirs = row["microseconds"] / 1e3, baseline[str(batch)]
+                        times = ["", "", ""]
+                        if str(batch) in baseline:
+                            ours, theirs = row["microseconds"] / 1e3, baseline[str(batch)]
+                            times = [f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.2f}x"]
                         state = row["state_bytes_an_image"] * int(images) / 1e9
-                        cells = [f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.2f}x", f"{row['memory_bytes'] / 1e9:.1f}"]
-                        lines[f"{name}; {layers}: `{backend}`, {batch}"] = [*cells, f"{state:.1f}"]
+                        cells = [*times, f"{row['memory_bytes'] / 1e9:.1f}", f"{state:.1f}"]
+                        lines[f"{name}; {layers}: `{backend}`, {batch}"] = cells
     note = f"\n{data['machine']['gpu']}; {data['what']} (`results/networks_speed_h200.json`)."
     columns = ["diffusers FP16, compiled, ms", "native, ms", "ratio", "memory, GB", "of it state, GB"]
     return "\n".join([*table("network; quantized layers: backend, batch", columns, lines), note])

@@ -67,16 +67,18 @@ def native(
 def alike_natives(
     network: Network, params: Params, device: str = "cpu", *, guidance: float | None = None
 ) -> Callable[[Scales], NativeDenoiser]:
-    """`native` for several scales of one network, which is faster for those that differ from the first in few layers."""
+    """`native` for several scales of one network, which is faster for those that differ from the first in few layers. They
+    share what products need between launches: run one at a time."""
     from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
     from modiff_trt.runtime.backends.native.layers import KeptLayers
 
     kept = KeptLayers()
+    # Loading the tuned plans of a large network's products takes seconds. On a CPU, products hold weights.
+    shared = native_kernels(device) if device == "cuda" else None
 
     def make(scales: Scales) -> NativeDenoiser:
-        return NativeDenoiser(
-            network, params, scales, kernels=native_kernels(device), device=device, guidance=guidance, kept=kept
-        )
+        kernels = shared or native_kernels(device)
+        return NativeDenoiser(network, params, scales, kernels=kernels, device=device, guidance=guidance, kept=kept)
 
     return make
 

@@ -59,6 +59,23 @@ def test_modulation_beats_stateless_and_needs_its_state(demo):
     assert reset < qdiff  # a residual grid without its state is no quantizer at all
 
 
+def test_single_layers_are_quantized_and_all_others_exact(tiny):
+    scales = tiny.scales().without_modulation()
+
+    def images(act_quant):
+        return tiny.sample(SimDenoiser(tiny.network, tiny.checkpoint.params, scales, act_quant=act_quant))
+
+    exact, whole = images(act_quant=False), images(act_quant=True)
+    np.testing.assert_array_equal(images(act_quant=list(scales.layers)), whole)
+    name = tiny.network.layers[2].name
+    alone = images(act_quant=(name,))
+    rest = images(act_quant=[other for other in scales.layers if other != name])
+    assert not np.array_equal(alone, exact) and not np.array_equal(rest, whole)
+    assert psnr(alone, exact) > psnr(rest, exact)
+    with pytest.raises(ValueError, match="scales without state"):
+        SimDenoiser(tiny.network, tiny.checkpoint.params, tiny.scales(), act_quant=(name,))
+
+
 def test_state_follows_the_input_and_reset_is_the_one_place_that_clears_it(tiny):
     denoiser = SimDenoiser(tiny.network, tiny.checkpoint.params, tiny.scales())
     assert {info.name.split(".")[0] for info in denoiser.state_info} == {"a_hat", "o_hat"}
