@@ -127,11 +127,15 @@ report: setup $(SCALES) ## one HTML page of what the scales do, with BENCH= and 
 results-tables: setup ## the tables of the documents, from results/
 	for document in README.md docs/results.md docs/robustness.md docs/lab/studies.md docs/lab/solvers.md docs/lab/modes.md docs/lab/kernels.md docs/guide/checkpoints.md docs/guide/README.md docs/lab/tensorrt.md; do $(VENV)/bin/python -m modiff_trt.tools.report.results_tables $$document || exit; done
 
+# Files of tests run beside each other, each process with one thread. Modules' fixtures are made once.
+JOBS ?= 2
+PYTEST := $(VENV)/bin/pytest -n $(JOBS) --dist loadfile
+
 test: setup ## what CI runs, without a GPU
-	$(VENV)/bin/pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 test-gpu: setup ## the tests that need an NVIDIA GPU
-	$(VENV)/bin/pytest -m gpu
+	$(PYTEST) -m gpu
 
 # Of every folder what takes a second or less: a minute in all.
 FAST := $(addprefix tests/unit/,core networks runtime/images runtime/backends/test_native_values.py runtime/backends/test_shortcuts_beside.py \
@@ -139,7 +143,7 @@ FAST := $(addprefix tests/unit/,core networks runtime/images runtime/backends/te
 	tools/bench test_house.py)
 
 check: lint ## the developer's loop: linters and the fast tests
-	$(VENV)/bin/pytest -m "not gpu and not slow" $(FAST)
+	$(PYTEST) -m "not gpu and not slow" $(FAST)
 
 # In no environment: beside Python's packages they would pass for an installed TensorRT.
 STUBS := .typing/stubs/tensorrt_bindings

@@ -14,6 +14,8 @@ from modiff_trt.core.kinds import Mode
 
 KIND, SCHEMA = "costs of modes", 1
 REMEDY = "write it again with `modiff-trt bench --costs`"
+# How far a prediction may be from the time that came, as a share of it.
+TRUSTED = 0.05
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class ModeCosts:
 
     `whole` is a pass with the modes `base`. `added[layer][mode]` is what it takes more when this layer has that mode instead;
     negative where it takes less. `baseline` is what the network takes in floating point; None where that was not measured.
+    `errors` are those of predicted mixtures, as shares of the times that came.
     """
 
     device: str
@@ -30,6 +33,7 @@ class ModeCosts:
     base: dict[str, Mode]
     added: dict[str, dict[Mode, float]]
     baseline: float | None = None
+    errors: tuple[float, ...] = ()
 
     def predict(self, modes: Mapping[str, Mode]) -> float:
         """A pass with these modes. Raises InputError where the cost of one is not known."""
@@ -43,9 +47,20 @@ class ModeCosts:
             raise InputError(f"the costs of modes do not have layer '{name}' as {mode}; {REMEDY}, with scales of these modes")
         return self.added[name][mode]
 
+    def doubt(self) -> str | None:
+        """One line where predictions were too far off to choose by."""
+        most = max((abs(error) for error in self.errors), default=0.0)
+        if most <= TRUSTED:
+            return None
+        return (
+            f"costs of modes at batch {self.batch} predict mixtures with errors of up to {most:.0%}; do not choose by them: "
+            "measure again with more --num-runs and --num-passes, while nothing else runs there"
+        )
+
 
 def costs_to_dict(costs: ModeCosts) -> dict[str, Any]:
-    return asdict(costs)
+    """Without `errors`, which a file has with their mixtures."""
+    return {name: value for name, value in asdict(costs).items() if name != "errors"}
 
 
 def load_costs(path: Path, layers: Iterable[str], batch: int | None) -> ModeCosts:
@@ -55,7 +70,7 @@ def load_costs(path: Path, layers: Iterable[str], batch: int | None) -> ModeCost
     if data.get("kind") != KIND or data.get("schema") != SCHEMA:
         raise InputError(f"{path} does not hold costs of modes; {REMEDY}")
     try:
-        found = {int(size): _costs(entry) for size, entry in data["batches"].items()}
+        found = {int(size): costs_from_dict(entry) for size, entry in data["batches"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path}: the costs of modes are incomplete ({type(error).__name__}: {shown(str(error))}); {REMEDY}"
@@ -70,14 +85,18 @@ def load_costs(path: Path, layers: Iterable[str], batch: int | None) -> ModeCost
     return found[batch]
 
 
-def _costs(entry: dict[str, Any]) -> ModeCosts:
+def costs_from_dict(entry: dict[str, Any]) -> ModeCosts:
+    """The inverse of `costs_to_dict`."""
     base = {str(name): Mode(mode) for name, mode in entry["base"].items()}
     added = {name: {Mode(mode): float(cost) for mode, cost in entry["added"][name].items()} for name in base}
     baseline = None if entry["baseline"] is None else float(entry["baseline"])
     numbers = [float(entry["whole"]), *(cost for costs in added.values() for cost in costs.values())]
     if not all(math.isfinite(number) for number in numbers) or not min(numbers[0], baseline or 1.0) > 0:
         raise ValueError("a time that is not positive")
-    return ModeCosts(str(entry["device"]), int(entry["batch"]), numbers[0], base=base, added=added, baseline=baseline)
+    errors = tuple(float(mixture["error"]) for mixture in entry["mixtures"])
+    return ModeCosts(
+        str(entry["device"]), int(entry["batch"]), numbers[0], base=base, added=added, baseline=baseline, errors=errors
+    )
 
 
 @dataclass(frozen=True)

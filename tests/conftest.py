@@ -50,7 +50,12 @@ if not torch.cuda.is_available():
 
 with contextlib.suppress(ImportError):
     mend_torchvision()  # peers import it too
-torch.set_num_threads(min(2, usable_cores()))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores, and so do the programs that they run: threads that wait for each other spin.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(min(2, usable_cores()))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ mode is timed as what a whole pass gains or loses by it: the pass with the scale
 layers in another mode, run in turn. A group is the layers that have the same shapes, neighbours and mode.
 
 A pass with one group changed says little about it: its time differs by what another instance of the network does, too. So
-the pass without any state is timed as well, and some instances with nothing changed, and `cost_estimates` weighs all of
-these.
+passes with all state gone, all layers in INT8 and all in float are timed as well, and some instances with nothing changed,
+and `cost_estimates` weighs all of these.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from modiff_trt.core.scales import Scales
 from modiff_trt.export.calibration.modes import modelled_time, with_modes
 from modiff_trt.networks.operations import Network
 from modiff_trt.runtime.denoiser import Denoiser
-from modiff_trt.tools.bench.cost_estimates import Kind, estimate
+from modiff_trt.tools.bench.cost_estimates import Kind, Together, estimate
 from modiff_trt.tools.bench.run import Load, run_passes, whole_intervals
 
 # Mixtures whose time is predicted and measured, so that the file says how good its predictions are.
@@ -50,18 +50,29 @@ def groups(network: Network, scales: Scales) -> list[tuple[str, ...]]:
     return [tuple(names) for names in found.values()]
 
 
-def _mixtures(changes: Sequence[Changes]) -> list[Changes]:
-    """Every layer without state, every layer in float where it can be, and others by lot, a group as a whole or in part."""
-    generator = random.Random(0)
-    plain: Changes = {name: mode for change in changes for name, mode in change.items() if mode == Mode.INT8}
+def _together(changes: Sequence[Changes], modes: Mapping[str, Mode]) -> list[Changes]:
+    """All state gone, every layer in INT8, and every layer in float where it can be."""
+    stateless: Changes = dict.fromkeys((name for name, mode in modes.items() if mode == Mode.MODIFF), Mode.INT8)
+    integer: Changes = {name: mode for change in changes for name, mode in change.items() if mode == Mode.INT8}
     floating: Changes = {name: mode for change in changes for name, mode in change.items() if mode == Mode.FLOAT}
+    return [many for many in (stateless, integer, floating) if many]
+
+
+def _mixtures(changes: Sequence[Changes], modes: Mapping[str, Mode]) -> list[Changes]:
+    """Mixtures by lot, from few changes to many: of all, and, as a choice of modes makes them, of those that take state."""
+    generator = random.Random(0)
+    of_state = [change for change in changes if _takes_state(change, modes)] or changes
     drawn: list[Changes] = []
-    while len(drawn) < MIXTURES - 2:
+    while len(drawn) < MIXTURES:
         mixture: Changes = {}
-        for change in changes:
-            mixture |= {name: mode for name, mode in change.items() if generator.random() < (len(drawn) + 1) / MIXTURES}
+        for change in (changes, of_state)[len(drawn) % 2]:
+            mixture |= {name: mode for name, mode in change.items() if generator.random() < (len(drawn) + 1) / (MIXTURES + 1)}
         drawn.append(mixture)
-    return [plain, floating, *drawn]
+    return drawn
+
+
+def _takes_state(change: Changes, modes: Mapping[str, Mode]) -> bool:
+    return all(mode == Mode.INT8 and modes[name] == Mode.MODIFF for name, mode in change.items())
 
 
 def measure_costs(
@@ -121,15 +132,18 @@ def measure_costs(
         _microseconds(base, loads[size], passes, device)  # compiles, tunes and captures
     with progress_bar() as bar:
         alone = [differences(change) for change in bar.track(changes, description="costs")]
-        stateless = differences(dict.fromkeys(scales.modulated, Mode.INT8))
+        many = [(change, differences(change)) for change in bar.track(_together(changes, modes), description="together")]
         again = [differences({}, i) for i in bar.track(range(INSTANCES), description="the same again")]
-        for mixture in bar.track(_mixtures(changes), description="mixtures"):
+        for mixture in bar.track(_mixtures(changes, modes), description="mixtures"):
             mixed.append((mixture, differences(mixture)))
     batches = {}
     for size in sizes:
         took = statistics.median(whole[size])
         kinds = [_kind(network, modes, change, found[size]) for change, found in zip(changes, alone, strict=True)]
-        of_layer = estimate(kinds, stateless[size], [found[size] for found in again], took)
+        together = [
+            Together([change.items() <= all_of_it.items() for change in changes], found[size]) for all_of_it, found in many
+        ]
+        of_layer = estimate(kinds, together, [found[size] for found in again], took)
         added: dict[str, dict[Mode, float]] = {name: {} for name in modes}
         for change, cost in zip(changes, of_layer, strict=True):
             for name, mode in change.items():
@@ -144,7 +158,11 @@ def measure_costs(
                 | {"predicted": predicted, "measured": measured, "error": predicted / measured - 1}
             )
         instances = [found[size] for found in again]
-        batches[str(size)] = costs_to_dict(costs) | {"mixtures": checks, "same again": instances}
+        batches[str(size)] = costs_to_dict(costs) | {
+            "mixtures": checks,
+            "same again": instances,
+            "differences": {key: found[str(size)] for key, found in kept["differences"].items()},
+        }
     return {"kind": KIND, "schema": SCHEMA, "batches": batches}
 
 
@@ -152,8 +170,8 @@ def _kind(network: Network, modes: Mapping[str, Mode], change: Changes, differen
     """What is known of a change. Bytes tell what state costs. They do not tell INT8 from float: launches are shared or not, and
     small products are slower than either's operations."""
     name, mode = next(iter(change.items()))
-    spec, loses_state = network.layer(name), modes[name] == Mode.MODIFF and mode == Mode.INT8
-    modelled = modelled_time(spec, mode) - modelled_time(spec, modes[name]) if loses_state else None
+    spec = network.layer(name)
+    modelled = modelled_time(spec, mode) - modelled_time(spec, modes[name]) if _takes_state(change, modes) else None
     return Kind(len(change), modelled, difference)
 
 

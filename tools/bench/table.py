@@ -8,6 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from modiff_trt.core.costs import costs_from_dict
+
 
 def not_run(result: dict[str, Any]) -> list[str]:
     """A line for each backend that did not run at some batch size, with the reason."""
@@ -48,3 +50,5 @@ def print_costs(content: dict[str, Any]) -> None:
     for batch, entry in content["batches"].items():
         errors = ", ".join(f"{mixture['error']:+.1%}" for mixture in entry["mixtures"])
         Console().print(f"costs at batch {batch}: {entry['whole']:.2f} us an image; predictions of mixtures: {errors}")
+        if doubt := costs_from_dict(entry).doubt():
+            Console().print(doubt)

@@ -10,6 +10,7 @@ from modiff_trt.core.kinds import Mode
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.tools.bench.costs import INSTANCES, MIXTURES, groups, measure_costs
+from modiff_trt.tools.bench.table import print_costs
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,8 @@ def content(small, tmp_path_factory):
     found = measured(small, part, make)
     layers = small.scales().layers
     changes = sum(1 + (layers[names[0]].mode == Mode.MODIFF) for names in groups(small.network, small.scales()))
-    # Of the second go: the base, what the first had not measured, the pass without state, instances, and the mixtures.
-    assert len(made) == 5 + 1 + changes - 3 + 1 + INSTANCES + MIXTURES
+    # Of the second go: the base, what the first had not measured, three of many changes, instances, and the mixtures.
+    assert len(made) == 5 + 1 + changes - 3 + 3 + INSTANCES + MIXTURES
     assert len(found["batches"]["1"]["same again"]) == INSTANCES
     assert any(":float" in changed for changed in kept) and any(":int8" in changed for changed in kept)
     return found
@@ -103,10 +104,30 @@ def test_costs_are_read_back_by_batch_size(small, content, tmp_path):
     for name, mode in base.items():
         assert set(costs.added[name]) == {Mode.INT8, Mode.FLOAT} - {mode}
     mixtures = content["batches"]["2"]["mixtures"]
-    assert len(mixtures) == MIXTURES and mixtures[0]["modiff"] == 0 and len({m["predicted"] for m in mixtures}) == MIXTURES
+    assert len(mixtures) == MIXTURES and len({m["predicted"] for m in mixtures}) == MIXTURES
+    count = list(base.values()).count(Mode.FLOAT)
+    assert [m["float"] == count for m in mixtures] == [False, True, False, True, False]  # every second one takes state alone
+    assert len(content["batches"]["2"]["differences"]) > MIXTURES + INSTANCES
     for mixture in mixtures:
         assert mixture["error"] == pytest.approx(mixture["predicted"] / mixture["measured"] - 1)
         assert mixture["modiff"] + mixture["int8"] + mixture["float"] == len(base)
+
+
+def test_costs_whose_predictions_are_wrong_are_doubted(small, content, tmp_path, capsys):
+    path, layers = tmp_path / "costs.json", small.scales().layers
+    entry = content["batches"]["2"]
+
+    def with_error(error):
+        mixtures = [entry["mixtures"][0] | {"error": 0.01}, entry["mixtures"][1] | {"error": error}]
+        changed = content | {"batches": {"2": entry | {"mixtures": mixtures}}}
+        write_signed(path, changed)
+        print_costs(changed)
+        return load_costs(path, layers, 2).doubt(), " ".join(capsys.readouterr().out.split())
+
+    doubt, said = with_error(-0.33)
+    assert "errors of up to 33%" in doubt and doubt in said
+    doubt, said = with_error(0.04)
+    assert doubt is None and "errors" not in said
 
 
 def test_costs_that_do_not_fit_are_refused(small, content, tmp_path):
