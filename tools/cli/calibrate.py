@@ -196,10 +196,10 @@ def calibrate(
     if auto:
         limit = known.baseline / target_speed if known and known.baseline and target_speed else None
         prices = known or modelled_costs(network, scales)
-        if doubt := prices.doubt():
-            typer.echo(doubt)
         goal = Goal(prices, max_loss=MAX_LOSS if max_loss is None else max_loss, microseconds=limit)
         reach_goal(scales, goal, possible_changes(scales, prices))  # before what takes long
+        if doubt := prices.doubt():
+            typer.echo(doubt)
     if rounding == Rounding.ADAROUND:
         scales = learn_weights(
             network, checkpoint, stored, scales=scales, options=AdaRoundOptions(iterations), seed=seed, device=device, part=part
