@@ -338,6 +338,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "layers_alone": ("modes_alone_h200", layers_alone),
     "alone_curves": ("modes_alone_h200", mode_curves),
     "alone_costs": ("modes_alone_h200", mode_mixtures),
+    "choice_on_cpu": ("costs_cpu", cpu_modes),
     "costs_on_cpu": ("costs_cpu", mode_mixtures),
     "alone_times": ("modes_alone_h200", mode_times),
     "alone_images": ("modes_alone_h200", mode_images),
