@@ -169,7 +169,7 @@ def test_costs_decide_modes_and_the_choice_has_a_row_of_its_own(tmp_path, capsys
     steady = read_signed(costs, "costs of modes", "")
     times = steady["batches"]["1"]
     assert set(times["added"]) == set(times["base"]) and times["baseline"] > 0
-    times["mixtures"][0]["error"] = 0.5
+    times["mixtures"] = [mixture | {"error": -0.5} for mixture in times["mixtures"]]
     times |= {"whole": 100.0, "added": {name: dict.fromkeys(found, -1.0) for name, found in times["added"].items()}}
     write_signed(costs, steady)
     # Modelled costs: that state saves time on this machine is not sure.
