@@ -6,7 +6,7 @@ image is compared with the one in which this layer's is exact too. If others rou
 more than most layers' own error; beside the images of FP32 the error of the weights would hide it (docs/lab/modes.md). The
 convex hull of both, layer by layer, gives one order in which to make the changes: most time for least error first (a knapsack
 with several choices a layer, by Lagrange multipliers). What a mixture is worth is then measured on whole trajectories, against
-FP32, as the mean over the images of their PSNR.
+FP32, as the mean over the images of their PSNR, and what is chosen must be as good on images that nothing was chosen by.
 Errors do not quite add up: where the order's next change would lose too much, it is left out, and those after it are tried.
 """
 

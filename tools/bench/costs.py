@@ -51,11 +51,16 @@ def groups(network: Network, scales: Scales) -> list[tuple[str, ...]]:
 
 
 def _together(changes: Sequence[Changes], modes: Mapping[str, Mode]) -> list[Changes]:
-    """All state gone, every layer in INT8, and every layer in float where it can be."""
+    """All state gone, every layer in INT8, and every layer in float where it can be. Each is timed once: where all layers have
+    state the first two are the same, and in a small network one may be a change alone."""
     stateless: Changes = dict.fromkeys((name for name, mode in modes.items() if mode == Mode.MODIFF), Mode.INT8)
     integer: Changes = {name: mode for change in changes for name, mode in change.items() if mode == Mode.INT8}
     floating: Changes = {name: mode for change in changes for name, mode in change.items() if mode == Mode.FLOAT}
-    return [many for many in (stateless, integer, floating) if many]
+    found: list[Changes] = []
+    for many in (stateless, integer, floating):
+        if many and many not in (*changes, *found):
+            found.append(many)
+    return found
 
 
 def _mixtures(changes: Sequence[Changes], modes: Mapping[str, Mode]) -> list[Changes]:

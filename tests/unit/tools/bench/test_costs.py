@@ -9,7 +9,7 @@ from modiff_trt.core.files import read_signed, write_signed
 from modiff_trt.core.kinds import Mode
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.registry import trained
-from modiff_trt.tools.bench.costs import INSTANCES, MIXTURES, groups, measure_costs
+from modiff_trt.tools.bench.costs import INSTANCES, MIXTURES, _together, groups, measure_costs
 from modiff_trt.tools.bench.table import print_costs
 
 
@@ -52,8 +52,9 @@ def content(small, tmp_path_factory):
     found = measured(small, part, make)
     layers = small.scales().layers
     changes = sum(1 + (layers[names[0]].mode == Mode.MODIFF) for names in groups(small.network, small.scales()))
-    # Of the second go: the base, what the first had not measured, three of many changes, instances, and the mixtures.
-    assert len(made) == 5 + 1 + changes - 3 + 3 + INSTANCES + MIXTURES
+    # Of the second go: the base, what the first had not measured, all state gone (which is all layers in INT8 here), all in
+    # float, instances, and the mixtures.
+    assert len(made) == 5 + 1 + changes - 3 + 2 + INSTANCES + MIXTURES
     assert len(found["batches"]["1"]["same again"]) == INSTANCES
     assert any(":float" in changed for changed in kept) and any(":int8" in changed for changed in kept)
     return found
@@ -128,6 +129,15 @@ def test_costs_whose_predictions_are_wrong_are_doubted(small, content, tmp_path,
     assert "errors of up to 33%" in doubt and doubt in said
     doubt, said = with_error(0.04)
     assert doubt is None and "errors" not in said
+
+
+def test_a_pass_of_many_changed_layers_is_timed_once():
+    state = {"a": Mode.MODIFF, "b": Mode.MODIFF}
+    alone = [{"a": Mode.INT8}, {"a": Mode.FLOAT}, {"b": Mode.INT8}, {"b": Mode.FLOAT}]
+    gone, floating = dict.fromkeys("ab", Mode.INT8), dict.fromkeys("ab", Mode.FLOAT)
+    assert _together(alone, state) == [gone, floating]
+    assert _together([*alone, {"c": Mode.INT8}], state | {"c": Mode.FLOAT}) == [gone, gone | {"c": Mode.INT8}, floating]
+    assert _together([gone, floating], state) == []
 
 
 def test_costs_that_do_not_fit_are_refused(small, content, tmp_path):
