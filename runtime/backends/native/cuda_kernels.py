@@ -63,8 +63,14 @@ class CudaKernels:
 
         quantize_pixels(a, out, **of_grid(layer), overlap=self._overlap, **sources)
 
-    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
+    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, steps: Tensor | None) -> Tensor:
+        out = addend
+        if addend.ndim == 1:
+            _, height, width = layer.spec.out_shape
+            dtype = output_type(layer.spec, self.real)
+            out = torch.empty(len(q), height * width, layer.out_channels, dtype=dtype, device=q.device)
         self._tactics.run(layer.product_spec, q, layer.weight, scale, addend, out, steps)
+        return out
 
     def real_channels(self, spec: LayerSpec) -> int:
         channels = spec.in_shape[0]

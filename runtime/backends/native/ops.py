@@ -20,7 +20,7 @@ from torch import Tensor
 from modiff_trt.core.kinds import Mode
 from modiff_trt.networks.operations import LAYER_NORM_EPS, Block, LayerSpec, Role
 from modiff_trt.plugins.modulated_conv.reference import InputShape
-from modiff_trt.runtime.backends.native.layers import GRID_NUMBERS, NativeLayer, output_type
+from modiff_trt.runtime.backends.native.layers import GRID_NUMBERS, NativeLayer
 
 
 class Kernels(Protocol):
@@ -76,8 +76,8 @@ class Kernels(Protocol):
         """`quantize` for an input that is a layer norm of a + b (which `total` receives), or without one GEGLU of a."""
         ...
 
-    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, out: Tensor, steps: Tensor | None) -> None:
-        """out [N, P*Q, K'] = addend (same shape, may be `out` itself; or a bias [K']) + steps[n] scale[k] (weight * q)."""
+    def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, steps: Tensor | None) -> Tensor:
+        """addend + steps[n] scale[k] (weight * q): a sum [N, P*Q, K'] is added to in place, a bias [K'] gives a new tensor."""
         ...
 
     def real_channels(self, spec: LayerSpec) -> int:
@@ -213,17 +213,13 @@ class NativeOps:
         self._begin_shortcut(name, x)
         scale = row[layer.scale_at : layer.scale_at + layer.out_channels]
         if layer.mode == Mode.MODIFF:
-            out = self._buffers.o_hat[name]
-            self._kernels.product(layer, q, scale, addend=out, out=out, steps=steps)
+            addend = self._buffers.o_hat[name]
         elif name in self._shared:
             # Between the two products is this layer's `quantize`: it waits for the first before it lets the second begin.
-            out = self._outputs[self._shared[name]]
-            self._kernels.product(layer, q, scale, addend=out, out=out, steps=steps)
+            addend = self._outputs[self._shared[name]]
         else:
-            dtype = output_type(spec, self._kernels.real)
-            out = torch.empty(len(q), height * width, layer.out_channels, dtype=dtype, device=q.device)
-            bias = layer.bias if layer.bias_at is None else row[layer.bias_at : layer.bias_at + layer.out_channels]
-            self._kernels.product(layer, q, scale, addend=bias, out=out, steps=steps)
+            addend = layer.bias if layer.bias_at is None else row[layer.bias_at : layer.bias_at + layer.out_channels]
+        out = self._kernels.product(layer, q, scale, addend, steps)
         if name in self._partners:
             self._outputs[name] = out
         if layer.out_channels != channels and spec.role is not Role.OUTPUT:

@@ -39,5 +39,5 @@ def refresh(kernels: Kernels, model: NativeModel, buffers: Buffers) -> None:
         # (`Int8Conv.run`).
         for high in (False, True):
             write_byte(shape, state, q, high=high)
-            kernels.product(layer, q, layer.byte_scales[int(high)], addend=out, out=out, steps=steps)
+            kernels.product(layer, q, layer.byte_scales[int(high)], out, steps)
         del q  # before the next layer's is made

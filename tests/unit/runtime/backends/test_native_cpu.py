@@ -45,8 +45,13 @@ def test_integer_products_are_exact(shape, out, kernel, stride, padding, halves)
     assert expected.abs().max() < 2**24  # so that float32 holds every sum
     start = torch.randint(-1000, 1000, (3, expected[0, 0].numel(), out)).float()
     result = start.clone()
-    OneDnnConv(spec, weight, halves).add((q + 128).to(torch.uint8), 1.0, torch.ones(out), result)
+    conv, stored = OneDnnConv(spec, weight, halves), (q + 128).to(torch.uint8)
+    assert conv(stored, 1.0, torch.ones(out), result) is result
     assert torch.equal(result.double(), start.double() + expected.flatten(2).transpose(1, 2))
+    bias = torch.randint(-1000, 1000, (out,)).float()
+    new = conv(stored, 1.0, torch.ones(out), bias)
+    assert new.is_contiguous()
+    assert torch.equal(new.double(), bias.double() + expected.flatten(2).transpose(1, 2))
 
 
 def native(case, scales):

@@ -35,7 +35,7 @@ class WrittenDown(ReferenceKernels):
 
     def product(self, layer, *args, **more):
         self._log.append(f"{self._current[-1].name}: product {layer.spec.name}")
-        super().product(layer, *args, **more)
+        return super().product(layer, *args, **more)
 
     def real_product(self, layer, sources):
         self._log.append(f"{self._current[-1].name}: product {layer.spec.name}")
