@@ -91,7 +91,7 @@ class CpuKernels:
             out.copy_(_pixels(F.interpolate(_image(x, shape), scale_factor=2.0, mode="nearest")) if shape.upsample else x)
             return
         low, high = grid_ends(layer.bits, layer.zero_point)
-        cells, fresh = (x, fresh) if state is None else (x - state, True)
+        cells, fresh = (x, fresh) if state is None else (torch.sub(x, state, out=x if fresh else None), True)
         if steps is not None:
             torch.div(cells.abs().amax((1, 2)), high, out=steps).clamp_min_(SMALLEST_SCALE)
             cells = torch.div(cells, steps[:, None, None], out=cells if fresh else None).round_().clamp_(low, high)
