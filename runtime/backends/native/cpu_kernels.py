@@ -91,15 +91,16 @@ class CpuKernels:
             out.copy_(_pixels(F.interpolate(_image(x, shape), scale_factor=2.0, mode="nearest")) if shape.upsample else x)
             return
         low, high = grid_ends(layer.bits, layer.zero_point)
-        cells, fresh = (x, fresh) if state is None else (torch.sub(x, state, out=x if fresh else None), True)
+        if state is not None:
+            x, fresh = torch.sub(x, state, out=x if fresh else None), True
         if steps is not None:
-            torch.div(cells.abs().amax((1, 2)), high, out=steps).clamp_min_(SMALLEST_SCALE)
-            cells = torch.div(cells, steps[:, None, None], out=cells if fresh else None).round_().clamp_(low, high)
+            torch.div(x.abs().amax((1, 2)), high, out=steps).clamp_min_(SMALLEST_SCALE)
+            cells = torch.div(x, steps[:, None, None], out=x if fresh else None).round_().clamp_(low, high)
             if state is not None:
                 state.addcmul_(cells, steps[:, None, None])
         else:
             inverse_step, _, _, step, phase = grid.tolist()
-            cells = torch.mul(cells, inverse_step, out=cells if fresh else None)
+            cells = torch.mul(x, inverse_step, out=x if fresh else None)
             if layer.moving:
                 cells.add_(self._shifts(int(phase), cells.shape[2]))
             cells.round_().clamp_(low, high)

@@ -64,11 +64,7 @@ class CudaKernels:
         quantize_pixels(a, out, **of_grid(layer), overlap=self._overlap, **sources)
 
     def product(self, layer: NativeLayer, q: Tensor, scale: Tensor, addend: Tensor, steps: Tensor | None) -> Tensor:
-        out = addend
-        if addend.ndim == 1:
-            _, height, width = layer.spec.out_shape
-            dtype = output_type(layer.spec, self.real)
-            out = torch.empty(len(q), height * width, layer.out_channels, dtype=dtype, device=q.device)
+        out = self._output(layer, q, layer.out_channels) if addend.ndim == 1 else addend
         self._tactics.run(layer.product_spec, q, layer.weight, scale, addend, out, steps)
         return out
 
@@ -79,9 +75,8 @@ class CudaKernels:
     def real_product(self, layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
         from modiff_trt.plugins.modulated_conv.kernels.conv import convolve_real
 
-        spec, (channels, height, width) = layer.spec, layer.spec.out_shape
-        dtype = output_type(spec, self.real)
-        out = torch.empty(len(sources[0]), height * width, channels, dtype=dtype, device=sources[0].device)
+        spec = layer.spec
+        out = self._output(layer, sources[0], spec.out_shape[0])
         if not has_few_inputs(spec.in_shape[0], spec.kernel):
             # Between layers nothing is of another type. The network's own input is.
             sources = [source.to(self.real) for source in sources]
@@ -96,6 +91,12 @@ class CudaKernels:
             overlap=self._overlap,
         )
         return out
+
+    def _output(self, layer: NativeLayer, source: Tensor, channels: int) -> Tensor:
+        """A new [N, P*Q, channels], for as many images as `source` has and where that is."""
+        _, height, width = layer.spec.out_shape
+        dtype = output_type(layer.spec, self.real)
+        return torch.empty(len(source), height * width, channels, dtype=dtype, device=source.device)
 
 
 def of_grid(layer: NativeLayer | None) -> dict[str, Any]:
