@@ -59,7 +59,14 @@ def native(case, scales):
 
 
 @pytest.mark.parametrize(
-    "recipe", [{"act_bits": 8}, {"act_bits": 6}, {"method": "qdiff"}, {"granularity": "tensor", "act_bits": 6}]
+    "recipe",
+    [
+        {"act_bits": 8},
+        {"act_bits": 6},
+        {"method": "qdiff"},
+        {"granularity": "tensor", "act_bits": 6},
+        {"granularity": "tensor", "method": "qdiff"},
+    ],
 )
 def test_images_are_those_of_the_simulation(demo, recipe):
     scales = demo.scales(**recipe)
