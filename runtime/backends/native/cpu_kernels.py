@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,9 @@ from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.cores import FreeCores
 from modiff_trt.runtime.backends.native.layers import NativeLayer
 
-# Pixels from which on torch's group norm divides an image among its threads.
-LARGE = 1024
+# Libraries divide long sums among threads, and how many there are then shows in the last bits. On two CPUs, with up to 64
+# threads, they do not divide sums of so many products, nor group norms and means of so few pixels.
+SUMMED, LARGE, MEANT = 256, 1024, 256
 # Channels that a pass's shifts are made for at once.
 MOST_CHANNELS = 4096
 
@@ -44,15 +45,9 @@ class CpuKernels:
         self._convs: dict[tuple[str, int], OneDnnConv] = {}
         self._phase, self._shifts_now = -1, torch.empty(0)
 
-    @contextmanager
-    def busy(self) -> Iterator[None]:
+    def busy(self) -> AbstractContextManager[None]:
         """As many threads as there are cores that other processes leave free: images do not depend on the number."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self._free.update())
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+        return _threads(self._free.update())
 
     def start(self, state: Tensor, unit: float) -> Tensor:
         return state.float() * unit
@@ -169,16 +164,29 @@ def _spatial(layer: NativeLayer, x: Tensor) -> Tensor:
     """The unquantized convolution of x [N, H*W, C] with a kernel larger than 1: [N, P*Q, K]."""
     channels, height, width = layer.spec.in_shape
     image = x.view(len(x), height, width, channels).permute(0, 3, 1, 2)
-    return _pixels(convolve(layer.spec, image, layer.weight, bias=layer.bias))
+    # Threads take an image each, and only of a single small one they divide the sums.
+    with _threads(1) if len(x) == 1 and height * width < LARGE else nullcontext():
+        return _pixels(convolve(layer.spec, image, layer.weight, bias=layer.bias))
 
 
 def _pointwise(layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
     """The unquantized 1x1 convolution of the concatenation of `sources` [N, H*W, C_i]: [N, H*W, K], without copying them."""
-    weights = layer.weight.flatten(1).split([s.shape[2] for s in sources], dim=1)
-    out = F.linear(sources[0], weights[0], layer.bias)
-    for source, weight in zip(sources[1:], weights[1:], strict=True):
-        out.view(-1, out.shape[2]).addmm_(source.flatten(0, 1), weight.T)
+    slices = [part for source in sources for part in source.split(SUMMED, dim=2)]
+    weights = layer.weight.flatten(1).split([part.shape[2] for part in slices], dim=1)
+    out = F.linear(slices[0], weights[0], layer.bias)
+    for part, weight in zip(slices[1:], weights[1:], strict=True):
+        out.view(-1, out.shape[2]).addmm_(part.flatten(0, 1), weight.T)
     return out
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _group_norm(x: Tensor, shape: InputShape, groups: int, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -186,15 +194,24 @@ def _group_norm(x: Tensor, shape: InputShape, groups: int, gain: Tensor, bias: T
     n, pixels, channels = x.shape
     if pixels < LARGE:
         return _pixels(F.group_norm(_image(x, shape), groups, gain, bias, eps))
-    mean_of_pixels = torch.full((n, 1, pixels), 1 / pixels)
+    rows = _rows_at_once(shape)
+    parts, length = shape.height // rows, rows * shape.width
+    mean_of_part = torch.full((n * parts, 1, length), 1 / length)
 
     def mean(values: Tensor) -> Tensor:
         """Over the pixels and the channels of a group, for each channel: [N, 1, C]."""
-        by_channel = torch.bmm(mean_of_pixels, values).view(n, groups, -1)
-        return by_channel.mean(2, keepdim=True).expand_as(by_channel).reshape(n, 1, channels)
+        by_channel = torch.bmm(mean_of_part, values.view(n * parts, length, channels)).view(n, parts, groups, -1)
+        by_group = by_channel.transpose(1, 2).reshape(n, groups, -1).mean(2, keepdim=True)
+        return by_group.expand(-1, -1, channels // groups).reshape(n, 1, channels)
 
     centered = x - mean(x)
     return centered.mul_(torch.rsqrt(mean(centered * centered) + eps) * gain).add_(bias)
+
+
+def _rows_at_once(shape: InputShape) -> int:
+    """The most rows that divide an image and have at most MEANT pixels; one where already they have more."""
+    fitting = (rows for rows in range(min(shape.height, MEANT // shape.width), 0, -1) if shape.height % rows == 0)
+    return next(fitting, 1)
 
 
 def _image(x: Tensor, shape: InputShape) -> Tensor:

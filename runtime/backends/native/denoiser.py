@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from modiff_trt.networks.operations import Network
 from modiff_trt.networks.torch_ops import Params
 from modiff_trt.runtime.backends.bound_context import ADDED, BoundContext
 from modiff_trt.runtime.backends.graphed_denoiser import GraphedDenoiser
-from modiff_trt.runtime.backends.native.layers import KeptLayers, NativeModel, build, output_type
+from modiff_trt.runtime.backends.native.layers import KeptLayers, NativeLayer, NativeModel, build, output_type
 from modiff_trt.runtime.backends.native.ops import (
     Buffers,
     Kernels,
@@ -48,12 +48,13 @@ class NativeDenoiser(GraphedDenoiser):
         kept: KeptLayers | None = None,
     ) -> None:
         """`kept` has the layers of denoisers of the same network and parameters with nearly the same scales."""
-        self._model = _to_device(build(network, params, scales, kept), device, kernels)
+        kept = KeptLayers() if kept is None else kept
+        self._model = _to_device(build(network, params, scales, kept), device, kernels, kept=kept)
         updates = scales.solver.updates(network.config.diffusion, scales.rows.timesteps)
         super().__init__(network.config, scales.rows, self._model.table, updates=updates, device=device, guidance=guidance)
         self._kernels = kernels
         self._shared = shared_accumulators(self._model.layers)
-        self._start = self._starts()
+        self._start = self._starts(kept)
         self._buffers = Buffers({}, {}, {}, row=self._row)
         # A token's channels side by side, [N, 2, S, C]: other orders have no fused attention.
         self._context = BoundContext(network, params, self._device, lambda kv: kv.to(kernels.real).transpose(2, 3).contiguous())
@@ -117,16 +118,18 @@ class NativeDenoiser(GraphedDenoiser):
         refresh(self._kernels, self._model, self._buffers.first(size))
 
     def _predict(self, x: Tensor) -> Tensor:
+        times: dict[str, Tensor] = {}
+        if self._model.embedding_at is not None:
+            # Not with as many threads as happen to be free: the sums are long.
+            at, added = self._model.embedding_at, self._buffers.bound[ADDED][: len(x)]
+            embedding = self._row[at : at + added.shape[1]] + added
+            times = project_times(self._model.network, self._context.params, embedding, each_alone)
         with self._kernels.busy():
-            return self._pass_of(x)
+            return self._pass_of(x, times)
 
-    def _pass_of(self, x: Tensor) -> Tensor:
+    def _pass_of(self, x: Tensor, times: dict[str, Tensor]) -> Tensor:
         model, (n, channels, height, width) = self._model, x.shape
         buffers = self._buffers.first(n)
-        times: dict[str, Tensor] = {}
-        if model.embedding_at is not None:
-            at, added = model.embedding_at, buffers.bound[ADDED]
-            times = project_times(model.network, self._context.params, self._row[at : at + added.shape[1]] + added, each_alone)
         ops = NativeOps(
             self._kernels, model.layers, model.norms, time_at=model.time_at, buffers=buffers, aside=self._side, times=times
         )
@@ -135,17 +138,25 @@ class NativeDenoiser(GraphedDenoiser):
         out = answer.main.tensor() if answer.is_plain else ops.written(answer)
         return out[:, :, : answer.channels].reshape(n, height, width, answer.channels).permute(0, 3, 1, 2)
 
-    def _starts(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def _starts(self, kept: KeptLayers) -> dict[str, tuple[Tensor, Tensor]]:
         """State and o_hat to begin from; a shared accumulator begins from the sum of both layers'."""
         start = dict(self._model.start)
         for name, partner in self._shared.items():
             if name in start:
                 start[partner] = (start[partner][0], start[partner][1] + start[name][1])
-        types = {n: output_type(self._model.layers[n].spec, self._kernels.real) for n in start}
-        units = {n: self._model.layers[n].unit for n in start}
+
+        def state_to_device(state: Tensor, name: str) -> Tensor:
+            return self._kernels.start(state, self._model.layers[name].unit).to(self._device)
+
+        def o_hat_to_device(o_hat: Tensor, name: str) -> Tensor:
+            return o_hat.to(self._device, output_type(self._model.layers[name].spec, self._kernels.real))
+
         return {
-            n: (self._kernels.start(state, units[n]).to(self._device), o_hat.to(self._device, types[n]))
-            for n, (state, o_hat) in start.items()
+            name: (
+                kept.moved(state, partial(state_to_device, name=name)),
+                kept.moved(o_hat, partial(o_hat_to_device, name=name)),
+            )
+            for name, (state, o_hat) in start.items()
         }
 
     def _allocate(self, size: int) -> None:
@@ -181,7 +192,7 @@ class NativeDenoiser(GraphedDenoiser):
         return filled
 
 
-def _to_device(model: NativeModel, device: str, kernels: Kernels) -> NativeModel:
+def _to_device(model: NativeModel, device: str, kernels: Kernels, kept: KeptLayers) -> NativeModel:
     shared = shared_accumulators(model.layers)
     layers, table = {}, model.table.clone()
     for name, layer in model.layers.items():
@@ -195,12 +206,15 @@ def _to_device(model: NativeModel, device: str, kernels: Kernels) -> NativeModel
                     of_added = table[:, added.bias_at : added.bias_at + len(bias)]
                     table[:, layer.bias_at : layer.bias_at + len(bias)] += of_added
         factors = layer.factors.to(device) if layer.factors is not None else None
-        weight = layer.weight
-        if layer.mode == Mode.FLOAT:
-            missing = kernels.real_channels(layer.spec) - weight.shape[1]
-            weight = F.pad(weight, (0, 0, 0, 0, 0, missing)).to(kernels.real)
-        weight = weight.to(device).contiguous(memory_format=torch.channels_last)
+        weight = kept.moved(layer.weight, partial(_weight_to_device, layer=layer, device=device, kernels=kernels))
         scales = layer.byte_scales.to(device) if layer.byte_scales is not None else None
         layers[name] = replace(layer, weight=weight, bias=bias.to(device), factors=factors, byte_scales=scales)
     norms = {key: value.to(device) for key, value in model.norms.items()}
     return replace(model, layers=layers, norms=norms, table=table)
+
+
+def _weight_to_device(weight: Tensor, layer: NativeLayer, device: str, kernels: Kernels) -> Tensor:
+    if layer.mode == Mode.FLOAT:
+        missing = kernels.real_channels(layer.spec) - weight.shape[1]
+        weight = F.pad(weight, (0, 0, 0, 0, 0, missing)).to(kernels.real)
+    return weight.to(device).contiguous(memory_format=torch.channels_last)

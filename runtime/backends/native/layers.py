@@ -127,11 +127,14 @@ class PackedLayer:
 
 
 class KeptLayers:
-    """The packed layers of the first scales that a network was built with. Other scales that differ from them in a few layers,
-    as mixtures of modes do, take the rest from here: weights and starts of a large network take half a minute."""
+    """The packed layers of the first scales that a network was built with, and their tensors on the device. Other scales that
+    differ from them in a few layers, as mixtures of modes do, take the rest from here: weights and starts of a large network
+    take half a minute to pack, and seconds to move. None of these tensors is ever written to."""
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[LayerScales, tuple[Any, ...], PackedLayer]] = {}
+        # By the tensor that was moved, None before that. `_kept` holds the tensors, so that no other gets the same id.
+        self._moved: dict[int, Tensor | None] = {}
 
     def of(self, scales: Scales, name: str, pack: Callable[[], PackedLayer]) -> PackedLayer:
         """The kept layer of this name where the scales say the same of it, or else what `pack` makes."""
@@ -141,8 +144,19 @@ class KeptLayers:
         if before is not None and before[0] is entry and before[1] == beside:
             return before[2]
         packed = pack()
-        self._kept.setdefault(name, (entry, beside, packed))
+        if before is None:
+            self._kept[name] = entry, beside, packed
+            self._moved |= dict.fromkeys(map(id, (packed.layer.weight, *(packed.start or ()))))
         return packed
+
+    def moved(self, source: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+        """`move(source)`, of a kept layer's tensor the one that the first call made."""
+        moved = self._moved.get(id(source))
+        if moved is None:
+            moved = move(source)
+            if id(source) in self._moved:
+                self._moved[id(source)] = moved
+        return moved
 
 
 def _beside_the_entry(scales: Scales, name: str) -> tuple[Any, ...]:

@@ -19,7 +19,8 @@ from modiff_trt.plugins.modulated_conv.libraries.onednn_conv import OneDnnConv
 from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.native.cpu_kernels import CpuKernels, _group_norm
 from modiff_trt.runtime.backends.native.denoiser import NativeDenoiser
-from modiff_trt.runtime.backends.native.layers import KeptLayers, build
+from modiff_trt.runtime.backends.native.layers import KeptLayers, NativeLayer, build
+from modiff_trt.runtime.backends.registry import trained
 from modiff_trt.runtime.backends.torch_denoiser import SimDenoiser
 from modiff_trt.runtime.images.folders import psnr
 from modiff_trt.runtime.sampler import sample_trajectory
@@ -118,12 +119,52 @@ def test_images_do_not_depend_on_the_number_of_threads(demo, images, monkeypatch
     np.testing.assert_array_equal(found["one"], found["changing"])
 
 
-def test_group_norm_of_large_images_is_torch_s():
-    x, gain, bias = torch.randn(3, 40 * 32, 96), torch.randn(96), torch.randn(96)
+@pytest.fixture
+def with_threads():
+    """What a call gives with one thread, and whether with other numbers it gives the same."""
+    threads = torch.get_num_threads()
+
+    def call(function):
+        torch.set_num_threads(1)
+        expected = function()
+        for number in (2, 3, 8, 16):
+            torch.set_num_threads(number)
+            assert torch.equal(function(), expected), number
+        return expected
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("images", "height", "width"), [(3, 40, 32), (1, 32, 32), (1, 37, 41), (1, 5, 300)])
+def test_group_norm_of_large_images_is_torch_s(with_threads, images, height, width):
+    x, gain, bias = torch.randn(images, height * width, 96), torch.randn(96), torch.randn(96)
     image = x.double().transpose(1, 2)
     expected = F.group_norm(image, 32, gain.double(), bias.double(), 1e-6).transpose(1, 2)
-    found = _group_norm(x + 0, InputShape(96, 0, 40, 32, False), 32, gain, bias, 1e-6)
+    found = with_threads(lambda: _group_norm(x, InputShape(96, 0, height, width), 32, gain, bias, 1e-6))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    alone = _group_norm(x[:1], InputShape(96, 0, height, width), 32, gain, bias, 1e-6)
+    assert torch.equal(alone, found[:1])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "channels", "out", "size"),
+    [(1, (1280,), 320, 8), (1, (768, 384), 640, 9), (1, (300,), 16, 5), (3, (128,), 512, 12), (3, (512,), 96, 4)],
+)
+@pytest.mark.parametrize("images", [1, 2])
+def test_products_in_float_do_not_depend_on_the_number_of_threads(with_threads, kernel, channels, out, size, images):
+    """Shapes whose sums libraries divide among threads."""
+    padding = (kernel // 2,) * 4
+    spec = LayerSpec("layer", ("layer",), (sum(channels), size, size), (out, size, size), kernel, 1, padding)
+    weight, bias = torch.randn(out, sum(channels), kernel, kernel), torch.randn(out)
+    layer = NativeLayer(
+        spec, Mode.FLOAT, 8, weight=weight, bias=bias, factors=None, unit=0.0, grid_at=0, scale_at=0, byte_scales=None
+    )
+    sources = [torch.randn(images, size * size, count) for count in channels]
+    found = with_threads(lambda: CpuKernels().real_product(layer, sources))
+    image = torch.cat(sources, 2).double().transpose(1, 2).view(images, -1, size, size)
+    expected = F.conv2d(image, weight.double(), bias.double(), padding=kernel // 2).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_start_does_not_depend_on_the_number_of_threads(demo):
@@ -165,6 +206,24 @@ def test_layers_that_are_kept_are_those_that_would_be_made(demo, others):
     assert others not in ("another network of the same names", "still") or not shared
     again = build(*parts, scales, kept)
     assert all(again.layers[n].weight is layer.weight for n, layer in first.layers.items())
+
+
+def test_denoisers_that_share_layers_make_the_images_of_their_own(demo):
+    """Of several modes, run in turn; what they share is on the device once, and no run writes to it."""
+    parts = demo.network, demo.checkpoint.params
+    scales = demo.scales()
+    few = with_modes(scales, {scales.modulated[3]: Mode.INT8, scales.modulated[5]: Mode.FLOAT})
+    shortcut = next(spec for spec in demo.network.layers if spec.added_to in scales.modulated)
+    apart = with_modes(scales, {shortcut.added_to: Mode.INT8})  # no longer one accumulator
+    make, x = trained.alike_natives(*parts), torch.randn(2, *demo.network.config.input_shape).numpy()
+    denoisers = [make(chosen) for chosen in (scales, few, apart)]
+    for chosen, denoiser in [*zip((scales, few, apart), denoisers, strict=True), (scales, denoisers[0])]:
+        expected = sample_trajectory(trained.native(*parts, chosen), demo.updates(), x)
+        np.testing.assert_array_equal(sample_trajectory(denoiser, demo.updates(), x), expected)
+    first, second = (denoiser._model.layers for denoiser in denoisers[:2])
+    assert [n for n in first if first[n].weight is not second[n].weight] == [scales.modulated[3], scales.modulated[5]]
+    name = scales.modulated[0]
+    assert denoisers[0]._start[name][0] is denoisers[1]._start[name][0]
 
 
 @pytest.mark.parametrize("clip", [None, 0.8])
