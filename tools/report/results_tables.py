@@ -340,6 +340,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "alone_costs": ("modes_alone_h200", mode_mixtures),
     "choice_on_cpu": ("costs_cpu", cpu_modes),
     "costs_on_cpu": ("costs_cpu", mode_mixtures),
+    "choice_on_amx": ("costs_cpu_amx", cpu_modes),
+    "costs_on_amx": ("costs_cpu_amx", mode_mixtures),
     "alone_times": ("modes_alone_h200", mode_times),
     "alone_images": ("modes_alone_h200", mode_images),
     "confirmed_curves": ("modes_confirmed_h200", mode_curves),
