@@ -22,9 +22,11 @@ from modiff_trt.plugins.modulated_conv.reference import InputShape
 from modiff_trt.runtime.backends.cores import FreeCores
 from modiff_trt.runtime.backends.native.layers import NativeLayer
 
-# Libraries divide long sums among threads, and how many there are then shows in the last bits. On two CPUs, with up to 64
-# threads, they do not divide sums of so many products, nor group norms and means of so few pixels.
-SUMMED, LARGE, MEANT = 256, 1024, 256
+# Libraries divide long sums among threads, and how many there are then shows in the last bits (docs/lab/kernels.md). Sums of so
+# many terms they do not divide.
+TERMS = 256
+# Pixels from which on they divide an image's group norm, and not a single image's convolution.
+LARGE = 1024
 # Channels that a pass's shifts are made for at once.
 MOST_CHANNELS = 4096
 
@@ -171,7 +173,7 @@ def _spatial(layer: NativeLayer, x: Tensor) -> Tensor:
 
 def _pointwise(layer: NativeLayer, sources: Sequence[Tensor]) -> Tensor:
     """The unquantized 1x1 convolution of the concatenation of `sources` [N, H*W, C_i]: [N, H*W, K], without copying them."""
-    slices = [part for source in sources for part in source.split(SUMMED, dim=2)]
+    slices = [part for source in sources for part in source.split(TERMS, dim=2)]
     weights = layer.weight.flatten(1).split([part.shape[2] for part in slices], dim=1)
     out = F.linear(slices[0], weights[0], layer.bias)
     for part, weight in zip(slices[1:], weights[1:], strict=True):
@@ -209,8 +211,8 @@ def _group_norm(x: Tensor, shape: InputShape, groups: int, gain: Tensor, bias: T
 
 
 def _rows_at_once(shape: InputShape) -> int:
-    """The most rows that divide an image and have at most MEANT pixels; one where already they have more."""
-    fitting = (rows for rows in range(min(shape.height, MEANT // shape.width), 0, -1) if shape.height % rows == 0)
+    """The most rows that divide an image and have at most TERMS pixels; one where a row has more."""
+    fitting = (rows for rows in range(min(shape.height, TERMS // shape.width), 0, -1) if shape.height % rows == 0)
     return next(fitting, 1)
 
 
