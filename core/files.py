@@ -69,10 +69,12 @@ def digest_of(data: bytes) -> str:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, tidy: bool = True) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, otherwise removed.
 
-    Raises InputError when the folder cannot be written or the disk is full.
+    With `tidy`, what killed processes left of writing this file goes first. That reads the whole folder: whoever writes many
+    files into one calls `remove_leftovers` once instead. Raises InputError when the folder cannot be written or the disk is
+    full.
     """
     try:
         path = path.resolve() if path.is_symlink() else path
@@ -80,7 +82,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if path.is_dir() or special or (path.exists() and not path.is_file()):
             raise InputError(f"{path} exists and is not a file; choose another output")
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, glob.escape(path.name))
+        if tidy:
+            remove_leftovers(path.parent, glob.escape(path.name))
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=PART, dir=path.parent)
     except RuntimeError:  # Python 3.11 and 3.12 on links that lead to one another
         raise InputError(f"{path} is a link that leads back to itself; choose another output") from None

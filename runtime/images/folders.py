@@ -165,7 +165,7 @@ class SetFolder(ABC):
 
     def _write(self, files: dict[Path, bytes]) -> None:
         for file, data in files.items():
-            with atomic_path(file) as temporary:
+            with atomic_path(file, tidy=False) as temporary:  # `_claim` has tidied the folder
                 temporary.write_bytes(data)
         digests = {file.name: digest_of(data) for file, data in files.items()}
         append_sums(self.path, digests)

@@ -3,6 +3,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 
 import numpy as np
@@ -65,6 +66,25 @@ def test_what_killed_processes_left_goes_with_the_next_run(tmp_path):
         fcntl.flock(writing, fcntl.LOCK_EX)
         ImageFolder(tmp_path, {})
     assert sorted(f.name for f in tmp_path.glob("*.part")) == [".00002.png.x.part", ".video.mp4.part"]
+
+
+def test_writing_an_image_does_not_read_the_whole_folder(tmp_path):
+    """Or else 50,000 images would take a time that grows with the square of their number."""
+    listed: list[str] = []
+    watching = False
+
+    def audit(event: str, _: object) -> None:
+        if watching and event in ("os.scandir", "os.listdir"):
+            listed.append(event)
+
+    sys.addaudithook(audit)
+    with ImageFolder(tmp_path, {}) as folder:
+        watching = True
+        folder.save(list(range(20)), np.zeros((20, 3, 4, 4), np.float32))
+        in_between = len(listed)
+        any(tmp_path.glob("*.png"))
+        watching = False
+    assert in_between == 0 and listed  # the second: this Python says so where a folder is read
 
 
 def test_a_manifest_without_images_does_not_claim_a_folder(tmp_path):
