@@ -3,73 +3,94 @@
 On an H200 single layers of 4x4 and 8x8 pixels came out 0.7 to 1.5 % of a pass slower in a mode that does less. Their
 network was made once more for it, and its memory lies elsewhere. A layer's state costs 0.02 to 2 %. So a time counts as
 what it is, a noisy observation, beside an expectation by bytes and operations, and beside the times of passes with many
-layers changed, whose differences are as large as all of theirs (docs/lab/modes.md). With Gaussian errors that is a linear
-problem (Bayesian linear regression; Bishop, Pattern Recognition and Machine Learning, section 3.3).
+layers changed, whose differences are as large as all of theirs. The expectation also says how much a layer can be worth:
+whoever takes the fastest of three modes for each of 194 layers takes what seems too fast by chance. Before it did, the choice
+for Stable Diffusion at batch 8 was predicted 12 % too fast (docs/lab/modes.md). With Gaussian errors that is a linear problem:
+Bayesian linear regression, with the spread and the scatter that explain the times best (Bishop, Pattern Recognition and Machine
+Learning, sections 3.3 and 3.5).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-# How far the cost of state may be from its expectation: a share of that, or at least a share of the pass; and how far any other
-# cost may be from none.
-SHARE, LEAST, UNKNOWN = 1.0, 0.002, 0.05
-# The scatter of a pass's time that is assumed at least, as a share of the pass; and how far the costs of many layers may be
-# from adding up: layers in INT8 share launches. State does not.
-QUIET, SHARED = 0.002, 0.02
+# How far a cost may be from its expectation: what is considered, as a share of the layer's work and, LEAST times that, of a
+# layer's mean time.
+SHARES, LEAST = 0.25 * 2.0 ** np.arange(7), 0.1
+# By how much instances that are timed beside the same one may be slower, as a share of the pass.
+UNKNOWN = 0.05
+# Scatters of a pass's time that are considered, as shares of the pass; and how far the costs of many layers may be from adding
+# up: layers in INT8 share launches. State does not.
+SCATTERS, SHARED = 0.002 * 1.25 ** np.arange(20), 0.02
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`count` layers that are alike, in another mode, and what the pass with all of them so took more. `modelled` is for layers
-    that lose their state: what bytes say that one of them costs more then, in microseconds on any scale; None for others."""
+    """`count` layers that are alike, in another mode. `modelled` is what bytes and operations say that one of them takes more
+    then, and `work` how much there is that it could gain or lose: both in microseconds of the model. `loses_state`: the other
+    mode is the same without state."""
 
     count: int
-    modelled: float | None
+    modelled: float
+    work: float
+    loses_state: bool
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Which kinds were changed at once, beside which pass (`stateless`: one whose state was gone), and what that took more."""
+
+    changed: Sequence[bool]
+    stateless: bool
     difference: float
 
 
 @dataclass(frozen=True)
-class Together:
-    """Which kinds were changed at once, and what that pass took more."""
+class Whole:
+    """The unchanged pass: its time, and the sum of what the model says of its `layers`."""
 
-    changed: Sequence[bool]
-    difference: float
+    microseconds: float
+    modelled: float
+    layers: int
 
 
-def estimate(kinds: Sequence[Kind], together: Sequence[Together], again: Sequence[float], whole: float) -> Array:
+def estimate(kinds: Sequence[Kind], seen: Sequence[Passes], whole: Whole) -> Array:
     """Microseconds that one layer of each kind costs, float64 [kinds].
 
-    Without passes of many kinds `together`, what instances differ by, which is known from few, would be added up over all
-    kinds. `again` are the differences of passes with nothing changed, two at least. `whole` is the unchanged pass's time."""
+    Passes that change nothing are among those that were `seen`, beside each pass that others were timed beside. Without them,
+    and without passes that change many kinds, what instances differ by would be added up over all kinds."""
     counts = np.asarray([kind.count for kind in kinds], np.float64)
-    differences = np.asarray([kind.difference for kind in kinds])
-    loses_state = np.asarray([kind.modelled is not None for kind in kinds])
-    modelled = np.asarray([kind.modelled or 0.0 for kind in kinds])
-    offset = float(np.mean(again))
-    of_many = np.asarray([counts * np.asarray(many.changed) for many in together]).reshape(-1, len(kinds))
-    of_state = ~np.asarray([(many > 0) @ ~loses_state for many in of_many], bool)
-    # What this device takes for what the model calls a microsecond. It cannot gain by moving more.
-    sizes = np.append(counts * modelled, np.where(of_state, of_many @ modelled, 0.0))
-    came = np.append(differences, [many.difference for many in together]) - offset
-    scale = max(float(sizes @ came / (sizes @ sizes)), 0.0) if sizes.any() else 0.0
-    expected = scale * modelled
-    spread = np.where(loses_state, np.maximum(SHARE * np.abs(expected), LEAST * whole), UNKNOWN * whole)
-    # Unknowns: the cost of each kind, and by how much another instance differs whatever it is.
-    noise = max(float(np.std(again, ddof=1)), QUIET * whole)
-    shared = np.where(of_state, 0.0, SHARED * whole)
-    variances = noise**2 + np.concatenate([np.zeros(len(kinds)), shared**2, np.zeros(len(again))])
-    costs = np.vstack([np.diag(counts), of_many, np.zeros((len(again), len(kinds)))])
-    seen = np.hstack([costs, np.ones((len(costs), 1))])
-    mean = np.append(expected, 0.0)
-    covariance = np.diag(np.append(spread, UNKNOWN * whole) ** 2)
-    gain = covariance @ seen.T @ np.linalg.inv(seen @ covariance @ seen.T + np.diag(variances))
-    observed = np.concatenate([differences, [many.difference for many in together], again])
-    found: Array = mean + gain @ (observed - seen @ mean)
-    return found[:-1]
+    modelled, work = np.asarray([(kind.modelled, kind.work) for kind in kinds]).T
+    of_state = np.asarray([kind.loses_state for kind in kinds], bool)
+    of_kind = counts * np.asarray([passes.changed for passes in seen], bool).reshape(len(seen), len(kinds))
+    beside = np.asarray([[not passes.stateless, passes.stateless] for passes in seen], np.float64)
+    came = np.asarray([passes.difference for passes in seen])
+    again = ~of_kind.any(1)
+    offsets = np.asarray([came[again & (place > 0)].mean() if (again & (place > 0)).any() else 0.0 for place in beside.T])
+    # What this device takes for what the model calls a microsecond, of state and of other modes. More state is never faster.
+    expected = np.zeros(len(kinds))
+    for least, such in ((0.0, of_state), (-np.inf, ~of_state)):
+        pure = ~again & ~of_kind[:, ~such].any(1)
+        sizes, took = of_kind[pure] @ modelled, (came - beside @ offsets)[pure]
+        expected[such] = modelled[such] * max(float(sizes @ took / (sizes @ sizes)) if sizes.any() else 0.0, least)
+    spread = whole.microseconds * np.hypot(work / whole.modelled, LEAST / whole.layers)
+    # Unknowns: the cost of each kind, and by how much another instance differs whatever it is, beside either pass.
+    system, mean = np.hstack([of_kind, beside]), np.append(expected, [0.0, 0.0])
+    many = (of_kind[:, ~of_state] > 0).sum(1) > 1
+    together, off = np.where(many, SHARED * whole.microseconds, 0.0) ** 2, came - system @ mean
+    best, found = -np.inf, mean
+    for share, scatter in product(SHARES, SCATTERS):
+        covariance = np.diag(np.append(share * spread, [UNKNOWN * whole.microseconds] * 2) ** 2)
+        explained = system @ covariance @ system.T + np.diag(together + (scatter * whole.microseconds) ** 2)
+        solved = np.linalg.solve(explained, off)
+        likely = -np.linalg.slogdet(explained)[1] - off @ solved
+        if likely > best:
+            best, found = likely, mean + covariance @ system.T @ solved
+    return found[:-2]

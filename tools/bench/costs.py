@@ -1,8 +1,10 @@
 """`bench --costs`: what each layer's mode costs here, by whole passes with and without it.
 
 A pass overlaps launches, shares sums between a block's convolutions, and folds work into the neighbour's launch. So a layer's
-mode is timed as what a whole pass gains or loses by it: the pass with the scales' own modes and the pass with one group of
-layers in another mode, run in turn. A group is the layers that have the same shapes, neighbours and mode.
+mode is timed as what a whole pass gains or loses by it: two passes that differ in one group of layers, run in turn. A group is
+the layers that have the same shapes, neighbours and mode. What its state costs is timed beside the scales' own modes. What
+float costs it, or INT8 where the scales have float, is timed in a pass without any state: in the fastest mixtures most layers
+have none.
 
 A pass with one group changed says little about it: its time differs by what another instance of the network does, too. So
 passes with all state gone, all layers in INT8 and all in float are timed as well, and some instances with nothing changed,
@@ -15,6 +17,7 @@ import contextlib
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +31,28 @@ from modiff_trt.core.scales import Scales
 from modiff_trt.export.calibration.modes import modelled_time, with_modes
 from modiff_trt.networks.operations import Network
 from modiff_trt.runtime.denoiser import Denoiser
-from modiff_trt.tools.bench.cost_estimates import Kind, Together, estimate
+from modiff_trt.tools.bench.cost_estimates import Kind, Passes, Whole, estimate
 from modiff_trt.tools.bench.run import Load, run_passes, whole_intervals
 
 # Mixtures whose time is predicted and measured, so that the file says how good its predictions are.
 MIXTURES = 5
-# Instances with nothing changed, whose times say how much instances differ.
-INSTANCES = 4
+# Instances with nothing changed beside each pass, whose times say how much instances differ.
+INSTANCES = 3
 Changes = dict[str, Mode]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A network that others are timed beside, which `make` makes: these share with it what they do not change."""
+
+    scales: Scales
+    make: Callable[[Scales], Denoiser]
+    denoiser: Denoiser
+    stateless: bool
+
+    @classmethod
+    def of(cls, scales: Scales, make: Callable[[Scales], Denoiser], stateless: bool) -> Beside:
+        return cls(scales, make, make(scales), stateless)
 
 
 def groups(network: Network, scales: Scales) -> list[tuple[str, ...]]:
@@ -50,40 +67,32 @@ def groups(network: Network, scales: Scales) -> list[tuple[str, ...]]:
     return [tuple(names) for names in found.values()]
 
 
-def _together(changes: Sequence[Changes], modes: Mapping[str, Mode]) -> list[Changes]:
-    """All state gone, every layer in INT8, and every layer in float where it can be. Each is timed once: where all layers have
-    state the first two are the same, and in a small network one may be a change alone."""
-    stateless: Changes = dict.fromkeys((name for name, mode in modes.items() if mode == Mode.MODIFF), Mode.INT8)
-    integer: Changes = {name: mode for change in changes for name, mode in change.items() if mode == Mode.INT8}
-    floating: Changes = {name: mode for change in changes for name, mode in change.items() if mode == Mode.FLOAT}
+def _together(flips: Sequence[Changes]) -> list[Changes]:
+    """Every layer in INT8, and every layer in float where it can be, if these are not changes alone."""
     found: list[Changes] = []
-    for many in (stateless, integer, floating):
-        if many and many not in (*changes, *found):
+    for mode in (Mode.INT8, Mode.FLOAT):
+        many: Changes = {name: mode for change in flips for name, other in change.items() if other == mode}
+        if many and many not in flips:
             found.append(many)
     return found
 
 
-def _mixtures(changes: Sequence[Changes], modes: Mapping[str, Mode]) -> list[Changes]:
+def _mixtures(removals: Sequence[Changes], flips: Sequence[Changes]) -> list[Changes]:
     """Mixtures by lot, from few changes to many: of all, and, as a choice of modes makes them, of those that take state."""
     generator = random.Random(0)
-    of_state = [change for change in changes if _takes_state(change, modes)] or changes
     drawn: list[Changes] = []
     while len(drawn) < MIXTURES:
         mixture: Changes = {}
-        for change in (changes, of_state)[len(drawn) % 2]:
+        for change in ([*removals, *flips], removals or flips)[len(drawn) % 2]:
             mixture |= {name: mode for name, mode in change.items() if generator.random() < (len(drawn) + 1) / (MIXTURES + 1)}
         drawn.append(mixture)
     return drawn
 
 
-def _takes_state(change: Changes, modes: Mapping[str, Mode]) -> bool:
-    return all(mode == Mode.INT8 and modes[name] == Mode.MODIFF for name, mode in change.items())
-
-
 def measure_costs(
     network: Network,
     scales: Scales,
-    make: Callable[[Scales], Denoiser],
+    make: Callable[[], Callable[[Scales], Denoiser]],
     batch_sizes: Sequence[int],
     *,
     runs: int,
@@ -96,29 +105,34 @@ def measure_costs(
 ) -> dict[str, Any]:
     """The content of a file of costs: for each batch size `ModeCosts`, and mixtures with their predicted and measured times.
 
-    Images have the lines of `context`. `baselines` are microseconds an image of the network in floating point, by batch size.
-    Times are medians of `runs`. What is measured stands in `part`, from where a second call with the same settings goes on; the
-    caller removes it."""
+    `make()` makes networks that share what they do not change. Images have the lines of `context`. `baselines` are microseconds
+    an image of the network in floating point, by batch size. Times are medians of `runs`. What is measured stands in `part`,
+    from where a second call with the same settings goes on; the caller removes it."""
     sizes = sorted(set(batch_sizes), reverse=True)  # buffers are allocated once, for the largest
     settings = {"sizes": sizes, "runs": runs, "passes": passes, "where": where, "scales": scales.file_sha256}
     kept = _resume(part, settings)
     loads = {size: Load.of(network, context, size) for size in sizes}
-    base = make(scales)
-    passes = whole_intervals(passes, [base])
+    modes = {name: layer.mode for name, layer in scales.layers.items()}
+    stateless: Changes = dict.fromkeys(scales.modulated, Mode.INT8)
+    base = Beside.of(scales, make(), stateless=not stateless)
+    bare = Beside.of(with_modes(scales, stateless), make(), stateless=True) if stateless else base
+    passes = whole_intervals(passes, [base.denoiser])
     whole: dict[int, list[float]] = {size: list(kept["whole"].get(str(size), [])) for size in sizes}
 
-    def differences(changes: Changes, instance: int = 0) -> dict[int, float]:
+    def differences(beside: Beside, changes: Changes, instance: int = 0) -> dict[int, float]:
         """Microseconds an image that a pass takes more with these modes, of the network's `instance`-th making."""
-        key = " ".join(f"{name}:{mode}" for name, mode in changes.items()) or f"instance {instance}"
+        names = " ".join(f"{name}:{mode}" for name, mode in changes.items()) or f"instance {instance}"
+        key = f"without state, {names}" if beside.stateless else names
         if key in kept["differences"]:
             return {size: kept["differences"][key][str(size)] for size in sizes}
-        other, found = make(with_modes(scales, changes)), {}
+        other, found = beside.make(with_modes(beside.scales, changes)), {}
         for size in sizes:
             _microseconds(other, loads[size], 1, device)  # packs weights for the CPU's products, captures on a GPU
             pairs = []
             for _ in range(runs):
-                before, after = (_microseconds(d, loads[size], passes, device) for d in (base, other))
-                whole[size].append(before)
+                before, after = (_microseconds(d, loads[size], passes, device) for d in (beside.denoiser, other))
+                if beside is base:
+                    whole[size].append(before)
                 pairs.append(after - before)
             found[size] = statistics.median(pairs)
         kept["differences"][key] = {str(size): value for size, value in found.items()}
@@ -126,34 +140,44 @@ def measure_costs(
         write_signed(part, kept)
         return found
 
-    modes = {name: layer.mode for name, layer in scales.layers.items()}
-    changes = [
-        dict.fromkeys(names, mode)
-        for names in groups(network, scales)
-        for mode in (Mode.INT8, Mode.FLOAT)
-        if mode != modes[names[0]]
-    ]
-    mixed = []
+    alike = groups(network, scales)
+    removals = [dict.fromkeys(names, Mode.INT8) for names in alike if modes[names[0]] == Mode.MODIFF]
+    flips = [dict.fromkeys(names, Mode.INT8 if modes[names[0]] == Mode.FLOAT else Mode.FLOAT) for names in alike]
+    alone = [(base, change) for change in removals] + [(bare, change) for change in flips]
+    many = [(base, stateless)] * (len(removals) > 1) + [(bare, change) for change in _together(flips)]
+    places = [base, bare] if stateless else [base]
     for size in sizes:
-        _microseconds(base, loads[size], passes, device)  # compiles, tunes and captures
+        for beside in places:
+            _microseconds(beside.denoiser, loads[size], passes, device)  # compiles, tunes and captures
     with progress_bar() as bar:
-        alone = [differences(change) for change in bar.track(changes, description="costs")]
-        many = [(change, differences(change)) for change in bar.track(_together(changes, modes), description="together")]
-        again = [differences({}, i) for i in bar.track(range(INSTANCES), description="the same again")]
-        for mixture in bar.track(_mixtures(changes, modes), description="mixtures"):
-            mixed.append((mixture, differences(mixture)))
+        seen = [
+            (beside, change, differences(beside, change))
+            for what, timed in (("costs", alone), ("together", many))
+            for beside, change in bar.track(timed, description=what)
+        ]
+        again = [
+            (beside, i, differences(beside, {}, i))
+            for beside, i in bar.track([(p, i) for p in places for i in range(INSTANCES)], description="the same again")
+        ]
+        mixtures = _mixtures(removals, flips)
+        mixed = [(mixture, differences(base, mixture)) for mixture in bar.track(mixtures, description="mixtures")]
+    changes = [*removals, *flips]
+    kinds = [_kind(network, modes, change) for change in changes]
     batches = {}
     for size in sizes:
         took = statistics.median(whole[size])
-        kinds = [_kind(network, modes, change, found[size]) for change, found in zip(changes, alone, strict=True)]
-        together = [
-            Together([change.items() <= all_of_it.items() for change in changes], found[size]) for all_of_it, found in many
+        rows = [
+            Passes([change.items() <= all_of_it.items() for change in changes], beside.stateless, found[size])
+            for beside, all_of_it, found in seen
         ]
-        of_layer = estimate(kinds, together, [found[size] for found in again], took)
+        rows += [Passes([False] * len(changes), beside.stateless, found[size]) for beside, _, found in again]
+        modelled = sum(modelled_time(spec, modes[spec.name]) for spec in network.layers)
+        of_layer = estimate(kinds, rows, Whole(took, modelled, len(modes)))
         added: dict[str, dict[Mode, float]] = {name: {} for name in modes}
-        for change, cost in zip(changes, of_layer, strict=True):
+        for change, cost in zip(changes, map(float, of_layer), strict=True):
             for name, mode in change.items():
-                added[name][mode] = float(cost)
+                # Of a layer with state, float is timed beside INT8, whose cost comes first.
+                added[name][mode] = cost + added[name].get(Mode.INT8, 0.0)
         costs = ModeCosts(where, size, took, base=modes, added=added, baseline=baselines.get(size))
         checks = []
         for mixture, took_more in mixed:
@@ -163,22 +187,21 @@ def measure_costs(
                 {str(mode): counts.count(mode) for mode in Mode}
                 | {"predicted": predicted, "measured": measured, "error": predicted / measured - 1}
             )
-        instances = [found[size] for found in again]
         batches[str(size)] = costs_to_dict(costs) | {
             "mixtures": checks,
-            "same again": instances,
             "differences": {key: found[str(size)] for key, found in kept["differences"].items()},
         }
     return {"kind": KIND, "schema": SCHEMA, "batches": batches}
 
 
-def _kind(network: Network, modes: Mapping[str, Mode], change: Changes, difference: float) -> Kind:
-    """What is known of a change. Bytes tell what state costs. They do not tell INT8 from float: launches are shared or not, and
-    small products are slower than either's operations."""
+def _kind(network: Network, modes: Mapping[str, Mode], change: Changes) -> Kind:
+    """What the model says of a change. A layer may gain or lose as much as a share of what it does; of its state, of what state
+    moves."""
     name, mode = next(iter(change.items()))
-    spec = network.layer(name)
-    modelled = modelled_time(spec, mode) - modelled_time(spec, modes[name]) if _takes_state(change, modes) else None
-    return Kind(len(change), modelled, difference)
+    loses_state = modes[name] == Mode.MODIFF and mode == Mode.INT8
+    before = modes[name] if loses_state or modes[name] != Mode.MODIFF else Mode.INT8
+    times = [modelled_time(network.layer(name), m) for m in (before, mode)]
+    return Kind(len(change), times[1] - times[0], times[0] - times[1] if loses_state else max(times), loses_state)
 
 
 def _resume(part: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from modiff_trt.core.costs import costs_from_dict
+from modiff_trt.core.costs import ModeCurve, costs_from_dict
 
 
 def not_run(result: dict[str, Any]) -> list[str]:
@@ -21,11 +21,17 @@ def not_run(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def print_bench(result: dict[str, Any]) -> None:
-    """One line for each batch size and backend, with its ratio to the first backend."""
+def where(machine: dict[str, Any]) -> str:
+    """The device that costs of modes are of."""
+    return str(machine.get("gpu") or f"{machine['cores']} CPU cores")
+
+
+def print_bench(result: dict[str, Any], curve: ModeCurve | None = None) -> None:
+    """One line for each batch size and backend, with its ratio to the first backend, and one where `curve`'s prediction of
+    native-auto was far off."""
     # Narrow enough for 80 columns: names of backends differ in their last letters.
-    where = result["machine"].get("gpu") or result["machine"]["processor"]
-    table = Table(title=f"{where}: one pass, and whole images", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    title = result["machine"].get("gpu") or result["machine"]["processor"]
+    table = Table(title=f"{title}: one pass, and whole images", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("batch", "backend", "us/image", "images/s", "ratio", "GB", "state, MB"):
         table.add_column(heading, justify="left" if heading == "backend" else "right", no_wrap=True)
     for batch, rows in result["batches"].items():
@@ -43,6 +49,12 @@ def print_bench(result: dict[str, Any]) -> None:
     Console().print(table)
     for line in not_run(result):
         Console().print(f"not run: {line}", soft_wrap=True)
+    for batch, rows in result["batches"].items():
+        if curve is None or "native-auto" not in rows:
+            continue
+        took = rows["native-auto"]["microseconds_an_image"]
+        if doubt := curve.doubt(where(result["machine"]), int(batch), took):
+            Console().print(f"native-auto: {doubt}", soft_wrap=True)
 
 
 def print_costs(content: dict[str, Any]) -> None:

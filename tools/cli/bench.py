@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +48,7 @@ def bench(
     from modiff_trt.core.scales import load_scales
     from modiff_trt.runtime.backends.registry.options import check_device, checkpoint_manifest, load_model
     from modiff_trt.tools.bench.run import add_profiles, baselines, candidates, native_floors, run_bench
-    from modiff_trt.tools.bench.table import print_bench, print_costs
+    from modiff_trt.tools.bench.table import print_bench, print_costs, where
 
     for path in (out, costs):
         if path is not None:
@@ -99,7 +100,7 @@ def bench(
         context=given,
         floors=floors,
     )
-    print_bench(result)
+    print_bench(result, auto.curve if auto is not None else None)
     if profile:
         add_profiles(network, loaded, makes["native-modiff"], batch_sizes=sizes, context=given, result=result, out=out)
     if costs is not None:
@@ -107,16 +108,16 @@ def bench(
         from modiff_trt.runtime.backends.registry import trained
         from modiff_trt.tools.bench.costs import measure_costs
 
-        machine, part = result["machine"], costs.with_name(costs.name + ".part")
+        part = costs.with_name(costs.name + ".part")
         found = measure_costs(
             network,
             loaded,
-            trained.alike_natives(network, checkpoint.params, device, guidance=guidance),
+            partial(trained.alike_natives, network, checkpoint.params, device, guidance=guidance),
             sizes,
             runs=num_runs,
             passes=num_passes,
             device=device,
-            where=machine.get("gpu") or f"{machine['cores']} CPU cores",
+            where=where(result["machine"]),
             baselines=baselines(result),
             part=part,
             context=given,

@@ -190,6 +190,8 @@ def adaround_corrections(data: dict[str, Any]) -> str:
         ("adaround, empirical with gains", "AdaRound, shift and gain"),
         ("adaround, empirical unweighted", "AdaRound, all steps alike"),
     ):
+        if key not in seeds["0"]:
+            continue
         values = [seed[key]["mean"] for seed in seeds.values()]
         lines[title] = [*(f"{v:.1f}" for v in values), f"{sum(values) / len(values):.1f}", f"{max(values) - min(values):.1f}"]
     return "\n".join(table("weights alone, mean of 48 images, dB", [*(f"seed {s}" for s in seeds), "mean", "spread"], lines))

@@ -68,6 +68,34 @@ def networks_speed(data: dict[str, Any]) -> str:
     return "\n".join([*table("network; quantized layers: backend, batch", columns, lines), note])
 
 
+def chosen_modes(data: dict[str, Any]) -> str:
+    """Milliseconds of a pass with modes that were chosen by costs, beside all layers alike and diffusers' own network."""
+    lines = {}
+    for row in data["table"]:
+        times = [f"{row['fp16_ms']:.2f}", f"{row['ms']:.2f}", f"{row['ratio']:.2f}x"]
+        sizes = [f"{row['memory_bytes'] / 1e9:.1f}", f"{row['state_bytes'] / 1e9:.2f}"]
+        lines[f"{row['modes']}, {row['batch']}"] = times + sizes
+    columns = ["diffusers FP16, compiled, ms", "native, ms", "ratio", "memory, GB", "of it state, GB"]
+    return "\n".join(table("modes, batch", columns, lines))
+
+
+def predictions(data: dict[str, Any]) -> str:
+    """What costs of modes said of mixtures, and what came."""
+    lines = {}
+    for name, row in data["predictions"].items():
+        predicted, came = row["predicted_us"] / 1e3, row["measured_us"] / 1e3
+        lines[name] = [f"{predicted:.2f}", f"{came:.2f}", f"{100 * (predicted / came - 1):+.1f} %"]
+    return "\n".join(table("modes", ["predicted, ms an image", "came, ms", "error"], lines))
+
+
+def estimates(data: dict[str, Any]) -> str:
+    """What two estimators made of the same times, beside what came."""
+    found = data["estimates"]
+    lines = {name: [f"{row[key]:.1f}" for key in ("came", "before", "now")] for name, row in found["rows"].items()}
+    lines |= {f"rms, {name}": ["", *(f"{row[key]:.1f}" for key in ("before", "now"))] for name, row in found["rms"].items()}
+    return "\n".join(table("% of the pass with all state", ["came", "predicted before", "predicted now"], lines))
+
+
 def plans(data: dict[str, Any]) -> str:
     """What a builder made of a network, before a change of the exported graph and after it."""
     lines = {}

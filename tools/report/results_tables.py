@@ -16,6 +16,7 @@ import typer
 
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.files import atomic_path, read_result
+from modiff_trt.tools.report.command_tables import demo, quantize
 from modiff_trt.tools.report.keyed_tables import by_bits
 from modiff_trt.tools.report.mode_tables import (
     adaround_corrections,
@@ -36,50 +37,22 @@ from modiff_trt.tools.report.mode_tables import (
     moving_grids,
     zero_points,
 )
-from modiff_trt.tools.report.network_tables import classes, full_width, gpu_speed, installs, layouts, networks_speed, plans
+from modiff_trt.tools.report.network_tables import (
+    chosen_modes,
+    classes,
+    estimates,
+    full_width,
+    gpu_speed,
+    installs,
+    layouts,
+    networks_speed,
+    plans,
+    predictions,
+)
 from modiff_trt.tools.report.robustness_tables import fuzz, kills, load, memory
 from modiff_trt.tools.report.solver_tables import grids, nearness, quality
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def demo(data: dict[str, Any]) -> str:
-    """The demo's rows, as `modiff-trt demo` wrote them."""
-    lines = [
-        "| | steps | backend | PSNR to FP32, dB | PSNR to 1000 steps, dB | seconds an image | state, MB an image | ONNX, MB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in data["rows"]:
-        decibel = "reference" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
-        truth = "" if row["psnr_to_1000_steps_db"] is None else f"{row['psnr_to_1000_steps_db']:.1f}"
-        state, size = row["state_bytes_per_image"] / 1e6, row["onnx_bytes"] / 1e6
-        lines.append(
-            f"| {row['name']} | {row['steps']} | {row['backend']} | {decibel} | {truth} | {row['seconds_per_image']:.2f} | "
-            f"{state:.1f} | {size:.1f} |"
-        )
-    lines.append("")
-    vnni = "" if data["machine"]["vnni"] else " without VNNI, where INT8 is exact and not fast"
-    lines.append(
-        f"{data['images']} images, {data['machine']['cores']} CPU cores{vnni}, onnxruntime {data['versions']['onnxruntime']} "
-        "(`results/demo.json`, written by `modiff-trt demo`)."
-    )
-    return "\n".join(lines)
-
-
-def quantize(data: dict[str, Any]) -> str:
-    """What `quantize` took, stage by stage, and the nearness that it reached."""
-    stages = " | ".join(data["stages"])
-    seconds = " | ".join(f"{value:.0f}" for value in data["stages"].values())
-    decibels = ", ".join(f"{name} {value:.1f}" for name, value in data["psnr_db"].items())
-    return "\n".join(
-        [
-            f"| stage | {stages} |",
-            "|---|" + "---|" * len(data["stages"]),
-            f"| seconds | {seconds} |",
-            f"\nThe CIFAR-10 network of 35.7 M parameters, 20 steps, defaults, {data['machine']['cores']} CPU cores; "
-            f"PSNR to FP32 in dB: {decibels} (`results/quantize_cpu.json`).",
-        ]
-    )
 
 
 def _source(data: dict[str, Any], what: str) -> str:
@@ -315,6 +288,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "installs": ("installs", installs),
     "gpu_speed": ("sd15_speed_h200", gpu_speed),
     "networks_speed": ("networks_speed_h200", networks_speed),
+    "chosen_modes": ("modes_sd15_h200", chosen_modes),
+    "mode_estimates": ("modes_sd15_h200", estimates),
+    "mode_predictions": ("modes_sd15_h200", predictions),
     "mode_costs": ("modes_h200", mode_costs),
     "mode_curves": ("modes_h200", mode_curves),
     "mode_mixtures": ("modes_h200", mode_mixtures),
@@ -335,6 +311,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "edge_images": ("edges_h200", mode_images),
     "edge_curves": ("edges_h200", mode_curves),
     "adaround_corrections": ("edges_h200", adaround_corrections),
+    "adaround_64": ("adaround_64_h200", adaround_corrections),
     "layers_alone": ("modes_alone_h200", layers_alone),
     "alone_curves": ("modes_alone_h200", mode_curves),
     "alone_costs": ("modes_alone_h200", mode_mixtures),
@@ -342,6 +319,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "costs_on_cpu": ("costs_cpu", mode_mixtures),
     "choice_on_amx": ("costs_cpu_amx", cpu_modes),
     "costs_on_amx": ("costs_cpu_amx", mode_mixtures),
+    "choice_by_spread": ("costs_cpu_stateless", cpu_modes),
+    "costs_by_spread": ("costs_cpu_stateless", mode_mixtures),
     "alone_times": ("modes_alone_h200", mode_times),
     "alone_images": ("modes_alone_h200", mode_images),
     "confirmed_curves": ("modes_confirmed_h200", mode_curves),
