@@ -45,7 +45,8 @@ class Kind:
 
 @dataclass(frozen=True)
 class Passes:
-    """Which kinds were changed at once, beside which pass (`stateless`: one whose state was gone), and what that took more."""
+    """Which kinds were changed at once, and what that took more than the unchanged pass (`stateless`: than that without its
+    state)."""
 
     changed: Sequence[bool]
     stateless: bool
@@ -61,8 +62,9 @@ class Whole:
     layers: int
 
 
-def estimate(kinds: Sequence[Kind], seen: Sequence[Passes], whole: Whole) -> Array:
-    """Microseconds that one layer of each kind costs, float64 [kinds].
+def estimate(kinds: Sequence[Kind], seen: Sequence[Passes], whole: Whole) -> tuple[Array, float]:
+    """Microseconds that one layer of each kind costs, float64 [kinds], and by how much a pass is slower in another instance of the
+    network with nothing changed.
 
     Passes that change nothing are among those that were `seen`, beside each pass that others were timed beside. Without them,
     and without passes that change many kinds, what instances differ by would be added up over all kinds."""
@@ -93,4 +95,4 @@ def estimate(kinds: Sequence[Kind], seen: Sequence[Passes], whole: Whole) -> Arr
         likely = -np.linalg.slogdet(explained)[1] - off @ solved
         if likely > best:
             best, found = likely, mean + covariance @ system.T @ solved
-    return found[:-2]
+    return found[:-2], float(found[-2])

@@ -114,7 +114,7 @@ def measure_costs(
     loads = {size: Load.of(network, context, size) for size in sizes}
     modes = {name: layer.mode for name, layer in scales.layers.items()}
     stateless: Changes = dict.fromkeys(scales.modulated, Mode.INT8)
-    base = Beside.of(scales, make(), stateless=not stateless)
+    base = Beside.of(scales, make(), stateless=False)
     bare = Beside.of(with_modes(scales, stateless), make(), stateless=True) if stateless else base
     passes = whole_intervals(passes, [base.denoiser])
     whole: dict[int, list[float]] = {size: list(kept["whole"].get(str(size), [])) for size in sizes}
@@ -172,16 +172,17 @@ def measure_costs(
         ]
         rows += [Passes([False] * len(changes), beside.stateless, found[size]) for beside, _, found in again]
         modelled = sum(modelled_time(spec, modes[spec.name]) for spec in network.layers)
-        of_layer = estimate(kinds, rows, Whole(took, modelled, len(modes)))
+        of_layer, of_instance = estimate(kinds, rows, Whole(took, modelled, len(modes)))
         added: dict[str, dict[Mode, float]] = {name: {} for name in modes}
         for change, cost in zip(changes, map(float, of_layer), strict=True):
             for name, mode in change.items():
                 # Of a layer with state, float is timed beside INT8, whose cost comes first.
                 added[name][mode] = cost + added[name].get(Mode.INT8, 0.0)
-        costs = ModeCosts(where, size, took, base=modes, added=added, baseline=baselines.get(size))
+        # Networks with other modes are other instances. On a CPU those are slower than the first one by 1 or 2 %.
+        costs = ModeCosts(where, size, took + of_instance, base=modes, added=added, baseline=baselines.get(size))
         checks = []
         for mixture, took_more in mixed:
-            predicted, measured = costs.predict(modes | mixture), costs.whole + took_more[size]
+            predicted, measured = costs.predict(modes | mixture), took + took_more[size]
             counts = [(modes | mixture)[name] for name in modes]
             checks.append(
                 {str(mode): counts.count(mode) for mode in Mode}

@@ -90,7 +90,8 @@ def test_another_instance_of_the_network_may_be_slower_by_itself(small, tmp_path
         assert costs.added[name][Mode.INT8] == pytest.approx(-size[name], abs=0.15)
         assert costs.added[name][Mode.FLOAT] == pytest.approx(size[name], abs=0.25)
     plain = costs.predict(base | dict.fromkeys(scales.modulated, Mode.INT8))
-    assert plain == pytest.approx(100 - sum(size[name] for name in scales.modulated), abs=0.2)
+    # What any instance but the first takes.
+    assert plain == pytest.approx(103 - sum(size[name] for name in scales.modulated), abs=0.3)
 
 
 def test_every_layer_is_in_one_group_with_its_likes(small):
