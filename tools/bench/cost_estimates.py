@@ -63,7 +63,7 @@ class Whole:
 
 
 def estimate(kinds: Sequence[Kind], seen: Sequence[Passes], whole: Whole) -> tuple[Array, float]:
-    """Microseconds that one layer of each kind costs, float64 [kinds], and by how much a pass is slower in another instance of the
+    """Microseconds that one layer of each kind costs, float64 [kinds], and that a pass takes more in another instance of the
     network with nothing changed.
 
     Passes that change nothing are among those that were `seen`, beside each pass that others were timed beside. Without them,
