@@ -297,7 +297,7 @@ def test_the_classifier_can_be_trained_again(tmp_path):
     images = np.random.default_rng(0).integers(0, 60, (128, 32, 32, 3), dtype=np.uint8)
     images[labels == 1] += 190
     np.savez(tmp_path / "l.npz", images=images, labels=labels, test_images=images[:50], test_labels=labels[:50])
-    main(tmp_path / "l.npz", tmp_path / "c.safetensors", epochs=3, seed=0)
+    main(tmp_path / "l.npz", tmp_path / "c.safetensors", epochs=2, seed=0)
     assert accuracy(tmp_path / "c.safetensors", (images[:50], labels[:50])) > 0.9
     network = train((images[:64], labels[:64]), 1, 0).eval()
     from safetensors.numpy import save_file
