@@ -133,8 +133,12 @@ class SetFolder(ABC):
                 self._claimed = True
             # Nobody comes between: whoever claims this folder holds its lock, as this process does here.
             self._held.enter_context(lock_file(path / LOCK, shared=True))
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Deletes what killed processes left of writing here."""
         for name in (MANIFEST, SUMS, SHARDS, "[0-9]*.png"):
-            remove_leftovers(path, name)
+            remove_leftovers(self.path, name)
 
     def close(self) -> None:
         """Gives the folder back. Where no image was written it is as it was found."""
@@ -154,6 +158,7 @@ class SetFolder(ABC):
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._tidy()  # once more: what was left just before this run began may have been another's, still being written
         self.close()
 
     def _is_written(self, file: Path) -> bool:
@@ -165,7 +170,7 @@ class SetFolder(ABC):
 
     def _write(self, files: dict[Path, bytes]) -> None:
         for file, data in files.items():
-            with atomic_path(file, tidy=False) as temporary:  # `_claim` has tidied the folder
+            with atomic_path(file, tidy=False) as temporary:  # the folder is tidied once, not for each file
                 temporary.write_bytes(data)
         digests = {file.name: digest_of(data) for file, data in files.items()}
         append_sums(self.path, digests)

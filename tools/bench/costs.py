@@ -200,9 +200,10 @@ def _kind(network: Network, modes: Mapping[str, Mode], change: Changes) -> Kind:
     moves."""
     name, mode = next(iter(change.items()))
     loses_state = modes[name] == Mode.MODIFF and mode == Mode.INT8
-    before = modes[name] if loses_state or modes[name] != Mode.MODIFF else Mode.INT8
-    times = [modelled_time(network.layer(name), m) for m in (before, mode)]
-    return Kind(len(change), times[1] - times[0], times[0] - times[1] if loses_state else max(times), loses_state)
+    # Float is timed beside INT8 where the scales have state.
+    before = Mode.INT8 if modes[name] == Mode.MODIFF and mode == Mode.FLOAT else modes[name]
+    took, takes = (modelled_time(network.layer(name), each) for each in (before, mode))
+    return Kind(len(change), takes - took, took - takes if loses_state else max(took, takes), loses_state)
 
 
 def _resume(part: Path, settings: dict[str, Any]) -> dict[str, Any]:

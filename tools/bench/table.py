@@ -49,11 +49,9 @@ def print_bench(result: dict[str, Any], curve: ModeCurve | None = None) -> None:
     Console().print(table)
     for line in not_run(result):
         Console().print(f"not run: {line}", soft_wrap=True)
-    for batch, rows in result["batches"].items():
-        if curve is None or "native-auto" not in rows:
-            continue
-        took = rows["native-auto"]["microseconds_an_image"]
-        if doubt := curve.doubt(where(result["machine"]), int(batch), took):
+    if curve is not None and curve.device == where(result["machine"]):
+        row = result["batches"].get(str(curve.batch), {}).get("native-auto")
+        if row is not None and (doubt := curve.doubt(row["microseconds_an_image"])):
             Console().print(f"native-auto: {doubt}", soft_wrap=True)
 
 

@@ -68,6 +68,17 @@ def test_what_killed_processes_left_goes_with_the_next_run(tmp_path):
     assert sorted(f.name for f in tmp_path.glob("*.part")) == [".00002.png.x.part", ".video.mp4.part"]
 
 
+def test_what_was_too_young_to_be_deleted_goes_when_the_run_ends(tmp_path):
+    """A file of the instant before a run begins may still be written by another process."""
+    left = tmp_path / ".00001.png.x.part"
+    left.touch()
+    with ImageFolder(tmp_path, {}) as folder:
+        assert left.exists()
+        os.utime(left, (time.time() - 10,) * 2)
+        folder.save([0, 1], np.zeros((2, 3, 4, 4), np.float32))
+    assert not left.exists()
+
+
 def test_writing_an_image_does_not_read_the_whole_folder(tmp_path):
     """Or else 50,000 images would take a time that grows with the square of their number."""
     listed: list[str] = []

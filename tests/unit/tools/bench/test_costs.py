@@ -11,7 +11,7 @@ from modiff_trt.core.files import read_signed, write_signed
 from modiff_trt.core.kinds import Mode
 from modiff_trt.networks.unet2d import trace
 from modiff_trt.runtime.backends.registry import trained
-from modiff_trt.tools.bench.costs import INSTANCES, MIXTURES, _together, groups, measure_costs
+from modiff_trt.tools.bench.costs import INSTANCES, MIXTURES, _kind, _together, groups, measure_costs
 from modiff_trt.tools.bench.table import print_bench, print_costs
 
 
@@ -144,6 +144,17 @@ def test_a_pass_of_many_changed_layers_is_timed_once():
     flips = [{"a": Mode.FLOAT}, {"b": Mode.FLOAT}, {"c": Mode.INT8}]
     assert _together(flips) == [{"a": Mode.FLOAT, "b": Mode.FLOAT}]  # INT8 of c alone is among them
     assert _together([*flips, {"d": Mode.INT8}]) == [dict.fromkeys("cd", Mode.INT8), dict.fromkeys("ab", Mode.FLOAT)]
+
+
+def test_a_layer_in_float_may_gain_or_lose_by_all_that_it_does(small):
+    """Of its state it can gain no more than state moves."""
+    state = {spec.name: Mode.MODIFF for spec in small.network.layers}
+    for spec in small.network.layers:
+        without, floating = (_kind(small.network, state, {spec.name: mode}) for mode in (Mode.INT8, Mode.FLOAT))
+        back = _kind(small.network, state | {spec.name: Mode.FLOAT}, {spec.name: Mode.INT8})
+        assert without.loses_state and without.work == -without.modelled > 0
+        assert not floating.loses_state and floating.work > abs(floating.modelled)
+        assert (back.modelled, back.work, back.loses_state) == (-floating.modelled, floating.work, False)
 
 
 def test_costs_that_do_not_fit_are_refused(small, content, tmp_path):
