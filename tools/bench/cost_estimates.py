@@ -22,8 +22,8 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 # How far a cost may be from its expectation: what is considered, as a share of the layer's work and, LEAST times that, of a
-# layer's mean time.
-SHARES, LEAST = 0.25 * 2.0 ** np.arange(7), 0.1
+# layer's mean time. A layer can hardly gain much more than it does: larger shares explain outliers of a noisy machine.
+SHARES, LEAST = (0.25, 0.5, 1.0, 2.0), 0.1
 # By how much instances that are timed beside the same one may be slower, as a share of the pass.
 UNKNOWN = 0.05
 # Scatters of a pass's time that are considered, as shares of the pass; and how far the costs of many layers may be from adding
