@@ -16,6 +16,8 @@ KIND, SCHEMA = "costs of modes", 1
 REMEDY = "write it again with `modiff-trt bench --costs`"
 # How far a prediction may be from the time that came, as a share of it.
 TRUSTED = 0.05
+# Decibels by which a slower mixture must be better than the chosen one to be worth a line.
+FAR_BETTER = 3.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,20 @@ class ModeCurve:
             f"the modes were chosen for {predicted:.1f} us an image at batch {self.batch} ({predicted / took - 1:+.0%}): "
             "others may be faster; measure costs again with more --num-runs and --num-passes, while nothing else runs there"
         )
+
+    def advice(self) -> str | None:
+        """One line where slower modes that were tried are far better than the chosen ones."""
+        chosen = self.points[self.chosen]
+        slower = [point for point in self.points if point.microseconds > chosen.microseconds]
+        best = max(slower, key=lambda point: point.decibels, default=chosen)
+        gained, longer = best.decibels - chosen.decibels, best.microseconds / chosen.microseconds - 1
+        if gained < FAR_BETTER:
+            return None
+        if self.baseline is None:
+            how = "--target-speed asks for such modes, by costs that have a floating-point network"
+        else:
+            how = f"--target-speed {math.floor(100 * self.baseline / best.microseconds) / 100:.2f} asks for such modes"
+        return f"modes: {best.modulated} layers with state are {gained:.1f} dB better and take {longer:.1%} longer; {how}"
 
 
 def curve_to_dict(curve: ModeCurve | None) -> dict[str, Any] | None:

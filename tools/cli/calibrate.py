@@ -247,6 +247,8 @@ def calibrate(
         verdict = judge(others, scales)
         assert scales.curve is not None
         print_curve(scales.curve)
+        if goal.microseconds is None and (advice := scales.curve.advice()):
+            typer.echo(advice)
     save_scales(out, scales)
     kept = [layer.mode for layer in scales.layers.values()]
     counts = ", ".join(f"{kept.count(mode)} {mode}" for mode in Mode if mode in kept)

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from modiff_trt.core.costs import ModeCosts, curve_to_dict
+from modiff_trt.core.costs import ModeCosts, ModeCurve, ModePoint, curve_to_dict
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import load_scales, save_scales
@@ -236,14 +236,50 @@ def test_any_loss_takes_all_state_that_costs_time(alone, tiny):
 def test_the_best_modes_for_a_speed(alone, tiny):
     scales = tiny.scales(act_bits=8)
     costs = modelled_costs(tiny.network, scales)
-    fastest = costs.whole - sum(saved for _, _, saved in possible_changes(scales, costs))
+    savings = [saved for _, _, saved in possible_changes(scales, costs)]
+    fastest = costs.whole - sum(savings)
     limit = (costs.whole + fastest) / 2
     best, _ = search(alone, alone, scales, Goal(costs, max_loss=0.0, microseconds=limit))
     chosen = best.curve.points[best.curve.chosen]
-    assert chosen.microseconds <= limit and best.modulated
-    assert best.curve.points[best.curve.chosen - 1].microseconds > limit
+    fast = [point for point in best.curve.points if point.microseconds <= limit]
+    assert chosen in fast and chosen.decibels == max(point.decibels for point in fast)
+    # The one with as few changes as will do was tried.
+    assert fast[0].modulated and fast[0].microseconds > limit - max(savings)
     with pytest.raises(InputError, match="no mixture of modes takes"):
         search(alone, alone, scales, Goal(costs, max_loss=0.0, microseconds=fastest * 0.99))
+
+
+def test_the_best_modes_for_a_speed_may_be_faster_than_it_asks(alone, tiny):
+    """Where state spoils the image, more layers without it are better."""
+    scales = tiny.scales(act_bits=8)
+    costs = modelled_costs(tiny.network, scales)
+
+    class Reversed:
+        """Every layer with state takes a decibel."""
+
+        network = alone.network
+        images_of, difference = alone.images_of, alone.difference
+
+        def mean_decibels(self, mixed):
+            return 50.0 - len(mixed.modulated)
+
+    fastest = costs.whole - sum(saved for _, _, saved in possible_changes(scales, costs))
+    best, _ = search(Reversed(), alone, scales, Goal(costs, max_loss=0.0, microseconds=(costs.whole + fastest) / 2))
+    assert best.curve.points[best.curve.chosen] == best.curve.points[-1]
+    assert best.curve.points[-1].microseconds == pytest.approx(fastest)
+
+
+def test_far_better_modes_that_take_longer_are_said():
+    def advice(decibels, *, baseline=None, chosen=2):
+        points = tuple(ModePoint(9 - i, 102.5 - i, 0, db) for i, db in enumerate(decibels))
+        return ModeCurve("here", 1, baseline, points, chosen=chosen).advice()
+
+    what = "8 layers with state are 6.0 dB better and take 1.0% longer; --target-speed "
+    assert what in advice((11.0, 19.0, 13.0)) and "asks for such modes, by costs that have" in advice((11.0, 19.0, 13.0))
+    # 2 x 101.5 us: no more than the speed that those modes have.
+    assert f"{what}1.99 asks" in advice((11.0, 19.0, 13.0), baseline=202.9)
+    # Not far better, the best ones already, or faster and refused on other images.
+    assert advice((11.0, 15.9, 13.0)) is advice((11.0, 19.0, 13.0), chosen=1) is advice((11.0, 9.0, 19.0), chosen=1) is None
 
 
 def test_costs_by_which_a_pass_takes_no_time_are_refused(alone, tiny):

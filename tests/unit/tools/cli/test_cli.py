@@ -178,6 +178,8 @@ def test_costs_decide_modes_and_the_choice_has_a_row_of_its_own(tmp_path, capsys
     assert "modelled" in said and "chosen" in said
     chosen = load_scales(auto)
     assert chosen.curve is not None
+    advice = chosen.curve.advice()
+    assert advice and advice in " ".join(said.split())
     # Judged on noise that no mode was chosen on.
     network, checkpoint = load_model(model[1], model[3])
     others = Trials(
