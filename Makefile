@@ -52,8 +52,9 @@ STAMP := $(VENV)/.setup-$(shell printf '%s' '$(EXTRAS) $(TORCH)' | cksum | cut -
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
-	$(VENV)/bin/pip install --quiet "$(TORCH)"
-	$(VENV)/bin/pip install --quiet --editable ".[$(EXTRAS)]" "$(TORCH)"  # torch again, or torchvision would bring another
+	# Python compiles what is imported when it is. All of it beforehand takes as long as installing it.
+	$(VENV)/bin/pip install --quiet --no-compile "$(TORCH)"
+	$(VENV)/bin/pip install --quiet --no-compile --editable ".[$(EXTRAS)]" "$(TORCH)"  # torch again, or torchvision would bring another
 	@rm -f $(VENV)/.setup-*
 	@printf 'TORCH ?= %s\nEXTRAS ?= %s\n' '$(TORCH)' '$(EXTRAS)' > $(VENV)/.setup.mk
 	@touch $@
@@ -156,7 +157,7 @@ lint: setup $(STUBS) ## ruff, mypy, import-linter; calls of TensorRT against the
 	$(VENV)/bin/ruff format --check .
 	mkdir -p .typing/modiff_trt
 	for folder in core networks plugins runtime export engines tools configs calib_cache; do ln -sfn ../../$$folder .typing/modiff_trt/$$folder; done
-	$(VENV)/bin/mypy $(foreach folder,core networks plugins runtime export engines tools,-p modiff_trt.$(folder))
+	$(VENV)/bin/mypy --num-workers $(JOBS) $(foreach folder,core networks plugins runtime export engines tools,-p modiff_trt.$(folder))
 	$(VENV)/bin/python tests/stock_signatures.py .typing/stubs
 	cd .typing && "$(abspath $(VENV))/bin/lint-imports" --config ../pyproject.toml  # from here the folders are portions of one namespace
 

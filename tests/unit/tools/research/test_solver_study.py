@@ -10,6 +10,12 @@ from safetensors.torch import save_file
 from modiff_trt.tools.research import solver_figure, solver_study
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Statistics of these few images are of no use to whoever runs the tests."""
+    monkeypatch.setenv("MODIFF_TRT_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Configuration and checkpoint of a network for 32 x 32 images, which FD-CIFAR needs, and some images."""
