@@ -104,18 +104,25 @@ def costs_from_dict(entry: dict[str, Any]) -> ModeCosts:
 @dataclass(frozen=True)
 class ModePoint:
     """One mixture of modes: its layers with state, microseconds an image and pass as predicted, bytes of state an image in
-    float16, and PSNR to FP32 in dB, the mean over the trial images."""
+    float16, PSNR to FP32 in dB, the mean over the trial images, and the passes that a step of the sampler takes on average:
+    more than one where state is brought up by warm-up passes."""
 
     modulated: int
     microseconds: float
     state_bytes: int
     decibels: float
+    passes: float = 1.0
+
+    @property
+    def step(self) -> float:
+        """Microseconds an image and step of the sampler."""
+        return self.microseconds * self.passes
 
 
 @dataclass(frozen=True)
 class ModeCurve:
-    """The mixtures that calibration tried, slowest first, and which of them the scales have. `baseline` is the floating-point
-    network's microseconds on `device`, where they are known."""
+    """The mixtures that calibration tried, slowest step first, and which of them the scales have. `baseline` is the
+    floating-point network's microseconds on `device`, where they are known: one pass a step."""
 
     device: str
     batch: int
@@ -136,15 +143,15 @@ class ModeCurve:
     def advice(self) -> str | None:
         """One line where slower modes that were tried are far better than the chosen ones."""
         chosen = self.points[self.chosen]
-        slower = [point for point in self.points if point.microseconds > chosen.microseconds]
+        slower = [point for point in self.points if point.step > chosen.step]
         best = max(slower, key=lambda point: point.decibels, default=chosen)
-        gained, longer = best.decibels - chosen.decibels, best.microseconds / chosen.microseconds - 1
+        gained, longer = best.decibels - chosen.decibels, best.step / chosen.step - 1
         if gained < FAR_BETTER:
             return None
         if self.baseline is None:
             how = "--target-speed asks for such modes, by costs that have a floating-point network"
         else:
-            how = f"--target-speed {math.floor(100 * self.baseline / best.microseconds) / 100:.2f} asks for such modes"
+            how = f"--target-speed {math.floor(100 * self.baseline / best.step) / 100:.2f} asks for such modes"
         return f"modes: {best.modulated} layers with state are {gained:.1f} dB better and take {longer:.1%} longer; {how}"
 
 
@@ -158,12 +165,18 @@ def curve_from_dict(data: Any, source: str) -> ModeCurve | None:
         return None
     try:
         points = tuple(
-            ModePoint(int(p["modulated"]), float(p["microseconds"]), int(p["state_bytes"]), float(p["decibels"]))
+            ModePoint(
+                int(p["modulated"]),
+                float(p["microseconds"]),
+                int(p["state_bytes"]),
+                float(p["decibels"]),
+                float(p.get("passes", 1.0)),  # files of earlier versions do not say
+            )
             for p in data["points"]
         )
         baseline = None if data["baseline"] is None else float(data["baseline"])
         curve = ModeCurve(str(data["device"]), int(data["batch"]), baseline, points=points, chosen=int(data["chosen"]))
-        if not 0 <= curve.chosen < len(points) or not all(p.microseconds > 0 for p in points):
+        if not 0 <= curve.chosen < len(points) or not all(p.microseconds > 0 and p.passes >= 1 for p in points):
             raise ValueError("a point that cannot be")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(

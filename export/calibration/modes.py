@@ -12,8 +12,10 @@ Errors do not quite add up: where the order's next change would lose too much, i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 
 from modiff_trt.core.costs import ModeCosts, ModeCurve, ModePoint
@@ -37,6 +39,8 @@ MOST_LEFT_OUT = 6
 UNUSABLE = 1e9
 # Bytes of an element of state.
 STATE_BYTES = 2
+# Stands behind the changes of a mixture whose other layers lose their state too.
+NO_STATE = -1
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Change:
 @dataclass(frozen=True)
 class Goal:
     """What the modes are chosen for: the fastest mixture that loses at most `max_loss` dB of all-modulated, or, where
-    `microseconds` is given, the most accurate one that takes no longer a pass and image."""
+    `microseconds` is given, the most accurate one that takes no longer an image and step of the sampler, with its share of
+    the warm-up passes that state needs."""
 
     costs: ModeCosts
     max_loss: float
@@ -130,53 +135,93 @@ def search_modes(
         changes.append(Change(name, mode, saved, min(added, UNUSABLE)))
         on_trial()
     ordered = in_order(changes)
-    tried: dict[tuple[int, ...], tuple[Scales, ModePoint]] = {}
+    tried: dict[tuple[Mode, ...], tuple[Scales, ModePoint]] = {}
+
+    @cache
+    def mixture(made: tuple[int, ...]) -> tuple[tuple[Mode, ...], Scales, ModePoint]:
+        """With these changes of the order, not yet tried."""
+        mixed = with_modes(scales, {ordered[index].layer: ordered[index].mode for index in made if index != NO_STATE})
+        if NO_STATE in made:
+            mixed = with_modes(mixed, dict.fromkeys(mixed.modulated, Mode.INT8))
+        modes = {name: layer.mode for name, layer in mixed.layers.items()}
+        size = STATE_BYTES * sum(state_elements(mixed, network).values())
+        point = ModePoint(len(mixed.modulated), costs.predict(modes), size, math.nan, passes=passes_a_step(mixed))
+        return tuple(modes.values()), mixed, point
 
     def measure(made: tuple[int, ...]) -> float:
         """Mean PSNR of the mixture with these changes of the order."""
-        if made not in tried:
-            mixed = with_modes(scales, {ordered[index].layer: ordered[index].mode for index in made})
-            modes = {name: layer.mode for name, layer in mixed.layers.items()}
-            size = STATE_BYTES * sum(state_elements(mixed, network).values())
-            point = ModePoint(len(mixed.modulated), costs.predict(modes), size, trials.mean_decibels(mixed))
-            report(f"modes: {point.modulated} layers with state, {point.microseconds:.2f} us an image: {point.decibels:.2f} dB")
-            tried[made] = mixed, point
-        return tried[made][1].decibels
+        modes, mixed, point = mixture(made)
+        if modes not in tried:
+            point = replace(point, decibels=trials.mean_decibels(mixed))
+            report(
+                f"modes: {point.modulated} layers with state, {point.step:.2f} us an image and step: {point.decibels:.2f} dB"
+            )
+            tried[modes] = mixed, point
+        return tried[modes][1].decibels
 
     totals = [sum(change.saved for change in ordered[:count]) for count in range(len(ordered) + 1)]
-    for part in range(POINTS):
-        enough = totals[-1] * part / (POINTS - 1) - 1e-9
-        measure(_first(next(count for count, total in enumerate(totals) if total >= enough)))
+    wanted = [totals[-1] * part / (POINTS - 1) - 1e-9 for part in range(POINTS)]
+    counts = sorted({next(count for count, total in enumerate(totals) if total >= enough) for enough in wanted})
+    for count in counts:
+        measure(_first(count))
+    bare = _without_state(ordered, scales, costs)
     if goal.microseconds is None:
-        least = tried[()][1].decibels - goal.max_loss
-        begun = _largest(lambda count: measure(_first(count)), sorted(map(len, tried)), least)
+        least = measure(()) - goal.max_loss
+        begun = _largest(lambda count: measure(_first(count)), counts, least)
         _try_further(measure, ordered, begun, least=least)
-        fastest_first = sorted(tried, key=lambda made: tried[made][1].microseconds)
-        good = [made for made in fastest_first if tried[made][1].decibels >= least]
-        chosen = _confirmed(others, {made: tried[made][0] for made in good}, goal.max_loss, report)
+        fastest = min(point.step for _, point in tried.values() if point.decibels >= least)
+        # The most accurate of them are the slowest. Where these lose too much, so do all.
+        if bare and mixture(bare[-1])[2].step < fastest and measure(bare[0]) >= least:
+            _largest(lambda count: measure(bare[count]), sorted({0, len(bare) - 1}), least)
+        good = [modes for modes, (_, point) in tried.items() if point.decibels >= least]
+        fastest_first = sorted(good, key=lambda modes: tried[modes][1].step)
+        chosen = _confirmed(others, scales, {modes: tried[modes][0] for modes in fastest_first}, goal.max_loss, report)
     else:
-        before, limit = costs.predict({name: layer.mode for name, layer in scales.layers.items()}), goal.microseconds + 1e-6
-        measure(_first(next(count for count, total in enumerate(totals) if before - total <= limit)))
+        limit = goal.microseconds + 1e-6
+        for family in ([_first(count) for count in range(len(totals))], bare):
+            for made in family:
+                if mixture(made)[2].step <= limit:
+                    measure(made)
+                    break
         # More changes lose more, as a rule. Where all state is not the best of modes, a faster mixture may be better.
-        fast = [made for made in tried if tried[made][1].microseconds <= limit]
-        chosen = max(fast, key=lambda made: tried[made][1].decibels)
-    slowest_first = sorted(tried, key=lambda made: -tried[made][1].microseconds)
-    points = tuple(tried[made][1] for made in slowest_first)
+        fast = [modes for modes, (_, point) in tried.items() if point.step <= limit]
+        chosen = max(fast, key=lambda modes: tried[modes][1].decibels)
+    slowest_first = sorted(tried, key=lambda modes: -tried[modes][1].step)
+    points = tuple(tried[modes][1] for modes in slowest_first)
     curve = ModeCurve(costs.device, costs.batch, costs.baseline, points=points, chosen=slowest_first.index(chosen))
     return replace(tried[chosen][0], curve=curve)
 
 
-def _confirmed(others: Trials, good: Mapping[tuple[int, ...], Scales], max_loss: float, report: Report) -> tuple[int, ...]:
-    """The first of these mixtures that loses no more on other images; the one without changes loses nothing. Of many mixtures
-    that were tried on a few images, the fastest that is good enough there is so by luck, in part (docs/lab/modes.md)."""
-    whole = others.mean_decibels(good[()])
-    for made, scales in good.items():
-        lost = whole - others.mean_decibels(scales)
+def passes_a_step(scales: Scales) -> float:
+    """How many passes of the network a step of the sampler takes, warm-up passes spread over all steps."""
+    return len(scales.rows) / len(scales.rows.timesteps)
+
+
+def _without_state(ordered: Sequence[Change], scales: Scales, costs: ModeCosts) -> list[tuple[int, ...]]:
+    """Mixtures without any state, the most accurate first and the fastest last: they need no warm-up passes, and so may be
+    faster where a pass by itself is not. Empty where nothing says what they take."""
+    if not all(Mode.INT8 in costs.added[name] for name in scales.modulated):
+        return []
+    floats = [index for index, change in enumerate(ordered) if change.mode == Mode.FLOAT]
+    in_float = {ordered[index].layer for index in floats} | (scales.layers.keys() - set(scales.modulated))
+    # First into float, and then, one after the other, from float to INT8.
+    back = [index for index, change in enumerate(ordered) if change.mode == Mode.INT8 and change.layer in in_float]
+    return [(*floats, *back[:count], NO_STATE) for count in range(len(back) + 1)]
+
+
+def _confirmed(
+    others: Trials, whole: Scales, good: Mapping[tuple[Mode, ...], Scales], max_loss: float, report: Report
+) -> tuple[Mode, ...]:
+    """The first of these mixtures that loses no more of `whole`, which is one of them, on other images. Of many mixtures that
+    were tried on a few images, the fastest that is good enough there is so by luck, in part (docs/lab/modes.md)."""
+    before = others.mean_decibels(whole)
+    for modes, scales in good.items():
+        lost = before - others.mean_decibels(scales)
         enough = lost <= max_loss
         said = f"modes: {len(scales.modulated)} layers with state lose {lost:.2f} dB on other images"
         report(said if enough else f"{said}: too much")
         if enough:
-            return made
+            return modes
     raise AssertionError("what has no changes loses nothing")
 
 
@@ -200,21 +245,28 @@ def _try_further(measure: Callable[[tuple[int, ...]], float], ordered: Sequence[
 
 
 def reach_goal(scales: Scales, goal: Goal, options: Sequence[tuple[str, Mode, float]]) -> None:
-    """Raises InputError where the changes that there are cannot make a pass as fast as the goal, or where they would take more
-    time from it than it has: costs that were measured in the noise of a machine."""
-    most: dict[str, float] = {}
+    """Raises InputError where the changes that there are cannot make a step as fast as the goal, or where they would take more
+    time from a pass than it has: costs that were measured in the noise of a machine."""
+    costs, most = goal.costs, dict[str, float]()
     for name, _, saved in options:
         most[name] = max(most.get(name, 0.0), saved)
-    fastest = goal.costs.predict({name: layer.mode for name, layer in scales.layers.items()}) - sum(most.values())
+    fastest = costs.predict({name: layer.mode for name, layer in scales.layers.items()}) - sum(most.values())
     if not fastest > 0:
         raise InputError(
-            f"by the costs of modes a pass on {goal.costs.device} could take {fastest:.2f} us an image, which cannot be; "
+            f"by the costs of modes a pass on {costs.device} could take {fastest:.2f} us an image, which cannot be; "
             "measure them again with more --num-runs and --num-passes, while nothing else runs there"
         )
-    if goal.microseconds is not None and fastest > goal.microseconds:
+    if goal.microseconds is None:
+        return
+    step = fastest * passes_a_step(scales) if set(scales.modulated) - most.keys() else fastest
+    if all(Mode.INT8 in costs.added[name] for name in scales.modulated):
+        # Layers whose state costs nothing have it taken, too, so that there are no warm-up passes.
+        kept = [costs.saving(name, Mode.INT8) - costs.saving(name, Mode.MODIFF) for name in set(scales.modulated) - most.keys()]
+        step = min(step, fastest + sum(kept))
+    if step > goal.microseconds:
         raise InputError(
-            f"no mixture of modes takes {goal.microseconds:.2f} us an image and pass on {goal.costs.device}; "
-            f"the fastest takes {fastest:.2f}"
+            f"no mixture of modes takes {goal.microseconds:.2f} us an image and step on {costs.device}; "
+            f"the fastest takes {step:.2f}"
         )
 
 

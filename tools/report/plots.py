@@ -103,7 +103,7 @@ def mode_curve(curve: ModeCurve) -> str:
     """PSNR over time, a point for each mixture of modes; the one that the scales have is filled."""
     import matplotlib
 
-    times = [point.microseconds for point in curve.points]
+    times = [point.step for point in curve.points]
     decibels = [point.decibels for point in curve.points]
     with matplotlib.rc_context(SETTINGS):
         figure, axis = _figure(5.4, 3.4)
@@ -112,10 +112,10 @@ def mode_curve(curve: ModeCurve) -> str:
         axis.plot(
             times[curve.chosen], decibels[curve.chosen], color=colour, marker=marker, linestyle="none", label="these scales"
         )
-        axis.set_xlabel("microseconds an image and pass")
+        axis.set_xlabel("microseconds an image and step")
         axis.set_ylabel("PSNR to FP32, dB")
         axis.legend()
-        return _svg(figure, "PSNR of mixtures of modes over the time of a pass")
+        return _svg(figure, "PSNR of mixtures of modes over the time of a step")
 
 
 def png(image: np.ndarray[Any, Any]) -> str:

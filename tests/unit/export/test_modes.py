@@ -237,16 +237,69 @@ def test_the_best_modes_for_a_speed(alone, tiny):
     scales = tiny.scales(act_bits=8)
     costs = modelled_costs(tiny.network, scales)
     savings = [saved for _, _, saved in possible_changes(scales, costs)]
-    fastest = costs.whole - sum(savings)
-    limit = (costs.whole + fastest) / 2
+    fastest, passes = costs.whole - sum(savings), len(scales.rows) / len(tiny.timesteps)
+    limit = (costs.whole + fastest) / 2 * passes
     best, _ = search(alone, alone, scales, Goal(costs, max_loss=0.0, microseconds=limit))
     chosen = best.curve.points[best.curve.chosen]
-    fast = [point for point in best.curve.points if point.microseconds <= limit]
+    fast = [point for point in best.curve.points if point.step <= limit]
     assert chosen in fast and chosen.decibels == max(point.decibels for point in fast)
     # The one with as few changes as will do was tried.
-    assert fast[0].modulated and fast[0].microseconds > limit - max(savings)
+    assert fast[0].modulated and fast[0].step > limit - max(savings) * passes
     with pytest.raises(InputError, match="no mixture of modes takes"):
         search(alone, alone, scales, Goal(costs, max_loss=0.0, microseconds=fastest * 0.99))
+
+
+def test_a_step_has_its_share_of_the_warm_up_passes(alone, tiny):
+    """Here two passes warm six steps up, and only without any state there are none."""
+    scales = tiny.scales(act_bits=8)
+    base = {name: layer.mode for name, layer in scales.layers.items()}
+    # By itself a pass is faster with state, so that no change of one layer saves anything.
+    costs = ModeCosts("here", 1, 100.0, base=base, added={name: {Mode.INT8: 0.1} for name in base})
+    without = 100.0 + 0.1 * len(scales.modulated)
+    best, _ = search(alone, alone, scales, Goal(costs, max_loss=1000.0))
+    assert not best.modulated and len(best.rows) == len(tiny.timesteps)
+    state, bare = best.curve.points
+    assert (state.microseconds, state.passes, state.modulated) == (100.0, len(scales.rows) / 6, len(scales.modulated))
+    assert state.step == pytest.approx(100.0 * 8 / 6) and bare.step == bare.microseconds == pytest.approx(without)
+    fast, _ = search(alone, alone, scales, Goal(costs, max_loss=0.0, microseconds=without))
+    assert not fast.modulated
+    with pytest.raises(
+        InputError, match=rf"takes {without - 0.1:.2f} us an image and step on here; the fastest takes {without:.2f}"
+    ):
+        search(alone, alone, scales, Goal(costs, max_loss=0.0, microseconds=without - 0.1))
+    # What is slower even so is not tried, and what loses too much not taken.
+    slow = replace(costs, added={name: {Mode.INT8: 50.0} for name in base})
+    assert len(search(alone, alone, scales, Goal(slow, max_loss=1000.0))[0].curve.points) == 1
+    kept, _ = search(alone, alone, scales, Goal(costs, max_loss=0.0))
+    assert kept.modulated == scales.modulated and len(kept.curve.points) == 2
+
+
+def test_without_state_layers_go_to_float_first_and_then_to_int8(alone, tiny):
+    scales = tiny.scales(act_bits=8)
+    floating, slower = scales.modulated[:2]
+    base = {name: layer.mode for name, layer in scales.layers.items()}
+    added = {name: {Mode.INT8: 0.1} for name in base}
+    added |= {floating: {Mode.FLOAT: -1.0, Mode.INT8: -2.0}, slower: {Mode.FLOAT: 0.5, Mode.INT8: 0.1}}
+    costs = ModeCosts("here", 1, 100.0, base=base, added=added)
+
+    class Judge:
+        """Layers in float are good, layers without state are worth `int8`."""
+
+        network = alone.network
+        images_of, difference = alone.images_of, alone.difference
+
+        def __init__(self, int8):
+            self.int8 = int8
+
+        def mean_decibels(self, mixed):
+            return 40.0 if mixed.modulated or mixed.layers[floating].mode == Mode.FLOAT else self.int8
+
+    def chosen(int8):
+        best, _ = search(Judge(int8), alone, scales, Goal(costs, max_loss=1.0), Judge(int8))
+        assert not best.modulated and best.layers[slower].mode == Mode.INT8
+        return best.layers[floating].mode
+
+    assert chosen(39.5) == Mode.INT8 and chosen(30.0) == Mode.FLOAT
 
 
 def test_the_best_modes_for_a_speed_may_be_faster_than_it_asks(alone, tiny):
