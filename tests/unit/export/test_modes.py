@@ -267,6 +267,10 @@ def test_a_step_has_its_share_of_the_warm_up_passes(alone, tiny):
         InputError, match=rf"takes {without - 0.1:.2f} us an image and step on here; the fastest takes {without:.2f}"
     ):
         search(alone, alone, scales, Goal(costs, max_loss=0.0, microseconds=without - 0.1))
+    # Where nothing says what the other layers take without state, all of a step is warmed up.
+    one = replace(costs, added={name: {} for name in base} | {scales.modulated[0]: {Mode.INT8: -1.0}})
+    with pytest.raises(InputError, match=r"takes 120\.00 us an image and step on here; the fastest takes 132\.00"):
+        search(alone, alone, scales, Goal(one, max_loss=0.0, microseconds=120.0))
     # What is slower even so is not tried, and what loses too much not taken.
     slow = replace(costs, added={name: {Mode.INT8: 50.0} for name in base})
     assert len(search(alone, alone, scales, Goal(slow, max_loss=1000.0))[0].curve.points) == 1
@@ -300,6 +304,12 @@ def test_without_state_layers_go_to_float_first_and_then_to_int8(alone, tiny):
         return best.layers[floating].mode
 
     assert chosen(39.5) == Mode.INT8 and chosen(30.0) == Mode.FLOAT
+    # A layer that was in float goes to INT8 where that is faster, too.
+    before = with_modes(scales, {floating: Mode.FLOAT})
+    base = {name: layer.mode for name, layer in before.layers.items()}
+    costs = replace(costs, base=base, added=added | {floating: {Mode.INT8: -5.0}})
+    best, _ = search(Judge(40.0), alone, before, Goal(costs, max_loss=1000.0), Judge(40.0))
+    assert not best.modulated and best.layers[floating].mode == Mode.INT8
 
 
 def test_the_best_modes_for_a_speed_may_be_faster_than_it_asks(alone, tiny):
@@ -317,7 +327,9 @@ def test_the_best_modes_for_a_speed_may_be_faster_than_it_asks(alone, tiny):
             return 50.0 - len(mixed.modulated)
 
     fastest = costs.whole - sum(saved for _, _, saved in possible_changes(scales, costs))
-    best, _ = search(Reversed(), alone, scales, Goal(costs, max_loss=0.0, microseconds=(costs.whole + fastest) / 2))
+    limit = (costs.whole + fastest) / 2 * len(scales.rows) / len(tiny.timesteps)
+    best, _ = search(Reversed(), alone, scales, Goal(costs, max_loss=0.0, microseconds=limit))
+    assert sum(point.step <= limit for point in best.curve.points) > 2
     assert best.curve.points[best.curve.chosen] == best.curve.points[-1]
     assert best.curve.points[-1].microseconds == pytest.approx(fastest)
 
