@@ -41,6 +41,9 @@ SCALES := $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT).safetensors
 ONNX := $(FOLDER)/$(METHOD)-w$(WEIGHT_BIT)a$(ACT_BIT)-$(DTYPE).onnx
 
 .DEFAULT_GOAL := help
+# What setup has not compiled, the first import does; every process would do it again where nothing may be written.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo quantize deploy collect calibrate export engine sample fid bench compare verify report sampler results-tables check test test-gpu lint clean
 
 help: ## list the targets
