@@ -46,6 +46,8 @@ from modiff_trt.tools.provenance import provenance
 from modiff_trt.tools.research.figures import Figures
 from modiff_trt.tools.research.refusals import refuses_bad_input
 
+# Images by which grids for every row are found.
+ROW_TRIALS = 16
 PARTS = "nearness,bits,native,quality,whole"
 PASSES = "10,12,15,20,25,33,50,100"
 TRUTH = Solver(spacing=Spacing.UNIFORM)
@@ -214,7 +216,7 @@ class SolverStudy:
 
     def _rows(self, passes: int, scales: Scales) -> Scales:
         """A grid for every row, found by trial on other noise."""
-        return search_rows(self._trials(passes, 16, seed=TRIAL_SEED), scales, typer.echo)
+        return search_rows(self._trials(passes, ROW_TRIALS, seed=TRIAL_SEED), scales, typer.echo)
 
     def _trials(self, passes: int, images: int, seed: int) -> Trials:
         steps = self.steps(BEST, passes)

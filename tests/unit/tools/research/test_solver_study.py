@@ -55,6 +55,7 @@ def run(model, out, parts, **changed):
 def test_every_part_writes_its_figures(model, tmp_path, monkeypatch):
     # No layer of this network does 200 multiply-accumulates an element.
     monkeypatch.setattr(solver_study, "INTENSITY", 0.0)
+    monkeypatch.setattr(solver_study, "ROW_TRIALS", 2)
     figures = run(model, tmp_path / "study.json", "nearness,bits,native")
     assert "twice" in figures["nearness"]["dpmpp-2m quad 33"]["refused"]
     assert figures["nearness"]["dpmpp-2m logsnr 33"]["passes"] <= 33
