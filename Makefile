@@ -52,10 +52,10 @@ help: ## list the targets
 # Another choice of packages is another stamp.
 STAMP := $(VENV)/.setup-$(shell printf '%s' '$(EXTRAS) $(TORCH)' | cksum | cut -d' ' -f1)
 
+# Python compiles what is imported when it is; all of it beforehand takes as long as installing it.
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
-	# Python compiles what is imported when it is. All of it beforehand takes as long as installing it.
 	$(VENV)/bin/pip install --quiet --no-compile "$(TORCH)"
 	$(VENV)/bin/pip install --quiet --no-compile --editable ".[$(EXTRAS)]" "$(TORCH)"  # torch again, or torchvision would bring another
 	@rm -f $(VENV)/.setup-*

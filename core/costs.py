@@ -111,10 +111,10 @@ class ModePoint:
     microseconds: float
     state_bytes: int
     decibels: float
-    passes: float = 1.0
+    passes: float
 
     @property
-    def step(self) -> float:
+    def step_microseconds(self) -> float:
         """Microseconds an image and step of the sampler."""
         return self.microseconds * self.passes
 
@@ -143,15 +143,15 @@ class ModeCurve:
     def advice(self) -> str | None:
         """One line where slower modes that were tried are far better than the chosen ones."""
         chosen = self.points[self.chosen]
-        slower = [point for point in self.points if point.step > chosen.step]
+        slower = [point for point in self.points if point.step_microseconds > chosen.step_microseconds]
         best = max(slower, key=lambda point: point.decibels, default=chosen)
-        gained, longer = best.decibels - chosen.decibels, best.step / chosen.step - 1
+        gained, longer = best.decibels - chosen.decibels, best.step_microseconds / chosen.step_microseconds - 1
         if gained < FAR_BETTER:
             return None
         if self.baseline is None:
             how = "--target-speed asks for such modes, by costs that have a floating-point network"
         else:
-            how = f"--target-speed {math.floor(100 * self.baseline / best.step) / 100:.2f} asks for such modes"
+            how = f"--target-speed {math.floor(100 * self.baseline / best.step_microseconds) / 100:.2f} asks for such modes"
         return f"modes: {best.modulated} layers with state are {gained:.1f} dB better and take {longer:.1%} longer; {how}"
 
 
@@ -160,17 +160,20 @@ def curve_to_dict(curve: ModeCurve | None) -> dict[str, Any] | None:
 
 
 def curve_from_dict(data: Any, source: str) -> ModeCurve | None:
-    """The inverse of `curve_to_dict`. Raises InputError where it is damaged."""
+    """The inverse of `curve_to_dict`. Raises InputError where it is damaged. None also for a curve of an earlier version, which
+    does not say what a step takes."""
     if data is None:
         return None
     try:
+        if all("passes" not in point for point in data["points"]):
+            return None
         points = tuple(
             ModePoint(
                 int(p["modulated"]),
                 float(p["microseconds"]),
                 int(p["state_bytes"]),
                 float(p["decibels"]),
-                float(p.get("passes", 1.0)),  # files of earlier versions do not say
+                passes=float(p["passes"]),
             )
             for p in data["points"]
         )

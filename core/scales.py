@@ -116,6 +116,11 @@ class Scales:
         """Names of the layers in mode `modiff`, in execution order: the columns of the row table."""
         return tuple(name for name, layer in self.layers.items() if layer.mode == Mode.MODIFF)
 
+    @property
+    def modes(self) -> dict[str, Mode]:
+        """Of every layer."""
+        return {name: layer.mode for name, layer in self.layers.items()}
+
     def layer_table(self) -> dict[str, LayerEntry]:
         """Mode, bits and zero point of every layer, as the headers of files carry them."""
         return {

@@ -12,7 +12,6 @@ Errors do not quite add up: where the order's next change would lose too much, i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -77,7 +76,7 @@ def modelled_costs(network: Network, scales: Scales) -> ModeCosts:
     (docs/lab/modes.md). What a layer in float would gain by INT8, and the other way round, depends on launches that are shared;
     bytes do not tell.
     """
-    base = {name: layer.mode for name, layer in scales.layers.items()}
+    base = scales.modes
     whole = 0.0
     added: dict[str, dict[Mode, float]] = {}
     for spec in network.layers:
@@ -138,24 +137,25 @@ def search_modes(
     tried: dict[tuple[Mode, ...], tuple[Scales, ModePoint]] = {}
 
     @cache
-    def mixture(made: tuple[int, ...]) -> tuple[tuple[Mode, ...], Scales, ModePoint]:
-        """With these changes of the order, not yet tried."""
-        mixed = with_modes(scales, {ordered[index].layer: ordered[index].mode for index in made if index != NO_STATE})
-        if NO_STATE in made:
-            mixed = with_modes(mixed, dict.fromkeys(mixed.modulated, Mode.INT8))
-        modes = {name: layer.mode for name, layer in mixed.layers.items()}
-        size = STATE_BYTES * sum(state_elements(mixed, network).values())
-        point = ModePoint(len(mixed.modulated), costs.predict(modes), size, math.nan, passes=passes_a_step(mixed))
-        return tuple(modes.values()), mixed, point
+    def mixture(made: tuple[int, ...]) -> Scales:
+        """With these changes of the order."""
+        changed = dict.fromkeys(scales.modulated if NO_STATE in made else (), Mode.INT8)
+        return with_modes(scales, changed | {ordered[index].layer: ordered[index].mode for index in made if index != NO_STATE})
+
+    def step(made: tuple[int, ...]) -> float:
+        """Microseconds an image and step of the sampler."""
+        return costs.predict(mixture(made).modes) * passes_a_step(mixture(made))
 
     def measure(made: tuple[int, ...]) -> float:
         """Mean PSNR of the mixture with these changes of the order."""
-        modes, mixed, point = mixture(made)
+        mixed = mixture(made)
+        modes = tuple(mixed.modes.values())
         if modes not in tried:
-            point = replace(point, decibels=trials.mean_decibels(mixed))
-            report(
-                f"modes: {point.modulated} layers with state, {point.step:.2f} us an image and step: {point.decibels:.2f} dB"
-            )
+            size = STATE_BYTES * sum(state_elements(mixed, network).values())
+            takes, decibels = costs.predict(mixed.modes), trials.mean_decibels(mixed)
+            point = ModePoint(len(mixed.modulated), takes, size, decibels, passes=passes_a_step(mixed))
+            took = f"{point.step_microseconds:.2f} us an image and step"
+            report(f"modes: {point.modulated} layers with state, {took}: {point.decibels:.2f} dB")
             tried[modes] = mixed, point
         return tried[modes][1].decibels
 
@@ -169,24 +169,24 @@ def search_modes(
         least = measure(()) - goal.max_loss
         begun = _largest(lambda count: measure(_first(count)), counts, least)
         _try_further(measure, ordered, begun, least=least)
-        fastest = min(point.step for _, point in tried.values() if point.decibels >= least)
+        fastest = min(point.step_microseconds for _, point in tried.values() if point.decibels >= least)
         # The most accurate of them are the slowest. Where these lose too much, so do all.
-        if bare and mixture(bare[-1])[2].step < fastest and measure(bare[0]) >= least:
+        if bare and step(bare[-1]) < fastest and measure(bare[0]) >= least:
             _largest(lambda count: measure(bare[count]), sorted({0, len(bare) - 1}), least)
         good = [modes for modes, (_, point) in tried.items() if point.decibels >= least]
-        fastest_first = sorted(good, key=lambda modes: tried[modes][1].step)
+        fastest_first = sorted(good, key=lambda modes: tried[modes][1].step_microseconds)
         chosen = _confirmed(others, scales, {modes: tried[modes][0] for modes in fastest_first}, goal.max_loss, report)
     else:
         limit = goal.microseconds + 1e-6
         for family in ([_first(count) for count in range(len(totals))], bare):
             for made in family:
-                if mixture(made)[2].step <= limit:
+                if step(made) <= limit:
                     measure(made)
                     break
         # More changes lose more, as a rule. Where all state is not the best of modes, a faster mixture may be better.
-        fast = [modes for modes, (_, point) in tried.items() if point.step <= limit]
+        fast = [modes for modes, (_, point) in tried.items() if point.step_microseconds <= limit]
         chosen = max(fast, key=lambda modes: tried[modes][1].decibels)
-    slowest_first = sorted(tried, key=lambda modes: -tried[modes][1].step)
+    slowest_first = sorted(tried, key=lambda modes: -tried[modes][1].step_microseconds)
     points = tuple(tried[modes][1] for modes in slowest_first)
     curve = ModeCurve(costs.device, costs.batch, costs.baseline, points=points, chosen=slowest_first.index(chosen))
     return replace(tried[chosen][0], curve=curve)
@@ -197,10 +197,15 @@ def passes_a_step(scales: Scales) -> float:
     return len(scales.rows) / len(scales.rows.timesteps)
 
 
+def _can_lose_state(scales: Scales, costs: ModeCosts) -> bool:
+    """Whether it is known what every layer with state takes without it."""
+    return all(Mode.INT8 in costs.added[name] for name in scales.modulated)
+
+
 def _without_state(ordered: Sequence[Change], scales: Scales, costs: ModeCosts) -> list[tuple[int, ...]]:
     """Mixtures without any state, the most accurate first and the fastest last: they need no warm-up passes, and so may be
     faster where a pass by itself is not. Empty where nothing says what they take."""
-    if not all(Mode.INT8 in costs.added[name] for name in scales.modulated):
+    if not _can_lose_state(scales, costs):
         return []
     floats = [index for index, change in enumerate(ordered) if change.mode == Mode.FLOAT]
     in_float = {ordered[index].layer for index in floats} | (scales.layers.keys() - set(scales.modulated))
@@ -250,7 +255,7 @@ def reach_goal(scales: Scales, goal: Goal, options: Sequence[tuple[str, Mode, fl
     costs, most = goal.costs, dict[str, float]()
     for name, _, saved in options:
         most[name] = max(most.get(name, 0.0), saved)
-    fastest = costs.predict({name: layer.mode for name, layer in scales.layers.items()}) - sum(most.values())
+    fastest = costs.predict(scales.modes) - sum(most.values())
     if not fastest > 0:
         raise InputError(
             f"by the costs of modes a pass on {costs.device} could take {fastest:.2f} us an image, which cannot be; "
@@ -258,11 +263,11 @@ def reach_goal(scales: Scales, goal: Goal, options: Sequence[tuple[str, Mode, fl
         )
     if goal.microseconds is None:
         return
-    step = fastest * passes_a_step(scales) if set(scales.modulated) - most.keys() else fastest
-    if all(Mode.INT8 in costs.added[name] for name in scales.modulated):
-        # Layers whose state costs nothing have it taken, too, so that there are no warm-up passes.
-        kept = [costs.saving(name, Mode.INT8) - costs.saving(name, Mode.MODIFF) for name in set(scales.modulated) - most.keys()]
-        step = min(step, fastest + sum(kept))
+    # Layers whose state costs a pass nothing keep it, and with it the warm-up passes.
+    keep = set(scales.modulated) - most.keys()
+    step = fastest * passes_a_step(scales) if keep else fastest
+    if _can_lose_state(scales, costs):
+        step = min(step, fastest + sum(costs.saving(name, Mode.INT8) - costs.saving(name, Mode.MODIFF) for name in keep))
     if step > goal.microseconds:
         raise InputError(
             f"no mixture of modes takes {goal.microseconds:.2f} us an image and step on {costs.device}; "

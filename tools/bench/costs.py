@@ -112,7 +112,7 @@ def measure_costs(
     settings = {"sizes": sizes, "runs": runs, "passes": passes, "where": where, "scales": scales.file_sha256}
     kept = _resume(part, settings)
     loads = {size: Load.of(network, context, size) for size in sizes}
-    modes = {name: layer.mode for name, layer in scales.layers.items()}
+    modes = scales.modes
     stateless: Changes = dict.fromkeys(scales.modulated, Mode.INT8)
     base = Beside.of(scales, make(), stateless=False)
     bare = Beside.of(with_modes(scales, stateless), make(), stateless=True) if stateless else base

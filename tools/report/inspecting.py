@@ -69,9 +69,9 @@ def curve_rows(curve: ModeCurve) -> list[list[str]]:
     """A line for each mixture of modes that calibration tried: layers with state, time, speed, state and PSNR."""
     rows = []
     for number, point in enumerate(curve.points):
-        speed = f"{curve.baseline / point.step:.2f}x" if curve.baseline is not None else ""
+        speed = f"{curve.baseline / point.step_microseconds:.2f}x" if curve.baseline is not None else ""
         state, mark = f"{point.state_bytes / 1e6:.1f}", "chosen" if number == curve.chosen else ""
-        rows.append([str(point.modulated), f"{point.step:.2f}", speed, state, f"{point.decibels:.2f}", mark])
+        rows.append([str(point.modulated), f"{point.step_microseconds:.2f}", speed, state, f"{point.decibels:.2f}", mark])
     return rows
 
 
@@ -99,11 +99,13 @@ def save_curve(curve: ModeCurve, path: Path) -> Path:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    times, decibels = ([getattr(p, part) for p in curve.points] for part in ("step", "decibels"))
+    times, decibels = ([getattr(p, part) for p in curve.points] for part in ("step_microseconds", "decibels"))
     axis.plot(times, decibels, color="0.6", marker="o", markerfacecolor="white", markeredgecolor="black")
     axis.plot(times[curve.chosen], decibels[curve.chosen], "o", color="black", label="chosen")
     for point in curve.points:
-        axis.annotate(str(point.modulated), (point.step, point.decibels), (4, -11), textcoords="offset points", fontsize=8)
+        axis.annotate(
+            str(point.modulated), (point.step_microseconds, point.decibels), (4, -11), textcoords="offset points", fontsize=8
+        )
     axis.set_xlabel(f"microseconds an image and step ({curve.device})")
     axis.set_ylabel("PSNR to FP32, dB")
     axis.set_title("Layers with state (numbers), time and accuracy", fontsize=10)

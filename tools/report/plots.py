@@ -103,7 +103,7 @@ def mode_curve(curve: ModeCurve) -> str:
     """PSNR over time, a point for each mixture of modes; the one that the scales have is filled."""
     import matplotlib
 
-    times = [point.step for point in curve.points]
+    times = [point.step_microseconds for point in curve.points]
     decibels = [point.decibels for point in curve.points]
     with matplotlib.rc_context(SETTINGS):
         figure, axis = _figure(5.4, 3.4)

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from modiff_trt.core.costs import ModeCosts, ModeCurve, ModePoint, curve_to_dict
+from modiff_trt.core.costs import ModeCosts, ModeCurve, ModePoint, curve_from_dict, curve_to_dict
 from modiff_trt.core.errors import InputError
 from modiff_trt.core.kinds import Mode
 from modiff_trt.core.scales import load_scales, save_scales
@@ -129,6 +129,11 @@ def test_the_fastest_modes_within_a_loss(trials, alone, tiny, tmp_path, capsys):
     with pytest.raises(InputError, match="damaged curve"):
         load_scales(path)
     assert curve_to_dict(None) is None
+    # Earlier versions did not say what a step takes, and times of passes would be taken for it.
+    earlier = curve_to_dict(curve)
+    for point in earlier["points"]:
+        del point["passes"]
+    assert curve_from_dict(earlier, "a file") is None and curve_from_dict(curve_to_dict(curve), "a file") == curve
 
 
 def test_a_change_that_loses_too_much_is_left_out_and_those_after_it_are_tried():
@@ -241,10 +246,10 @@ def test_the_best_modes_for_a_speed(alone, tiny):
     limit = (costs.whole + fastest) / 2 * passes
     best, _ = search(alone, alone, scales, Goal(costs, max_loss=0.0, microseconds=limit))
     chosen = best.curve.points[best.curve.chosen]
-    fast = [point for point in best.curve.points if point.step <= limit]
+    fast = [point for point in best.curve.points if point.step_microseconds <= limit]
     assert chosen in fast and chosen.decibels == max(point.decibels for point in fast)
     # The one with as few changes as will do was tried.
-    assert fast[0].modulated and fast[0].step > limit - max(savings) * passes
+    assert fast[0].modulated and fast[0].step_microseconds > limit - max(savings) * passes
     with pytest.raises(InputError, match="no mixture of modes takes"):
         search(alone, alone, scales, Goal(costs, max_loss=0.0, microseconds=fastest * 0.99))
 
@@ -260,7 +265,9 @@ def test_a_step_has_its_share_of_the_warm_up_passes(alone, tiny):
     assert not best.modulated and len(best.rows) == len(tiny.timesteps)
     state, bare = best.curve.points
     assert (state.microseconds, state.passes, state.modulated) == (100.0, len(scales.rows) / 6, len(scales.modulated))
-    assert state.step == pytest.approx(100.0 * 8 / 6) and bare.step == bare.microseconds == pytest.approx(without)
+    assert state.step_microseconds == pytest.approx(
+        100.0 * 8 / 6
+    ) and bare.step_microseconds == bare.microseconds == pytest.approx(without)
     fast, _ = search(alone, alone, scales, Goal(costs, max_loss=0.0, microseconds=without))
     assert not fast.modulated
     with pytest.raises(
@@ -329,14 +336,14 @@ def test_the_best_modes_for_a_speed_may_be_faster_than_it_asks(alone, tiny):
     fastest = costs.whole - sum(saved for _, _, saved in possible_changes(scales, costs))
     limit = (costs.whole + fastest) / 2 * len(scales.rows) / len(tiny.timesteps)
     best, _ = search(Reversed(), alone, scales, Goal(costs, max_loss=0.0, microseconds=limit))
-    assert sum(point.step <= limit for point in best.curve.points) > 2
+    assert sum(point.step_microseconds <= limit for point in best.curve.points) > 2
     assert best.curve.points[best.curve.chosen] == best.curve.points[-1]
     assert best.curve.points[-1].microseconds == pytest.approx(fastest)
 
 
 def test_far_better_modes_that_take_longer_are_said():
     def advice(decibels, *, baseline=None, chosen=2):
-        points = tuple(ModePoint(9 - i, 102.5 - i, 0, db) for i, db in enumerate(decibels))
+        points = tuple(ModePoint(9 - i, 102.5 - i, 0, db, passes=1.0) for i, db in enumerate(decibels))
         return ModeCurve("here", 1, baseline, points, chosen=chosen).advice()
 
     what = "8 layers with state are 6.0 dB better and take 1.0% longer; --target-speed "

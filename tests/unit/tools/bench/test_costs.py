@@ -182,7 +182,7 @@ def test_a_choice_that_came_slower_than_predicted_is_said(capsys):
     result = {"machine": {"processor": "x", "cores": 2}, "batches": {"4": {"native-int8": row, "native-auto": row}}}
 
     def said(predicted, *, device="2 CPU cores", batch=4):
-        points = tuple(ModePoint(3, us, 0, 50.0) for us in (150.0, predicted))
+        points = tuple(ModePoint(3, us, 0, 50.0, passes=1.0) for us in (150.0, predicted))
         print_bench(result, ModeCurve(device, batch, None, points, chosen=1))
         return " ".join(capsys.readouterr().out.split())
 
